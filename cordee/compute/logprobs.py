@@ -1,0 +1,53 @@
+"""Log-probabilities of given tokens: one way to compute them for every gate, proof and metric."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of one sequence; entry `t` is about token `t + 1`, given the tokens up to `t`."""
+
+    logprobs: torch.Tensor
+    """`[seq - 1]`, float32, in nats, on the CPU."""
+    top1: torch.Tensor
+    """`[seq - 1]`: the token that the model holds most likely, on the CPU."""
+
+
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the tokens that follow: logits `[batch, seq, vocab]`, ids `[batch, seq]` → `[batch, seq-1]`.
+
+    Computed in float32 at least, row by row, so that one copy of one row's logits is all the memory it takes.
+    """
+    rows = []
+    for row, following in zip(logits[:, :-1], ids[:, 1:], strict=True):  # row: [seq - 1, vocab]
+        wide = row if row.dtype == torch.float64 else row.float()
+        chosen = wide.gather(-1, following.unsqueeze(-1)).squeeze(-1)
+        rows.append(chosen - wide.logsumexp(dim=-1))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8, pad_token_id: int = 0
+) -> list[Scores]:
+    """Score each sequence of token ids; the padding that a batch needs is masked and cut off again.
+
+    The model is used as it is: put it in evaluation mode and on its device first.
+    """
+    device = next(model.parameters()).device
+    scores: list[Scores] = []
+    for start in range(0, len(sequences), batch_size):
+        batch = [list(sequence) for sequence in sequences[start : start + batch_size]]
+        longest = max(len(sequence) for sequence in batch)
+        ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in batch], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
+        logprobs, top1 = token_logprobs(logits, ids).cpu(), logits[:, :-1].argmax(dim=-1).cpu()
+        scores.extend(
+            Scores(logprobs[index, : len(row) - 1], top1[index, : len(row) - 1]) for index, row in enumerate(batch)
+        )
+    return scores

@@ -1,0 +1,171 @@
+"""Opening and saving Hugging Face model folders: what is not whole is named, and never silently filled in.
+
+`from_pretrained` initialises weights that a checkpoint lacks at random, and warns; here that is an error.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cordee import files
+from cordee.errors import Fault, UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+END_OF_TURN = "<|assistant_end|>"
+_MANIFEST = "manifest.json"
+_NOT_OWN = {"bos_token_id", "pad_token_id", "eos_token_id", "transformers_version", "_from_model_config"}
+
+
+def open_model(
+    folder: Path, *, dtype: torch.dtype | None = None, key: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """The causal language model in a folder, on the CPU, in `dtype` (None: the one it is stored in).
+
+    `options` go to `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        UserError: the folder is no model.
+        Fault: it is one, and it is damaged, incomplete or does not fit its own config.
+    """
+    _require_model(folder, key)
+    require_undamaged(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line with the names
+            output_loading_info=True,
+            **options,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise Fault(f"can't be opened as a model: {error}", file=folder) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(what):
+            named = sorted(str(name) for name in report[what])
+            more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+            raise Fault(f"{what.replace('_', ' ')}: {', '.join(named[:3])}{more}", file=folder)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise Fault(f"{name} holds values that are not finite", file=folder)
+    return model
+
+
+def open_tokenizer(folder: Path, *, key: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Raises:
+        UserError: the folder holds none.
+        Fault: it is damaged.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError("holds no tokenizer: it has no tokenizer.json", file=folder, key=key)
+    require_undamaged(folder, TOKENIZER_FILES)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a file that it can't read
+        raise Fault(f"can't be opened as a tokenizer: {error}", file=folder) from error
+
+
+def save_model(
+    model: PreTrainedModel, folder: Path, *, tokenizer: Path, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model folder: config, safetensors, generation config, and the tokenizer files of `tokenizer`.
+
+    A folder that is not there yet appears at once and whole. In one that is (an artifact's own), each file appears
+    whole, and `config.json`, without which no reader takes the folder for a model, goes first and comes last.
+    `state_dict` stands for the model's own where weights were gathered from shards.
+    """
+    fresh = not folder.exists()
+    beside = folder.with_name(f".{folder.name}.saving") if fresh else folder / ".saving"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    opened = open_tokenizer(tokenizer)
+    model.generation_config = _generation_config(model.generation_config, opened)
+    model.save_pretrained(beside, state_dict=state_dict)
+    copy_tokenizer(tokenizer, beside)
+    files.sync_tree(beside)
+    if fresh:
+        beside.rename(folder)
+        files.sync_folder(folder.parent)
+        return
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(folder / path.name)
+    beside.rmdir()
+    files.sync_folder(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files byte by byte: a tokenizer that was opened and saved again can differ."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a generation: the end of the text, and of the assistant's turn where there is one."""
+    ends = [tokenizer.eos_token_id]
+    if END_OF_TURN in tokenizer.get_vocab():
+        ends.append(tokenizer.convert_tokens_to_ids(END_OF_TURN))
+    return [int(end) for end in dict.fromkeys(ends) if end is not None]
+
+
+def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> None:
+    """Compare a folder's weights (or the files named) with the manifest of the artifact that it lies in, if any.
+
+    Raises:
+        Fault: a file's size or SHA-256 is not what was published.
+    """
+    owner = next((above for above in (folder, *folder.parents[:3]) if (above / _MANIFEST).is_file()), None)
+    if owner is None:
+        return
+    published = {item["path"]: item for item in files.read_json(owner / _MANIFEST).get("files", [])}
+    for path in sorted(folder.iterdir()):
+        item = published.get(path.relative_to(owner).as_posix())
+        if item is None or (path.suffix != ".safetensors" if names is None else path.name not in names):
+            continue
+        if path.stat().st_size != item["bytes"] or files.sha256(path) != item["sha256"]:
+            raise Fault("is damaged: its content differs from what was published", file=path)
+
+
+def _require_model(folder: Path, key: str | None) -> None:
+    """Say what a folder is instead, if it is no model."""
+    if not folder.is_dir():
+        raise UserError("is no folder", file=folder, key=key)
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError("is an adapter, not a model", file=folder, key=key, hint="merge it into its base first")
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"did you mean {folder.name}/{inside[-1]}?" if inside else ""
+        raise UserError("is no Hugging Face model: it has no config.json", file=folder, key=key, hint=hint)
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Fault(f"is no JSON: {error}", file=folder / "config.json") from error
+    if not any(folder.glob("*.safetensors")):
+        raise UserError("holds no weights: it has no *.safetensors", file=folder, key=key)
+
+
+def _generation_config(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's own settings with the tokenizer's special tokens; every end stops a generation."""
+    own = config.to_diff_dict() if config else {}
+    ends = own.get("eos_token_id")
+    return GenerationConfig(
+        **{name: value for name, value in own.items() if name not in _NOT_OWN},
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=list(dict.fromkeys([*stop_token_ids(tokenizer), *(ends if isinstance(ends, list) else [])])),
+    )

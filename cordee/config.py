@@ -1,0 +1,112 @@
+"""What a stage can be told: frozen, typed fields, each with its meaning right below it.
+
+Three marks carry the meaning that a plan needs:
+
+- `Input`: a reference (`$sft`, `$base/checkpoints/500`, `quickstart/base@1`) or a path. What it points to is
+  part of the stage's identity by its fingerprint or its content, never by its name or place.
+- `Execution[T]`: says only how to execute (processes, micro-batch, logging); no part of the identity.
+- `Library("trl.SFTConfig", owned=...)`: a mapping that is handed through to a library's own dataclass and
+  checked against the fields of the installed version; `owned` are those that the stage sets itself.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PosixPath
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+
+class Input(PosixPath):
+    """A reference to an artifact, or a path; by the time a stage runs it is an absolute path that exists."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            cls,
+            core_schema.union_schema([core_schema.is_instance_schema(cls), core_schema.str_schema(min_length=1)]),
+            serialization=core_schema.plain_serializer_function_ser_schema(str),
+        )
+
+
+class ExecutionMark:
+    """Marks a field as execution only."""
+
+
+T = TypeVar("T")
+Execution = Annotated[T, ExecutionMark()]
+
+
+@dataclass(frozen=True)
+class Library:
+    """Names the dataclass (`package.Class`) whose fields a mapping may hold, less those that the stage owns."""
+
+    dataclass_name: str
+    owned: tuple[str, ...] = ()
+
+
+class Config(BaseModel):
+    """Base of every stage's `Config` and of the mappings nested in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class Launch(Config):
+    """How `accelerate launch` starts a training stage."""
+
+    num_processes: int = Field(default=1, ge=1)
+    """Processes over all machines, one per device."""
+    config_file: str | None = None
+    """An accelerate configuration (FSDP, several machines); `num_processes` above still holds."""
+
+
+class TrainingConfig(Config):
+    """Base of the stages that train: started by `accelerate launch`."""
+
+    launch: Execution[Launch] = Launch()
+    """Processes and devices; the result is the same, to tolerance, at any of them."""
+
+
+def is_execution(model: type[Config], field: str) -> bool:
+    """Whether a field of a config says only how to execute."""
+    return any(isinstance(mark, ExecutionMark) for mark in model.model_fields[field].metadata)
+
+
+def libraries(model: type[Config]) -> Iterator[tuple[str, Library]]:
+    """The fields of a config that are handed through to a library: name and mark."""
+    for name, field in model.model_fields.items():
+        for mark in field.metadata:
+            if isinstance(mark, Library):
+                yield name, mark
+
+
+def inputs(value: Any, key: str = "") -> Iterator[tuple[str, Input]]:
+    """Every `Input` in a config, with its key's path (`data.0.tokens`)."""
+    if isinstance(value, Input):
+        yield key, value
+    elif isinstance(value, Config):
+        for name in type(value).model_fields:
+            yield from inputs(getattr(value, name), f"{key}.{name}".lstrip("."))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from inputs(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from inputs(item, f"{key}.{index}".lstrip("."))
+
+
+def resolved(value: Any, paths: Mapping[str, str], key: str = "") -> Any:
+    """A config as JSON, with the path of each input (by its key) in its place."""
+    if isinstance(value, Input):
+        return paths[key]
+    if isinstance(value, Config):
+        return {
+            name: resolved(getattr(value, name), paths, f"{key}.{name}".lstrip("."))
+            for name in type(value).model_fields
+        }
+    if isinstance(value, dict):
+        return {name: resolved(item, paths, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [resolved(item, paths, f"{key}.{index}".lstrip(".")) for index, item in enumerate(value)]
+    return value

@@ -1,0 +1,55 @@
+"""What a stage will cost, before anything starts: closed forms, no torch.
+
+Training FLOPs follow Kaplan et al. 2020 (arXiv 2001.08361, section 2.1): a token costs 2 FLOPs per
+parameter forward and 4 backward, and attention 12 · layers · width · context more.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is known of a stage's work; None where it can't be known yet."""
+
+    tokens: float | None = None
+    """Tokens that the stage works on (trains on, generates or scores)."""
+    flops: float | None = None
+    parameters: float | None = None
+    memory_bytes: float | None = None
+    """Peak memory of one process."""
+    seconds: float | None = None
+    """Only where it was measured."""
+    vocab_size: int | None = None
+    rows: float | None = None
+    """Documents, chats or pairs that the stage hands on."""
+
+
+def decoder_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
+    """Parameters of an Apertus decoder from its config.
+
+    Per layer: attention `q, k, v, o`, QK-norms, the two matrices of a non-gated MLP, xIELU's two scalars
+    (its `beta` and `eps` are fixed) and two RMSNorms; then the last norm, the embedding, and the output head.
+    """
+    width, heads = int(model["hidden_size"]), int(model["num_attention_heads"])
+    head_dim = int(model.get("head_dim") or width // heads)
+    key_value = int(model["num_key_value_heads"]) * head_dim
+    attention = 2 * width * heads * head_dim + 2 * width * key_value + 2 * head_dim
+    layer = attention + 2 * width * int(model["intermediate_size"]) + 2 + 2 * width
+    tables = 1 if model.get("tie_word_embeddings") else 2
+    return int(model["num_hidden_layers"]) * layer + width + tables * vocab_size * width
+
+
+def training_flops(parameters: float, tokens: float, layers: int, width: int, context: int) -> float:
+    """FLOPs to train on `tokens` tokens."""
+    return tokens * (6.0 * parameters + 12.0 * layers * width * context)
+
+
+def training_bytes(parameters: float, micro_batch_tokens: float, layers: int, width: int, vocab_size: int) -> float:
+    """Peak memory of one training process, in bytes.
+
+    Float32 weights, gradients and two Adam moments; about 34 bytes per token, layer and width of activations
+    (Korthikanti et al. 2022, arXiv 2205.05198, equation 2); three copies of the logits.
+    """
+    return 16.0 * parameters + micro_batch_tokens * (34.0 * layers * width + 12.0 * vocab_size) + 0.6e9

@@ -1,0 +1,39 @@
+"""The command that starts a stage: `python -m <uses>`, by `accelerate launch` where the stage trains."""
+
+import json
+import sys
+from pathlib import Path
+
+from cordee import files, provenance
+from cordee.config import Config, Launch, TrainingConfig
+
+
+def of_stage(uses: str, config: Config, job_file: Path) -> tuple[str, ...]:
+    """The argument vector for a stage whose job stands in `job_file`."""
+    module = ("-m", uses, "--job", str(job_file))
+    if not isinstance(config, TrainingConfig):
+        return (sys.executable, *module)
+    launch = config.launch
+    settings = launch.config_file or str(_settings(launch, job_file.with_name("accelerate.yaml")))
+    # The same as `accelerate launch`, with this interpreter's accelerate whatever the PATH says.
+    accelerate = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+    return (*accelerate, "--config_file", settings, "--num_processes", str(launch.num_processes), *module)
+
+
+def _settings(launch: Launch, path: Path) -> Path:
+    """Write an accelerate configuration for this machine, so that no default of the user's home is read."""
+    gpu = provenance.has_gpu()
+    several = ("MULTI_GPU" if gpu else "MULTI_CPU") if launch.num_processes > 1 else "NO"
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": several,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "num_processes": launch.num_processes,
+        "mixed_precision": "no",  # the stage's own config says it
+        "use_cpu": not gpu,
+        "main_training_function": "main",
+        "main_process_port": 0,
+    }
+    files.write_text(path, json.dumps(settings, indent=2))
+    return path

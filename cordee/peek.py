@@ -1,0 +1,88 @@
+"""Reads the fields of a library's dataclass from its source, without importing it (torch alone takes seconds)."""
+
+import ast
+import functools
+import importlib.util
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cordee.errors import Fault
+
+_NAMES: dict[str, Any] = {
+    **{kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple, set)},
+    **{name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")},
+}
+
+
+@functools.cache
+def dataclass_fields(dataclass_name: str) -> dict[str, Any]:
+    """The fields of `package.Class`, its bases' included: name → type, `Any` where only the library knows it.
+
+    Raises:
+        Fault: the package is not installed or holds no such class.
+    """
+    package, _, name = dataclass_name.rpartition(".")
+    root = _source_of(package)
+    if root is None:
+        raise Fault(f"{package} is not installed, so its settings can't be checked", hint="pip install 'cordee[train]'")
+    fields = dict(_fields(root, name))
+    if not fields:
+        raise Fault(f"{package} is installed, but holds no {name}", hint="use the versions that requirements.txt pins")
+    return fields
+
+
+def _fields(file: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """The annotated fields of a class that a file defines or imports; bases first, so a subclass's type wins."""
+    tree = _parse(file)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for base in node.bases:
+                if isinstance(base, ast.Name):
+                    yield from _fields(file, base.id)
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    yield item.target.id, _type(ast.unparse(item.annotation))
+            return
+    for statement in ast.walk(tree):
+        if isinstance(statement, ast.ImportFrom) and any(name == alias.name for alias in statement.names):
+            if (source := _imported_from(statement, file)) is not None:
+                yield from _fields(source, name)
+            return
+
+
+@functools.cache
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _imported_from(statement: ast.ImportFrom, file: Path) -> Path | None:
+    """The file that `from module import …` reads, or None for the standard library's."""
+    if not statement.level:
+        return _source_of(statement.module or "")
+    module = file.parents[statement.level - 1].joinpath(*(statement.module or "").split("."))
+    return next((path for path in (module.with_suffix(".py"), module / "__init__.py") if path.exists()), None)
+
+
+def _source_of(module: str) -> Path | None:
+    """A module's source file, found without importing the module; None if there is none."""
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+
+
+def _type(annotation: str) -> Any:
+    """The type that an annotation spells, where it is made of built-in names only."""
+    try:
+        return eval(annotation.strip("'\""), {"__builtins__": {}}, _NAMES)  # noqa: S307 - the installed library's source
+    except (NameError, SyntaxError, TypeError, AttributeError):
+        return Any
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported here."""
+    return importlib.util.find_spec(package) is not None

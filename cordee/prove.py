@@ -1,0 +1,87 @@
+"""Puts a room's proof round a user's own recipe: `cordee prove RECIPE masks`.
+
+A proof is a stage, `<room>/prove_<name>.py`, whose module says with `PROVES` which stages it speaks of and whose
+`Config` takes that stage's keys. Its artifact holds `certificate.json`, and stands in the report.
+"""
+
+import ast
+import copy
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cordee import plan, recipe, stage
+from cordee.artifact import Store
+from cordee.errors import UserError, nearest
+from cordee.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A proof that a room holds."""
+
+    name: str
+    uses: str
+    proves: str
+    """The module of the stages that it speaks of."""
+
+
+def find() -> dict[str, Proof]:
+    """The proofs of all rooms by name, read from the source."""
+    found = {}
+    for room in stage.ROOMS:
+        spec = importlib.util.find_spec(room)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for path in sorted(Path(folder).glob("prove_*.py")):
+                name = path.stem.removeprefix("prove_")
+                found[name] = Proof(name, f"{room}.{path.stem}", _constant(path, "PROVES"))
+    return found
+
+
+def _constant(path: Path, name: str) -> str:
+    """The value of a module's constant."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return str(ast.literal_eval(node.value))
+    raise TypeError(f"{path} holds no {name}")
+
+
+def plans(of: Recipe, store: Store, name: str) -> list[tuple[plan.Plan, str]]:
+    """For each stage that a proof speaks of: the recipe up to it with the proof as last stage, and its fingerprint.
+
+    Raises:
+        UserError: there is no such proof, or the recipe has no stage that it speaks of.
+    """
+    proofs = find()
+    if name not in proofs:
+        raise UserError(f"no proof {name!r}", hint=nearest(name, proofs))
+    proof = proofs[name]
+    proven = [item for item in of.stages if item.stage.uses == proof.proves]
+    if not proven:
+        raise UserError(f"has no stage that uses {proof.proves}, which {name!r} speaks of", file=of.file, key="stages")
+    whole = plan.make(of, store)
+    return [(_with_proof(of, store, proof, item), whole.stage(item.name).fingerprint) for item in proven]
+
+
+def _with_proof(of: Recipe, store: Store, proof: Proof, item: recipe.RecipeStage) -> plan.Plan:
+    """The plan of what one proof needs, and the proof."""
+    document: dict[str, Any] = copy.deepcopy(of.document)
+    needed = _ancestors(of, item)
+    values = {key: value for key, value in document["stages"][item.name].items() if key != "uses"}
+    document["stages"] = {name: document["stages"][name] for name in document["stages"] if name in needed}
+    document["stages"][f"prove-{proof.name}-{item.name}"] = {"uses": proof.uses, **values}
+    return plan.make(recipe.check(document, of.file), store)
+
+
+def _ancestors(of: Recipe, item: recipe.RecipeStage) -> set[str]:
+    """The stages that a stage needs, directly or through others."""
+    by_name = {other.name: other for other in of.stages}
+    found: set[str] = set()
+    waiting = list(item.needs)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += by_name[name].needs
+    return found

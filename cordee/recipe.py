@@ -1,0 +1,282 @@
+"""A recipe: a YAML file with a name, a seed, and stages; here it becomes typed, or one line says what is wrong.
+
+YAML is read as version 1.2 has it: `no` is a word (a language's code), `1e-3` is a number, and a key that
+stands twice is an error.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from cordee import peek, stage
+from cordee.config import Config, inputs, libraries
+from cordee.errors import UserError, nearest
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+CERTIFICATES = "$certificates"
+
+
+@dataclass(frozen=True)
+class RecipeStage:
+    """One stage of a recipe: its name, its module, and its config with the references still in it."""
+
+    name: str
+    stage: stage.Stage
+    config: Config
+    needs: tuple[str, ...]
+    """The stages of this recipe that it refers to."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, checked; its stages in an order in which each comes after what it needs."""
+
+    file: Path
+    name: str
+    seed: int
+    stages: tuple[RecipeStage, ...]
+    document: dict[str, Any]
+    """The YAML with the overrides in it, as it is stored with the run."""
+    unchecked: tuple[str, ...] = ()
+    """Libraries whose keys could not be checked, since they are not installed here."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema, without keys that stand twice."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp", ":int"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), [*"-+0123456789"])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    [*"-+.0123456789"],
+)
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    keys = [key.value for key, _ in node.value]
+    for key, _ in reversed(node.value):
+        if keys.count(key.value) > 1:
+            raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        UserError: it is not there, is no UTF-8, no YAML or no mapping.
+    """
+    try:
+        value = parse_yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        beside = [path.name for path in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise UserError(error.strerror or str(error), file=file, hint=nearest(file.name, beside)) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"no UTF-8 at byte {error.start}", file=file) from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"no valid YAML: {error.problem}", file=f"{file}{line}") from error
+    if not isinstance(value, dict):
+        raise UserError("holds no mapping", file=file)
+    return value
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that a piece of YAML spells."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - the loader is a SafeLoader
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, put `stage.key=value` overrides in, and check every key of every stage.
+
+    Raises:
+        UserError: anything about it is wrong; nothing was started.
+    """
+    document = read_yaml(path)
+    for override in overrides:
+        apply_override(document, override)
+    return check(document, path)
+
+
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """Put `stage.key=value` (or `seed=…`, `name=…`) into a recipe's document; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is no key=value", file="command line")
+    parts = key.split(".")
+    place: Any = document if parts[0] in ("name", "seed") else document.get("stages")
+    if isinstance(place, dict) and place is not document and parts[0] not in place:
+        raise UserError(f"no stage {parts[0]!r}", file="command line", key=key, hint=nearest(parts[0], map(str, place)))
+    for part in parts[:-1]:
+        if isinstance(place, dict):
+            place = place.setdefault(part, {})
+        elif isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+            place = place[int(part)]
+        else:
+            raise UserError(f"nothing to set below {part!r}", file="command line", key=key)
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{text!r} is no YAML value", file="command line", key=key) from error
+    if isinstance(place, list) and parts[-1].isdecimal() and int(parts[-1]) < len(place):
+        place[int(parts[-1])] = value
+    elif isinstance(place, dict):
+        place[parts[-1]] = value
+    else:
+        raise UserError(f"nothing to set below {'.'.join(parts[:-1])!r}", file="command line", key=key)
+
+
+def check(document: dict[str, Any], file: Path) -> Recipe:
+    """Turn a recipe's document into a `Recipe`."""
+    unknown = [key for key in document if key not in ("name", "seed", "stages")]
+    if unknown:
+        raise UserError(
+            "unknown key", file=file, key=str(unknown[0]), hint=nearest(str(unknown[0]), ["name", "seed", "stages"])
+        )
+    name, seed, stages = document.get("name"), document.get("seed", 0), document.get("stages")
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise UserError(f"must be a word of letters, digits, '-' and '_', not {name!r}", file=file, key="name")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError(f"must be a whole number, not {seed!r}", file=file, key="seed")
+    if not (isinstance(stages, dict) and stages):
+        raise UserError("must be a mapping of at least one stage", file=file, key="stages")
+    checked = {str(key): _check_stage(str(key), value, stages, file) for key, value in stages.items()}
+    missing = sorted(
+        {
+            mark.dataclass_name.partition(".")[0]
+            for item in checked.values()
+            for _, mark in libraries(type(item.config))
+            if not peek.is_installed(mark.dataclass_name.partition(".")[0])
+        }
+    )
+    return Recipe(file, name, seed, tuple(_in_order(checked, file)), document, tuple(missing))
+
+
+def _check_stage(name: str, value: Any, stages: Mapping[str, Any], file: Path) -> RecipeStage:
+    """Check one stage: its name, its module, its keys and its references."""
+    key = f"stages.{name}"
+    if not NAME.fullmatch(name):
+        raise UserError("a stage's name is a word of letters, digits, '-' and '_'", file=file, key=key)
+    if not isinstance(value, dict) or not isinstance(value.get("uses"), str):
+        raise UserError("a stage needs `uses: room.module`", file=file, key=key)
+    module = stage.load(value["uses"], file=file, key=f"{key}.uses")
+    config = validate(module.config, {k: v for k, v in value.items() if k != "uses"}, file, key)
+    return RecipeStage(name, module, config, tuple(_needs(config, stages, file, key)))
+
+
+def validate(model: type[Config], values: dict[str, Any], file: object, key: str) -> Config:
+    """Check a stage's keys against its `Config`, and those for a library against the library's dataclass."""
+    try:
+        config = model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([key, *map(str, first["loc"])])
+        if first["type"] == "extra_forbidden":
+            hint = nearest(str(first["loc"][-1]), _fields_at(model, first["loc"][:-1]))
+            raise UserError("unknown key", file=file, key=place, hint=hint) from error
+        problem = "missing" if first["type"] == "missing" else f"{first['msg']}, not {first['input']!r}"
+        raise UserError(problem, file=file, key=place) from error
+    for field, mark in libraries(model):
+        package = mark.dataclass_name.partition(".")[0]
+        if peek.is_installed(package) and (given := getattr(config, field)) is not None:
+            known = peek.dataclass_fields(mark.dataclass_name)
+            for name, value in given.items():
+                _check_library_key(name, value, known, mark.owned, (file, f"{key}.{field}.{name}"))
+    return config
+
+
+def _check_library_key(
+    name: str, value: Any, known: Mapping[str, Any], owned: tuple[str, ...], place: tuple[object, str]
+) -> None:
+    """Check one key that a library's own dataclass will be given."""
+    file, key = place
+    if name in owned:
+        raise UserError(
+            "the stage sets this itself", file=file, key=key, hint="leave it out, or use the stage's own key"
+        )
+    if name not in known:
+        raise UserError("unknown key", file=file, key=key, hint=nearest(name, set(known) - set(owned)))
+    try:
+        TypeAdapter(known[name]).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{error.errors()[0]['msg']}, not {value!r}", file=file, key=key) from error
+
+
+def _fields_at(model: type[Config], loc: Sequence[int | str]) -> list[str]:
+    """The fields of the config that stands at a place within another one."""
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            found = _config_in(model.model_fields[part].annotation)
+            model = found or model
+    return list(model.model_fields)
+
+
+def _config_in(annotation: Any) -> type[Config] | None:
+    """The config class inside an annotation such as `list[Source] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    found = (_config_in(item) for item in getattr(annotation, "__args__", ()))
+    return next((config for config in found if config), None)
+
+
+def _needs(config: Config, stages: Mapping[str, Any], file: Path, key: str) -> Iterator[str]:
+    """The stages that a config refers to; a reference to none is an error."""
+    for place, value in inputs(config):
+        text = str(value)
+        if not text.startswith("$") or text == CERTIFICATES:
+            continue
+        name = text[1:].partition("/")[0]
+        if name not in stages:
+            raise UserError(
+                f"{text} refers to no stage", file=file, key=f"{key}.{place}", hint=nearest(name, map(str, stages))
+            )
+        yield name
+
+
+def _in_order(stages: dict[str, RecipeStage], file: Path) -> Iterator[RecipeStage]:
+    """The stages so that each comes after what it needs, otherwise in the file's order."""
+    placed: set[str] = set()
+    waiting = list(stages)
+    while waiting:
+        free = next((name for name in waiting if placed.issuperset(stages[name].needs)), None)
+        if free is None:
+            raise UserError(
+                f"these refer to each other in a circle: {_cycle(stages, waiting)}", file=file, key="stages"
+            )
+        waiting.remove(free)
+        placed.add(free)
+        yield stages[free]
+
+
+def _cycle(stages: dict[str, RecipeStage], waiting: list[str]) -> str:
+    """A circle of references, spelled `a → b → a`; each stage that waits needs another one that waits."""
+    path = [waiting[0]]
+    while path[-1] not in path[:-1]:
+        path.append(next(name for name in stages[path[-1]].needs if name in waiting))
+    return " → ".join(path[path.index(path[-1]) :])

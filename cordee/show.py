@@ -1,0 +1,162 @@
+"""Tables and trees for the command line: plans, states, lineages, certificates."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from cordee import files, lineage, provenance
+from cordee.artifact import Artifact
+from cordee.display import duration, progress_line
+from cordee.lineage import Step
+from cordee.plan import Plan, Planned
+
+# Without a measurement to go by: what one core, or one GPU, reaches in training.
+ROUGH_CORE_FLOPS_PER_S = 5e10
+ROUGH_GPU_FLOPS_PER_S = 3e14
+RUNNING_FOR_S = 60.0
+STYLES = {
+    "done": "green",
+    "stale": "yellow",
+    "ready": "cyan",
+    "running": "bold cyan",
+    "failed": "red",
+    "stopped": "yellow",
+}
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row per stage: state, tokens, FLOPs, parameters, memory, time."""
+    table = Table(title=f"{plan.recipe.name}  ({plan.recipe.file}, seed {plan.recipe.seed})", title_justify="left")
+    for name in ("stage", "uses", "state"):
+        table.add_column(name, overflow="fold")
+    for name in ("tokens", "parameters", "FLOPs", "memory", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rates = dict(_measured_rates(plan))
+    for planned in plan.stages:
+        cost = planned.cost
+        state = Text(planned.state, STYLES[planned.state])
+        why = planned.artifact.name if planned.artifact else "; ".join(planned.why)
+        table.add_row(
+            planned.name,
+            planned.item.stage.uses,
+            state + Text(f"  {why}" if why else "", "dim"),
+            _count(cost.tokens),
+            _count(cost.parameters),
+            f"{cost.flops:.2g}" if cost.flops else "",
+            f"{cost.memory_bytes / 1e9:.1f} GB" if cost.memory_bytes else "",
+            _time(planned, rates),
+        )
+    return table
+
+
+def plan_notes(plan: Plan) -> Iterator[str]:
+    """What the table doesn't say: every key that changed, and what could not be checked."""
+    for planned in plan.stages:
+        if planned.state == "stale":
+            yield f"{planned.name} is stale:"
+            yield from (f"  {line}" for line in planned.why)
+    for package in plan.recipe.unchecked:
+        yield f"{package} is not installed here: the keys that are handed to it are checked when the stage starts"
+    if any(planned.cost.seconds is None and planned.cost.flops for planned in plan.stages):
+        yield "times with ~ follow from an earlier run on this machine, those with ≈ are rough"
+
+
+def _measured_rates(plan: Plan) -> Iterator[tuple[str, float]]:
+    """FLOPs per second that each kind of stage reached on this machine, the newest last."""
+    here = provenance.host()["name"]
+    for made in plan.store.everything(plan.recipe.name):
+        flops, seconds = made.manifest["metrics"].get("flops"), made.manifest["seconds"]
+        if flops and seconds and made.manifest["host"]["name"] == here:
+            yield made.manifest["uses"], flops / seconds
+
+
+def _time(planned: Planned, rates: dict[str, float]) -> str:
+    """How long a stage took, or will take."""
+    if planned.cost.seconds is not None:
+        return duration(planned.cost.seconds)
+    if not planned.cost.flops:
+        return ""
+    if rate := rates.get(planned.item.stage.uses):
+        return f"~{duration(planned.cost.flops / rate)}"
+    host = provenance.host()
+    rough = ROUGH_GPU_FLOPS_PER_S if host["gpu"] else ROUGH_CORE_FLOPS_PER_S * host["cores"]
+    return f"≈{duration(planned.cost.flops / rough)}"
+
+
+def _count(number: float | None) -> str:
+    """A count with three digits: `5.4M`."""
+    if number is None:
+        return ""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def status_table(plan: Plan) -> Table:
+    """A row per stage: how far it is."""
+    table = Table(title=plan.recipe.name, title_justify="left")
+    for name in ("stage", "state", "what it said last"):
+        table.add_column(name, overflow="fold")
+    for planned in plan.stages:
+        state, said = _status(plan, planned)
+        table.add_row(planned.name, Text(state, STYLES[state]), Text(said))
+    return table
+
+
+def _status(plan: Plan, planned: Planned) -> tuple[str, str]:
+    """A stage's state now, and the last thing that it said."""
+    if planned.artifact:
+        return "done", f"{planned.artifact.name}, {duration(planned.artifact.manifest['seconds'])}"
+    work = plan.store.work_folders(plan.recipe.name, planned.name, planned.fingerprint)
+    events = files.read_json_lines(work.logs / "events.jsonl") if work.out.exists() else []
+    if not events:
+        return planned.state, "; ".join(planned.why)
+    start = next(event["time"] for event in reversed(events) if event["event"] == "start")
+    last = events[-1]
+    said = last.get("text") or (progress_line(last, start) if last["event"] == "progress" else "starts")
+    if last["event"] == "error":
+        return ("stopped" if last["exit_code"] == 130 else "failed"), said
+    lock = plan.store.root / plan.recipe.name / f".{planned.name}.lock"
+    is_running = lock.exists() and time.time() - lock.stat().st_mtime < RUNNING_FOR_S
+    return ("running" if is_running else "stopped"), said
+
+
+def lineage_tree(steps: Iterable[Step]) -> Tree:
+    """A lineage as a tree."""
+    branches: list[Tree] = []
+    for step in steps:
+        if step.artifact:
+            made = step.artifact
+            label = f"{made.name}  {made.manifest['uses']}  {made.fingerprint[:12]}  {made.manifest['started'][:10]}"
+            label += "".join(
+                f"\n  licence: {name} ({count:,} documents)" for name, count in lineage.licences(made).items()
+            )
+        else:
+            label = f"{step.file}  sha256 {step.sha256[:12]}"
+        text = Text(f"{step.key}: {label}" if step.key else label)
+        branches = branches[: step.depth]
+        branches.append(branches[-1].add(text) if branches else Tree(text))
+    return branches[0]
+
+
+def certificate(out: Console, made: Artifact) -> None:
+    """Print a certificate: its claim, and each check with value and limit."""
+    held = files.read_json(made.path / "certificate.json")
+    out.print(f"{made.name}: {held['claim']}", markup=False, highlight=False, soft_wrap=True)
+    for check in held["checks"]:
+        mark = "passed" if check["passed"] else "FAILED"
+        out.print(
+            f"  {mark}  {check['name']}: {check['value']} (limit {check['limit']})", markup=False, highlight=False
+        )
+
+
+def reports(out: Console, made: Iterable[Artifact]) -> None:
+    """Say where the pages are that people read."""
+    for item in made:
+        if (item.path / "index.html").exists():
+            out.print(f"report: {item.path / 'index.html'}", markup=False, highlight=False, soft_wrap=True)

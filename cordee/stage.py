@@ -1,0 +1,129 @@
+"""A stage: a Python module with a docstring, a `Config`, a `run(config, context) -> metrics` and a `main`.
+
+`uses: posttrain.sft` names the module; nothing is registered anywhere. A module may also hold
+`cost(config, given) -> Cost`, which `plan` asks before anything starts.
+"""
+
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cordee import files
+from cordee.config import Config
+from cordee.cost import Cost
+from cordee.errors import Stopped, UserError, nearest
+
+ROOMS = ("pretrain", "posttrain", "eval")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is given besides its config: where to write, its seed, and how to be heard.
+
+    Every process of a stage has one; `log`, `progress` and `note` write in the main process only.
+    """
+
+    out: Path
+    """The folder to write in; what stands here when `run` returns is published as the artifact."""
+    seed: int
+    events: Path
+    """`events.jsonl`: progress and notes, for the display. No part of the artifact."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all of its stage."""
+        return int(os.environ.get("RANK", "0")) == 0
+
+    def log(self, step: int, **metrics: float | str) -> None:
+        """Append one line to the artifact's `metrics.jsonl`."""
+        if self.is_main:
+            _append(self.out / "metrics.jsonl", {"step": step, **metrics})
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of `metrics.jsonl` after `step`: a resumed run writes them again."""
+        path = self.out / "metrics.jsonl"
+        if self.is_main and path.exists():
+            rows = [row for row in files.read_json_lines(path) if row["step"] <= step]
+            files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def progress(self, done: float, total: float, unit: str, **figures: float) -> None:
+        """Say how far the stage is: `done` of `total` units, with figures such as `loss` or `tokens_per_s`."""
+        if self.is_main:
+            event = {"event": "progress", "time": time.time(), "done": done, "total": total, "unit": unit}
+            _append(self.events, {**event, "figures": figures})
+
+    def note(self, text: str) -> None:
+        """Say one line that a person should read."""
+        if self.is_main:
+            _append(self.events, {"event": "note", "time": time.time(), "text": text})
+
+    def stop_requested(self) -> bool:
+        """Whether the run was asked to stop: save what is needed to go on, then call `stop`."""
+        return (self.events.parent / "stop").exists()
+
+    def stop(self, where: str) -> None:
+        """End the run after its state was saved; `where` says how far it came (`step 120 of 900`).
+
+        Raises:
+            Stopped: always.
+        """
+        raise Stopped(f"stopped at {where}; the next run goes on from there")
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """One write of one whole line: what a reader sees ends with a newline or is not there yet."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a recipe needs to know of a stage's module."""
+
+    uses: str
+    config: type[Config]
+    run: Callable[[Any, Context], dict[str, Any]]
+    cost: Callable[[Any, dict[str, Cost]], Cost] | None
+
+
+def load(uses: str, *, file: object = None, key: str | None = None) -> Stage:
+    """Import the module that `uses` names; its heavy imports stand inside `run`, so this is quick.
+
+    Raises:
+        UserError: there is no such module, or it is no stage.
+    """
+    if uses not in (known := {name for name, _ in find()}) and not _is_importable(uses):
+        raise UserError(f"no stage {uses!r}", file=file, key=key, hint=nearest(uses, known))
+    module = importlib.import_module(uses)
+    config, run = getattr(module, "Config", None), getattr(module, "run", None)
+    if not (isinstance(config, type) and issubclass(config, Config) and callable(run)):
+        raise UserError(f"module {uses!r} is no stage: it needs `Config` and `run`", file=file, key=key)
+    return Stage(uses, config, run, getattr(module, "cost", None))
+
+
+def find() -> Iterator[tuple[str, str]]:
+    """The stages of the three rooms and the first line of what they say of themselves, read from the source."""
+    for room in ROOMS:
+        spec = importlib.util.find_spec(room)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for path in sorted(Path(folder).glob("*.py")):
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                names = {getattr(node, "name", "") for node in tree.body}
+                if {"Config", "run", "main"} <= names:
+                    yield f"{room}.{path.stem}", (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+def _is_importable(uses: str) -> bool:
+    """Whether a stage of a user's own package can be found."""
+    try:
+        return importlib.util.find_spec(uses) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False

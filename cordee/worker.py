@@ -1,0 +1,102 @@
+"""The door of every stage: `python -m pretrain.corpus …` or `accelerate launch -m posttrain.sft …`.
+
+Two ways in, one `main`:
+
+- `--job FILE`: the runner's own; the artifact's folder is open already and the runner publishes it.
+- `--config FILE [key=value …]`: a person's; see `cordee.alone`.
+"""
+
+import argparse
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cordee import alone, files
+from cordee.config import Config
+from cordee.errors import CordeeError, Fault
+from cordee.stage import Context
+
+Run = Callable[[Any, Context], dict[str, Any]]
+
+
+def main(config_type: type[Config], run: Run) -> None:
+    """Run the stage whose module was started; ends the process with the error's exit code."""
+    spec = sys.modules["__main__"].__spec__
+    uses = spec.name if spec else "stage"
+    parser = argparse.ArgumentParser(prog=f"python -m {uses}", allow_abbrev=False)
+    door = parser.add_mutually_exclusive_group(required=True)
+    door.add_argument("--job", type=Path, help="a job file that `cordee run` wrote")
+    door.add_argument("--config", type=Path, help="a YAML file with the stage's keys, and `seed` if not 0")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where artifacts are published")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    _offline()
+    try:
+        if arguments.job:
+            _die_with_parent()
+            _run_job(arguments.job, config_type, run)
+        else:
+            alone.run(uses, arguments.config, arguments.overrides, arguments.runs, lambda c, k: run_stage(c, k, run))
+    except CordeeError as error:
+        sys.stderr.write(f"{uses}: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{uses}: interrupted; the next run goes on from the last state that was saved\n")
+        sys.exit(130)
+
+
+def _run_job(job_file: Path, config_type: type[Config], run: Run) -> None:
+    """Run one job; its metrics go to `result.json` beside the events, its error to the events."""
+    job = files.read_json(job_file)
+    context = Context(out=Path(job["out"]), seed=job["seed"], events=Path(job["events"]))
+    try:
+        metrics = run_stage(config_type.model_validate(job["config"]), context, run)
+    except CordeeError as error:
+        event = {"event": "error", "time": time.time(), "exit_code": error.exit_code, "text": str(error)}
+        with context.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        raise
+    if context.is_main:
+        files.write_json(context.events.parent / "result.json", metrics)
+
+
+def run_stage(config: Config, context: Context, run: Run) -> dict[str, Any]:
+    """Call a stage's `run`, turning what no code of ours raised into a fault of one line.
+
+    Raises:
+        CordeeError: anything went wrong; the stack trace of what is not the user's stands in the log.
+    """
+    try:
+        return run(config, context)
+    except CordeeError:
+        raise
+    except OSError as error:
+        traceback.print_exc()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Fault("no space left on the disk: free some, then run again", file=context.out) from error
+        raise Fault(
+            f"{error.strerror or error}: the log has the details", file=error.filename or context.out
+        ) from error
+    except Exception as error:
+        traceback.print_exc()
+        raise Fault(f"{type(error).__name__}: {error}; the log has the details", file=context.out) from error
+
+
+def _offline() -> None:
+    """No library may reach for a network, whatever the environment says."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[name] = "1"
+
+
+def _die_with_parent() -> None:
+    """Where the runner or the launcher is killed, no orphan may go on writing (Linux: prctl(2), option 1)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)

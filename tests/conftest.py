@@ -1,0 +1,49 @@
+"""What all tests share: the repository's root, a store, and the toy stages that live beside the tests."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOYS = str(ROOT / "tests" / "stages")
+sys.path.insert(0, TOYS)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TOYS, os.environ.get("PYTHONPATH")]))
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[name] = "1"
+
+Cordee = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def cordee(tmp_path: Path) -> Cordee:
+    """Runs the real command line in a folder of the test's own: `cordee("plan", "r.yaml")`."""
+
+    def call(*arguments: str, cwd: Path = tmp_path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from cordee.cli import main; main()", *arguments]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
+            "COLUMNS": "200",
+        }
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return call
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Writes a text file into the test's folder."""
+
+    def call(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return call

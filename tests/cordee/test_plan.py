@@ -1,0 +1,137 @@
+"""The plan says what is done, what is stale and why, and what it will cost."""
+
+import json
+
+import pytest
+
+from cordee import plan, recipe, runner
+from cordee.artifact import Store
+from cordee.display import Display
+from cordee.errors import UserError
+from rich.console import Console
+
+BROOK = """
+name: brook
+stages:
+  spring: {uses: toys.spring, source: rock.txt}
+  pool:   {uses: toys.spring, source: $spring/line.txt}
+"""
+
+
+@pytest.fixture
+def brook(tmp_path, write, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("rock.txt", "rock\n")
+    path = write("brook.yaml", BROOK)
+
+    def make(*overrides: str) -> plan.Plan:
+        return plan.make(recipe.load(path, overrides), Store(tmp_path / "runs"))
+
+    return make
+
+
+def states(made: plan.Plan) -> dict[str, str]:
+    return {planned.name: planned.state for planned in made.stages}
+
+
+def run(made: plan.Plan) -> None:
+    with Display(Console(quiet=True)) as display:
+        runner.run(made, display)
+
+
+def test_a_stage_goes_from_ready_to_done_to_stale(brook):
+    assert states(brook()) == {"spring": "ready", "pool": "ready"}
+    run(brook())
+    assert states(brook()) == {"spring": "done", "pool": "done"}
+    changed = brook("pool.number=2")
+    assert states(changed) == {"spring": "done", "pool": "stale"}
+    assert changed.stage("pool").why == ("number 1.0 → 2",) or changed.stage("pool").why == ("number 1.0 → 2.0",)
+
+
+def test_what_follows_from_a_change_is_stale_and_says_from_where(brook):
+    run(brook())
+    changed = brook("spring.text=wine")
+    assert changed.stage("spring").why == ('text "water" → "wine"',)
+    assert changed.stage("pool").why == ("source: follows spring",)
+
+
+def test_an_execution_key_makes_nothing_stale(brook):
+    run(brook())
+    assert set(states(brook("spring.trouble=wait")).values()) == {"done"}
+
+
+def test_a_files_content_counts_and_not_its_name_or_time(brook, tmp_path):
+    run(brook())
+    (tmp_path / "rock.txt").rename(tmp_path / "stone.txt")
+    assert set(states(brook("spring.source=stone.txt")).values()) == {"done"}
+    (tmp_path / "stone.txt").write_text("sand\n")
+    changed = brook("spring.source=stone.txt")
+    assert states(changed)["spring"] == "stale"
+    assert changed.stage("spring").why[0].startswith("source content ")
+
+
+def test_going_back_to_an_old_identity_finds_the_old_version(brook):
+    run(brook())
+    run(brook("pool.number=2"))
+    assert brook().stage("pool").artifact.name == "brook/pool@1"
+    assert brook("pool.number=2").stage("pool").artifact.name == "brook/pool@2"
+
+
+def test_another_recipe_does_not_do_the_same_work_again(brook):
+    run(brook())
+    other = brook("name=stream")
+    assert states(other) == {"spring": "done", "pool": "done"}
+    assert other.stage("pool").artifact.name == "brook/pool@1"
+
+
+def test_the_seed_is_part_of_every_identity(brook):
+    run(brook())
+    assert brook("seed=1").stage("spring").why == ("seed 0 → 1",)
+
+
+def test_cost_is_told_before_and_measured_after(brook):
+    assert brook().stage("spring").cost.tokens == len("water")
+    run(brook())
+    assert brook().stage("spring").cost.seconds > 0
+    assert brook("pool.number=3").stage("pool").cost.rows == 1, "what an artifact measured is given to the next stage"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("spring.source=rok.txt", "stages.spring.source: no file or folder 'rok.txt'; did you mean 'rock.txt'?"),
+        ("spring.source=brook/spring@9", "no artifact 'brook/spring@9'"),
+    ],
+)
+def test_an_input_that_is_not_there_is_one_line(brook, override, message):
+    with pytest.raises(UserError) as caught:
+        brook(override)
+    assert message in str(caught.value)
+
+
+def test_a_place_that_an_artifact_does_not_have_names_the_nearest(brook):
+    run(brook())
+    with pytest.raises(UserError, match=r"has no 'lime.txt'; did you mean 'line.txt'\?"):
+        brook("pool.source=$spring/lime.txt")
+    with pytest.raises(UserError, match=r"has no 'lime.txt'; did you mean 'line.txt'\?"):
+        brook("pool.source=brook/spring@1/lime.txt")
+
+
+def test_frozen_refuses_any_difference(brook):
+    run(brook())
+    runner.require_frozen(brook())
+    with pytest.raises(UserError, match=r"stages.pool: is stale: number 1.0 → 2"):
+        runner.require_frozen(brook("pool.number=2"))
+
+
+def test_a_manifest_says_all_that_it_came_from(brook, tmp_path):
+    run(brook())
+    manifest = json.loads((tmp_path / "runs/brook/pool@1/manifest.json").read_text())
+    assert manifest["inputs"][0] | {"fingerprint": ""} == {
+        "key": "source", "artifact": "brook/spring@1", "path": "line.txt", "fingerprint": "",
+    }  # fmt: skip
+    assert manifest["metrics"] == {"rows": 1, "tokens": 5}
+    assert {item["path"] for item in manifest["files"]} == {"first.txt", "line.txt", "metrics.jsonl"}
+    assert manifest["packages"]["pydantic"]
+    assert manifest["peak_memory_bytes"] > 1e6
+    assert manifest["execution"] == {"trouble": ""}

@@ -1,0 +1,164 @@
+"""The real command line with real processes: what fails, stops or is killed leaves every artifact whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+BROOK = """
+name: brook
+stages:
+  spring: {uses: toys.spring}
+  pool:   {uses: toys.spring, source: $spring/line.txt}
+"""
+
+
+@pytest.fixture
+def brook(write):
+    return write("brook.yaml", BROOK)
+
+
+def test_a_run_publishes_each_stage_and_a_second_one_does_nothing_again(cordee, brook, tmp_path):
+    first = cordee("run", "brook.yaml")
+    assert first.returncode == 0, first.stderr
+    assert "published brook/pool@1" in first.stdout
+    assert (tmp_path / "runs/brook/pool@1/line.txt").read_text() == "water\nwater\n"
+    started = time.monotonic()
+    second = cordee("run", "brook.yaml")
+    assert (second.returncode, "published" in second.stdout) == (0, False)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("trouble", "exit_code", "message"),
+    [
+        ("user", 2, "spring.txt: text: is dry; did you mean 'wine'?"),
+        ("fault", 1, "pipe: the pipe burst"),
+        ("crash", 1, "ZeroDivisionError: by nothing; the log has the details"),
+        ("kill", 1, "the stage ended with exit code -9"),
+        ("full", 1, "no space left on the disk: free some, then run again"),
+    ],
+)
+def test_a_stage_that_fails_is_one_line_and_the_run_goes_on_when_it_is_mended(
+    cordee, brook, tmp_path, trouble, exit_code, message
+):
+    failed = cordee("run", "brook.yaml", f"pool.trouble={trouble}")
+    assert failed.returncode == exit_code
+    assert message in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert (tmp_path / "runs/brook/spring@1/manifest.json").exists()
+    assert not (tmp_path / "runs/brook/pool@1").exists()
+    assert cordee("verify").returncode == 0
+    mended = cordee("run", "brook.yaml")
+    assert (mended.returncode, "published brook/pool@1" in mended.stdout) == (0, True)
+
+
+def test_a_disk_that_is_full_while_publishing_leaves_earlier_artifacts_whole(cordee, brook, tmp_path):
+    assert cordee("stage", "brook.yaml", "spring").returncode == 0
+    size = 40_000
+    limited = subprocess.run(
+        ["bash", "-c", f"ulimit -f {size // 1024}; exec {sys.executable} -c 'from cordee.cli import main; main()' run brook.yaml pool.text={'x' * 60_000}"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{os.getcwd()}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert limited.returncode != 0
+    assert not (tmp_path / "runs/brook/pool@1").exists()
+    assert cordee("verify").returncode == 0
+
+
+def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(brook, tmp_path, cordee):
+    command = [sys.executable, "-c", "from cordee.cli import main; main()", "run", "brook.yaml", "pool.trouble=wait"]
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{os.getcwd()}"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    _await(lambda: "progress" in _events(tmp_path))
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"stopped at step" in error
+    assert "stopped" in cordee("status", "brook.yaml").stdout
+    assert cordee("run", "brook.yaml").returncode == 0
+
+
+def test_when_the_run_is_killed_its_stage_dies_too_and_the_next_run_takes_over(brook, tmp_path, cordee):
+    command = [sys.executable, "-c", "from cordee.cli import main; main()", "run", "brook.yaml", "pool.trouble=wait"]
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{os.getcwd()}"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    _await(lambda: "progress" in _events(tmp_path))
+    process.kill()
+    process.wait()
+    size = len(_events(tmp_path))
+    time.sleep(0.5)
+    size = len(_events(tmp_path))
+    time.sleep(1.0)
+    assert len(_events(tmp_path)) == size, "an orphan goes on writing"
+    assert cordee("run", "brook.yaml").returncode == 0
+
+
+def _events(tmp_path):
+    path = tmp_path / "runs/brook/logs/pool@1/events.jsonl"
+    return path.read_text() if path.exists() else ""
+
+
+def _await(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_flipped_byte_in_an_input_is_a_fault_before_anything_starts(cordee, brook, tmp_path):
+    assert cordee("stage", "brook.yaml", "spring").returncode == 0
+    (tmp_path / "runs/brook/spring@1/line.txt").write_text("waTer\n")
+    failed = cordee("run", "brook.yaml")
+    assert failed.returncode == 1
+    assert "line.txt: its content differs from the manifest's SHA-256" in failed.stderr
+    verified = cordee("verify")
+    assert (verified.returncode, "damaged  brook/spring@1" in verified.stdout) == (1, True)
+
+
+def test_one_stage_needs_its_inputs_done(cordee, brook):
+    failed = cordee("stage", "brook.yaml", "pool")
+    assert failed.returncode == 2
+    assert "stages.pool.source: spring is not made yet; run it first: cordee run brook.yaml" in failed.stderr
+
+
+def test_a_stage_also_runs_alone(cordee, write, tmp_path):
+    write("alone.yaml", "text: well\nseed: 4\n")
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{os.getcwd()}"}
+    command = [sys.executable, "-m", "toys.spring", "--config", "alone.yaml", "number=2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "runs/alone/spring@1/manifest.json").read_text())
+    assert manifest["identity"] == {
+        "uses": "toys.spring",
+        "seed": 4,
+        "config": {"text": "well", "source": None, "number": 2.0},
+    }
+    wrong = subprocess.run(
+        [*command[:-1], "nmber=2"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert "nmber: unknown key; did you mean 'number'?" in wrong.stderr
+
+
+def test_lineage_walks_back_to_the_source_files(cordee, write):
+    write("rock.txt", "rock")
+    write("brook.yaml", BROOK.replace("{uses: toys.spring}", "{uses: toys.spring, source: rock.txt}"))
+    assert cordee("run", "brook.yaml").returncode == 0
+    told = cordee("lineage", "brook/pool@1").stdout
+    assert "brook/pool@1" in told
+    assert "source: brook/spring@1" in told
+    assert "source: rock.txt  sha256" in told
+    assert cordee("lineage", "runs/brook/pool@1/line.txt").stdout == told
+
+
+def test_help_and_plan_import_no_torch(cordee, brook, write):
+    code = "import sys; from cordee import cli, stage; [stage.load(uses) for uses, _ in stage.find()]; print(sorted({'torch', 'transformers', 'trl', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,1 @@
+"""A user's own stages, as small as can be."""
