@@ -5,6 +5,7 @@ while doing it (exit code 1). A *stop* is a run that was asked to end and can go
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -35,6 +36,14 @@ class Stopped(CordeeError):  # noqa: N818 - no error, but an end
     """The run was asked to stop, saved its state, and goes on with the next `run`."""
 
     exit_code = 130
+
+
+def from_system(error: OSError, file: object = None) -> Fault:
+    """The fault that an error of the operating system is: names the file, and what to do about a full disk."""
+    where = error.filename or file
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Fault("no space left on the disk", file=where, hint="free some, then run again")
+    return Fault(error.strerror or str(error), file=where)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

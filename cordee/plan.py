@@ -18,6 +18,8 @@ from cordee.cost import Cost
 from cordee.errors import UserError, nearest
 from cordee.recipe import CERTIFICATES, Recipe, RecipeStage
 
+REPORT = "eval.report"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -74,6 +76,17 @@ class Plan:
                 return planned
         known = [planned.name for planned in self.stages]
         raise UserError(f"no stage {name!r}", file=self.recipe.file, hint=nearest(name, known))
+
+    def reports(self) -> set[str]:
+        """The names of the stages that make a report.
+
+        Raises:
+            UserError: there is none.
+        """
+        names = {planned.name for planned in self.stages if planned.item.stage.uses == REPORT}
+        if not names:
+            raise UserError(f"has no stage that uses {REPORT}", file=self.recipe.file, key="stages")
+        return names
 
 
 def make(recipe: Recipe, store: Store) -> Plan:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from cordee import artifact, config, files, identity, lock, provenance
 from cordee.artifact import Artifact, Work
@@ -24,12 +25,12 @@ POLL_S = 0.2
 STOP_GRACE_S = 90.0
 
 
-def run(plan: Plan, display: Display, only: set[str] | None = None, proves: str | None = None) -> dict[str, Artifact]:
+def run(plan: Plan, out: Console, only: set[str] | None = None, proves: str | None = None) -> dict[str, Artifact]:
     """Make every stage that is not done, or those in `only`, in order.
 
     Args:
         plan: what to run.
-        display: where progress is shown.
+        out: where progress is shown.
         only: names of the stages to make; their inputs have to be done.
         proves: the fingerprint of the stage that the last stage is a certificate for.
 
@@ -41,11 +42,12 @@ def run(plan: Plan, display: Display, only: set[str] | None = None, proves: str 
     """
     _keep_recipe(plan)
     made = {planned.name: planned.artifact for planned in plan.stages if planned.artifact}
-    for planned in plan.stages:
-        if planned.name in made or (only is not None and planned.name not in only):
-            continue
-        label = proves if planned is plan.stages[-1] else None
-        made[planned.name] = run_stage(plan, planned, made, display, label)
+    with Display(out) as display:
+        for planned in plan.stages:
+            if planned.name in made or (only is not None and planned.name not in only):
+                continue
+            label = proves if planned is plan.stages[-1] else None
+            made[planned.name] = run_stage(plan, planned, made, display, label)
     return made
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cordee import files, lineage, provenance
+from cordee import artifact, files, lineage, provenance, stage
 from cordee.artifact import Artifact
 from cordee.display import duration, progress_line
 from cordee.lineage import Step
@@ -18,6 +18,7 @@ from cordee.plan import Plan, Planned
 ROUGH_CORE_FLOPS_PER_S = 5e10
 ROUGH_GPU_FLOPS_PER_S = 3e14
 RUNNING_FOR_S = 60.0
+WIDE = 100
 STYLES = {
     "done": "green",
     "stale": "yellow",
@@ -28,22 +29,28 @@ STYLES = {
 }
 
 
-def plan_table(plan: Plan) -> Table:
-    """A row per stage: state, tokens, FLOPs, parameters, memory, time."""
+def plan(out: Console, made: Plan) -> None:
+    """Print a plan: its table, every key that changed, and what could not be checked."""
+    out.print(_plan_table(made, out.width))
+    for line in _plan_notes(made):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _plan_table(plan: Plan, width: int) -> Table:
+    """A row per stage: state, tokens, FLOPs, parameters, memory, time; on a wide terminal also what it uses."""
+    is_wide = width >= WIDE
     table = Table(title=f"{plan.recipe.name}  ({plan.recipe.file}, seed {plan.recipe.seed})", title_justify="left")
-    for name in ("stage", "uses", "state"):
-        table.add_column(name, overflow="fold")
-    for name in ("tokens", "parameters", "FLOPs", "memory", "time"):
+    for name in ("stage", *(["uses"] if is_wide else []), "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens", "params", "FLOPs", "memory", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     rates = dict(_measured_rates(plan))
     for planned in plan.stages:
-        cost = planned.cost
-        state = Text(planned.state, STYLES[planned.state])
-        why = planned.artifact.name if planned.artifact else "; ".join(planned.why)
+        cost, made = planned.cost, planned.artifact
         table.add_row(
             planned.name,
-            planned.item.stage.uses,
-            state + Text(f"  {why}" if why else "", "dim"),
+            *([planned.item.stage.uses] if is_wide else []),
+            Text(planned.state, STYLES[planned.state]) + Text(f" @{made.manifest['version']}" if made else "", "dim"),
             _count(cost.tokens),
             _count(cost.parameters),
             f"{cost.flops:.2g}" if cost.flops else "",
@@ -53,12 +60,13 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def plan_notes(plan: Plan) -> Iterator[str]:
+def _plan_notes(plan: Plan) -> Iterator[str]:
     """What the table doesn't say: every key that changed, and what could not be checked."""
     for planned in plan.stages:
-        if planned.state == "stale":
-            yield f"{planned.name} is stale:"
-            yield from (f"  {line}" for line in planned.why)
+        if planned.why:
+            yield f"{planned.name} is {planned.state}: {'; '.join(planned.why)}"
+        if planned.artifact and planned.artifact.manifest["recipe"] != plan.recipe.name:
+            yield f"{planned.name} was made as {planned.artifact.name}"
     for package in plan.recipe.unchecked:
         yield f"{package} is not installed here: the keys that are handed to it are checked when the stage starts"
     if any(planned.cost.seconds is None and planned.cost.flops for planned in plan.stages):
@@ -153,6 +161,24 @@ def certificate(out: Console, made: Artifact) -> None:
         out.print(
             f"  {mark}  {check['name']}: {check['value']} (limit {check['limit']})", markup=False, highlight=False
         )
+
+
+def verify(out: Console, chosen: Iterable[Artifact]) -> bool:
+    """Hash artifacts again and print what differs; returns whether all are whole."""
+    all_whole = True
+    for made in chosen:
+        lines = list(artifact.verify(made))
+        all_whole = all_whole and not lines
+        out.print(f"{'damaged' if lines else 'whole':<8} {made.name}", highlight=False)
+        for line in lines:
+            out.print(f"         {line}", markup=False, highlight=False, soft_wrap=True)
+    return all_whole
+
+
+def stages(out: Console) -> None:
+    """Print every stage and the first line of what it says of itself."""
+    for uses, said in stage.find():
+        out.print(f"{uses:<26} {said}", markup=False, highlight=False, soft_wrap=True)
 
 
 def reports(out: Console, made: Iterable[Artifact]) -> None:

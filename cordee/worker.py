@@ -8,7 +8,6 @@ Two ways in, one `main`:
 
 import argparse
 import ctypes
-import errno
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from typing import Any
 
 from cordee import alone, files
 from cordee.config import Config
-from cordee.errors import CordeeError, Fault
+from cordee.errors import CordeeError, Fault, from_system
 from cordee.stage import Context
 
 Run = Callable[[Any, Context], dict[str, Any]]
@@ -80,11 +79,7 @@ def run_stage(config: Config, context: Context, run: Run) -> dict[str, Any]:
         raise
     except OSError as error:
         traceback.print_exc()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Fault("no space left on the disk: free some, then run again", file=context.out) from error
-        raise Fault(
-            f"{error.strerror or error}: the log has the details", file=error.filename or context.out
-        ) from error
+        raise from_system(error, context.out) from error
     except Exception as error:
         traceback.print_exc()
         raise Fault(f"{type(error).__name__}: {error}; the log has the details", file=context.out) from error

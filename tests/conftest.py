@@ -24,11 +24,7 @@ def cordee(tmp_path: Path) -> Cordee:
 
     def call(*arguments: str, cwd: Path = tmp_path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from cordee.cli import main; main()", *arguments]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
-            "COLUMNS": "200",
-        }
+        environment = {**os.environ, "COLUMNS": "200"}
         return subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )

@@ -24,13 +24,11 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """
     rows = []
     for row, following in zip(logits[:, :-1], ids[:, 1:], strict=True):  # row: [seq - 1, vocab]
-        wide = row if row.dtype == torch.float64 else row.float()
-        chosen = wide.gather(-1, following.unsqueeze(-1)).squeeze(-1)
-        rows.append(chosen - wide.logsumexp(dim=-1))
+        wide = torch.float64 if row.dtype == torch.float64 else torch.float32
+        rows.append(row.log_softmax(dim=-1, dtype=wide).gather(-1, following.unsqueeze(-1)).squeeze(-1))
     return torch.stack(rows)
 
 
-@torch.no_grad()
 def score(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8, pad_token_id: int = 0
 ) -> list[Scores]:
@@ -45,8 +43,9 @@ def score(
         longest = max(len(sequence) for sequence in batch)
         ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in batch], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
-        logprobs, top1 = token_logprobs(logits, ids).cpu(), logits[:, :-1].argmax(dim=-1).cpu()
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]
+            logprobs, top1 = token_logprobs(logits, ids).cpu(), logits[:, :-1].argmax(dim=-1).cpu()
         scores.extend(
             Scores(logprobs[index, : len(row) - 1], top1[index, : len(row) - 1]) for index, row in enumerate(batch)
         )

@@ -22,7 +22,13 @@ def test_a_second_holder_is_told_who_holds_it(tmp_path):
 
 def test_a_killed_holders_lock_is_taken_over(tmp_path):
     path = tmp_path / "stage.lock"
-    code = f"import os, signal\nfrom pathlib import Path\nfrom cordee import lock\nwith lock.hold(Path({str(path)!r})):\n    os.kill(os.getpid(), signal.SIGKILL)"
+    code = f"""
+import os, signal
+from pathlib import Path
+from cordee import lock
+with lock.hold(Path({str(path)!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
     subprocess.run([sys.executable, "-c", code], check=False)
     assert path.exists()
     with lock.hold(path):

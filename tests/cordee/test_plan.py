@@ -3,12 +3,11 @@
 import json
 
 import pytest
+from rich.console import Console
 
 from cordee import plan, recipe, runner
 from cordee.artifact import Store
-from cordee.display import Display
 from cordee.errors import UserError
-from rich.console import Console
 
 BROOK = """
 name: brook
@@ -35,8 +34,7 @@ def states(made: plan.Plan) -> dict[str, str]:
 
 
 def run(made: plan.Plan) -> None:
-    with Display(Console(quiet=True)) as display:
-        runner.run(made, display)
+    runner.run(made, Console(quiet=True))
 
 
 def test_a_stage_goes_from_ready_to_done_to_stale(brook):

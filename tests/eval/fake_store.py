@@ -21,7 +21,7 @@ LANGUAGES = {
     "is": ("Icelandic", "Latn"), "it": ("Italian", "Latn"), "ja": ("Japanese", "Jpan"), "ka": ("Georgian", "Geor"),
     "ko": ("Korean", "Kore"), "lt": ("Lithuanian", "Latn"), "lv": ("Latvian", "Latn"), "mn": ("Mongolian", "Cyrl"),
     "nb": ("Norwegian Bokmål", "Latn"), "nl": ("Dutch", "Latn"), "pl": ("Polish", "Latn"), "pt": ("Portuguese", "Latn"),
-    "rm": ("Romansh", "Latn"), "ro": ("Romanian", "Latn"), "ru": ("Russian", "Cyrl"), "sr": ("Serbian", "Cyrl"),
+    "rm-sursilv": ("Romansh (Sursilvan)", "Latn"), "ro": ("Romanian", "Latn"), "ru": ("Russian", "Cyrl"), "sr": ("Serbian", "Cyrl"),
     "sw": ("Swahili", "Latn"), "ta": ("Tamil", "Taml"), "th": ("Thai", "Thai"), "tr": ("Turkish", "Latn"),
     "uk": ("Ukrainian", "Cyrl"), "vi": ("Vietnamese", "Latn"), "yo": ("Yoruba", "Latn"), "zh": ("Chinese", "Hans"),
 }  # fmt: skip
@@ -37,7 +37,7 @@ TASKS = {
 }  # fmt: skip
 PROMPTS = {
     "ar": ("لكل فرد حق في الحياة والحرية والأمان على شخصه.", "Arabic"),
-    "rm": ("Mintga uman ha il dretg da viver en libertad e segirezza.", "Romansh"),
+    "rm-sursilv": ("Mintga uman ha il dretg da viver en libertad e segirezza.", "Romansh"),
     "de": ("Jeder hat das Recht auf Leben, Freiheit und Sicherheit der Person.", "German"),
     "he": ("כל אדם יש לו הזכות לחיים, לחרות ולבטחון אישי.", "Hebrew"),
     "ta": ("வாழ்வதற்கும், சுதந்திரத்தையும் பாதுகாப்பையும் அனுபவிப்பதற்கும் சகலருக்கும் உரிமையுண்டு.", "Tamil"),
@@ -53,7 +53,7 @@ class FakeStore:
     """Writes artifacts below `root`; each knows its inputs by name."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.random, self.clock = root, random.Random(7), 0
+        self.root, self.random, self.clock = root, random.Random(7), 0  # noqa: S311 - no secret
 
     def publish(self, stage: str, uses: str, contents: dict[str, Any], **given: Any) -> Path:
         """Write one artifact; `contents` maps a file's name to JSON, to a list of rows, or to text."""
@@ -89,8 +89,14 @@ class FakeStore:
         for step in range(1, steps + 1):
             share = math.exp(-step / (steps / 5))
             loss = last + (first - last) * share + self.random.gauss(0, 0.05)
-            row: dict[str, Any] = {"step": step, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_s": 4100}
-            if heldout and step % 20 == 0 or heldout and step == 1:
+            row: dict[str, Any] = {
+                "step": step,
+                "loss": loss,
+                "learning_rate": 1e-3,
+                "grad_norm": 1.0,
+                "tokens_per_s": 4100,
+            }
+            if heldout and (step % 20 == 0 or step == 1):
                 row["heldout_bits_per_byte"] = 2.9 + 4.2 * math.exp(-step / (steps / 4))
             rows.append(row)
         return rows
@@ -167,7 +173,7 @@ def samples() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for tag, (text, name) in PROMPTS.items():
         outputs = {
-            "base": text[: len(text) // 2] + "…", "sft": name if tag != "rm" else "Friulian", "dpo": name,
+            "base": text[: len(text) // 2] + "…", "sft": name if name != "Romansh" else "Friulian", "dpo": name,
         }  # fmt: skip
         rows.append({"prompt": f"Which language is this?\n{text}", "reference": name, "kind": "identification",
                      "language": tag, "outputs": outputs})  # fmt: skip
@@ -192,12 +198,31 @@ def make(root: Path) -> dict[str, Path]:
         },
         "licences": {"Public domain": 1440}, "sources": 1, "heldout_byte_entropy": 4.93,
     }  # fmt: skip
-    publish("corpus", "pretrain.corpus", {"corpus.json": corpus, "train.parquet": "x"}, sources=["data/udhr.parquet"],
-            metrics={"rows": 1440}, seconds=1.2, config={"source": f"content {digest('data/udhr.parquet')}", "holdout": 4})
-    publish("tokenizer", "pretrain.tokenizer", {"tokenizer.json": "{}"}, inputs={"corpus": "corpus"},
-            metrics={"vocab_size": 8192}, seconds=3.4)
-    publish("tokens", "pretrain.tokens", {"tokens.json": "{}"}, inputs={"corpus": "corpus", "tokenizer": "tokenizer"},
-            metrics={"tokens": 312_455, "rows": 1440}, seconds=1.1)
+    publish(
+        "corpus",
+        "pretrain.corpus",
+        {"corpus.json": corpus, "train.parquet": "x"},
+        sources=["data/udhr.parquet"],
+        metrics={"rows": 1440},
+        seconds=1.2,
+        config={"source": f"content {digest('data/udhr.parquet')}", "holdout": 4},
+    )
+    publish(
+        "tokenizer",
+        "pretrain.tokenizer",
+        {"tokenizer.json": "{}"},
+        inputs={"corpus": "corpus"},
+        metrics={"vocab_size": 8192},
+        seconds=3.4,
+    )
+    publish(
+        "tokens",
+        "pretrain.tokens",
+        {"tokens.json": "{}"},
+        inputs={"corpus": "corpus", "tokenizer": "tokenizer"},
+        metrics={"tokens": 312_455, "rows": 1440},
+        seconds=1.1,
+    )
     publish("base", "pretrain.train", {"config.json": "{}", "metrics.jsonl": store.curve(300, 9.0, 4.1, heldout=True)},
             inputs={"data.0.tokens": "tokens"}, seconds=272, memory=2_100_000_000,
             config={"data": [{"tokens": f"artifact {digest('tokens')}", "weight": 1.0}], "optimizer": {"name": "adamw",
@@ -210,12 +235,31 @@ def make(root: Path) -> dict[str, Path]:
     publish("dpo", "posttrain.preference", {"adapter_config.json": "{}",
             "metrics.jsonl": store.curve(40, 0.693, 0.4, heldout=False)}, inputs={"model": "sft", "data": "chats"},
             seconds=64, memory=2_700_000_000, metrics={"tokens": 81_920, "flops": 3.9e12, "parameters": 5_408_768})  # fmt: skip
-    publish("merged", "posttrain.merge", {"config.json": "{}"}, inputs={"model": "sft", "adapter": "dpo"}, seconds=4.6,
-            metrics={"parameters": 5_408_768})
-    publish("benchmark", "eval.benchmark", benchmark(store), inputs={"models.0.model": "base", "models.1.model": "merged"},
-            seconds=71, memory=3_900_000_000, metrics={"tokens": 240_000})
-    publish("samples", "eval.generate", {"samples.jsonl": samples(), "engine.json": {"name": "vllm"}},
-            inputs={"models.0.model": "base", "models.1.model": "merged"}, seconds=33, metrics={"rows": 8})
+    publish(
+        "merged",
+        "posttrain.merge",
+        {"config.json": "{}"},
+        inputs={"model": "sft", "adapter": "dpo"},
+        seconds=4.6,
+        metrics={"parameters": 5_408_768},
+    )
+    publish(
+        "benchmark",
+        "eval.benchmark",
+        benchmark(store),
+        inputs={"models.0.model": "base", "models.1.model": "merged"},
+        seconds=71,
+        memory=3_900_000_000,
+        metrics={"tokens": 240_000},
+    )
+    publish(
+        "samples",
+        "eval.generate",
+        {"samples.jsonl": samples(), "engine.json": {"name": "vllm"}},
+        inputs={"models.0.model": "base", "models.1.model": "merged"},
+        seconds=33,
+        metrics={"rows": 8},
+    )
     for proof, of, claim in (
         ("masks", "sft", "Loss lies on the assistant's tokens and on nothing else."),
         ("resume", "base", "Killed and continued, training ends in the same bits."),

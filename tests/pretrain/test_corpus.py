@@ -185,6 +185,9 @@ def test_an_unknown_language_names_the_nearest(tmp_path):
     line = error_of(tmp_path, source, holdout={"article": [9]}, languages=["de-1966"])
     assert "languages" in line
     assert "did you mean 'de-1996'?" in line
+    assert error_of(tmp_path, source, holdout={"article": [9]}, languages=["de"]).endswith("there is de-1996")
+    untagged = jsonl(tmp_path, [{"text": "a"}])
+    assert error_of(tmp_path, untagged, holdout_fraction=0.5, languages=["de"]).endswith("have no language tag")
 
 
 def test_a_held_out_value_that_no_document_has_is_an_error(tmp_path):
@@ -287,7 +290,10 @@ def test_the_cost_of_a_broken_source_or_a_wrong_column_is_a_user_error(tmp_path)
 
 @pytest.mark.skipif(not UDHR.exists(), reason="data/udhr.parquet is not built")
 def test_the_shipped_corpus_splits_by_article(tmp_path):
-    metrics, _, heldout = build(tmp_path, UDHR, holdout={"article": [25, 26, 27, 28, 29, 30]}, languages=["rm", "de"])
-    assert metrics["languages"] == 2
-    assert {item["article"] for item in heldout} == {25, 26, 27, 28, 29, 30}
-    assert all(item["licence"] and item["source"] for item in heldout)
+    heldout_articles, languages = [25, 26, 27, 28, 29, 30], ["rm-sursilv", "de"]
+    _, train, heldout = build(tmp_path, UDHR, holdout={"article": heldout_articles}, languages=languages)
+    assert {(item["language"], item["article"]) for item in heldout} == {
+        (language, article) for language in languages for article in heldout_articles
+    }
+    assert {item["language"] for item in train} == set(languages)
+    assert all(item["licence"] and item["source"] for item in train + heldout)

@@ -1,0 +1,217 @@
+"""What benchmarks say of the checkpoints: values, changes against the checkpoint before, and values by language."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from cordee.errors import Fault
+from eval import statistics
+from eval.records import Corpus, Language, ModelResults, Record, Results, Task
+
+Rows = dict[int, tuple[str, float, float]]
+"""By document: hash of its content, value, weight."""
+SIGNIFICANT = 0.05
+SCRIPTS = {
+    "Arab": "Arabic", "Beng": "Bengali", "Cyrl": "Cyrillic", "Deva": "Devanagari", "Ethi": "Ethiopic",
+    "Grek": "Greek", "Hans": "Chinese (simplified)", "Hant": "Chinese (traditional)", "Hebr": "Hebrew",
+    "Latn": "Latin", "Mymr": "Myanmar", "Tibt": "Tibetan",
+}  # fmt: skip
+"""ISO 15924 codes of scripts that several languages share; others are shown by their code."""
+BITS_PER_BYTE = "bits_per_byte"
+
+
+def benchmarks(records: list[Record]) -> list[dict[str, Any]]:
+    """Every task of every listed benchmark, one row per checkpoint; p-values are adjusted over all of them.
+
+    Raises:
+        Fault: a result file is damaged or lacks a value that it announces.
+    """
+    tables = [table for record in records if record.holds("results.json") for table in _tables(record)]
+    changes = [row["change"] for table in tables for row in table["rows"] if row["change"]]
+    known = [change for change in changes if change["p_value"] is not None]
+    for change, adjusted in zip(known, statistics.holm([change["p_value"] for change in known]), strict=True):
+        change["adjusted_p_value"] = adjusted
+        change["significant"] = adjusted < SIGNIFICANT
+    return tables
+
+
+def is_percent(task: Task) -> bool:
+    """Whether a task's values are shares of right answers."""
+    return task.metric.startswith(("acc", "exact_match", "pass", "f1"))
+
+
+def _tables(record: Record) -> Iterator[dict[str, Any]]:
+    """The tasks of one benchmark."""
+    results = record.read("results.json", Results)
+    for name, task in results.tasks.items():
+        models = [model for model in results.models if name in model.results]
+        rows: list[dict[str, Any]] = []
+        scored: Rows = {}
+        for model in models:
+            value, error = _value(record, model, name, task)
+            before, scored = scored, _scored(record, model.name, name, task, value)
+            if error is None and scored:
+                error = statistics.ratio_mean(*_columns(scored))[1]
+            row = {"model": model.name, "value": value, "standard_error": error, "documents": len(scored) or None}
+            rows.append({**row, "change": _change(rows[-1], before, row, scored) if rows else None})
+        if rows:
+            yield {
+                "benchmark": record.name,
+                "engine": results.engine.model_dump(),
+                "task": name,
+                **task.model_dump(),
+                "percent": is_percent(task),
+                "rows": rows,
+            }
+
+
+def _value(record: Record, model: ModelResults, task_name: str, task: Task) -> tuple[float, float | None]:
+    """A model's value in a task and its standard error, where the benchmark gives one."""
+    found = model.results[task_name]
+    value, error = found.get(task.metric), found.get(f"{task.metric}_stderr")
+    if not isinstance(value, float | int) or not math.isfinite(value):
+        key = f"models.{model.name}.results.{task_name}.{task.metric}"
+        raise Fault(f"is {value!r}, which is no number", file=record.path / "results.json", key=key)
+    return float(value), float(error) if isinstance(error, float | int) and math.isfinite(error) else None
+
+
+def _change(earlier: dict[str, Any], before: Rows, later: dict[str, Any], after: Rows) -> dict[str, Any]:
+    """The change between two checkpoints: paired where both were scored on the same documents."""
+    same = bool(before) and {doc: row[0::2] for doc, row in before.items()} == {
+        doc: row[0::2] for doc, row in after.items()
+    }
+    if same:
+        old, weights = _columns(before)
+        new = [after[document][1] for document in sorted(after)]
+        change = statistics.paired_change(old, new, weights)
+    else:
+        change = statistics.unpaired_change(
+            earlier["value"], earlier["standard_error"], later["value"], later["standard_error"]
+        )
+    return {
+        **asdict(change),
+        "against": earlier["model"],
+        "p_value": change.p_value,
+        "adjusted_p_value": None,
+        "significant": False,
+    }
+
+
+def _columns(rows: Rows) -> tuple[list[float], list[float]]:
+    """Values and weights in the order of the documents."""
+    return [rows[document][1] for document in sorted(rows)], [rows[document][2] for document in sorted(rows)]
+
+
+def _scored(record: Record, model: str, task_name: str, task: Task, value: float) -> Rows:
+    """The documents that a model was scored on, from lm-eval's sample file.
+
+    Empty where there is no such file, or where the documents do not add up to the published value (a metric that
+    is no mean over documents): a change is then unpaired, and the report says so.
+    """
+    pattern = re.compile(rf"lm_eval/{re.escape(model)}/(?:.*/)?samples_{re.escape(task_name)}_\d{{4}}-[^/]*\.jsonl")
+    found = sorted(item.path for item in record.manifest.files if pattern.fullmatch(item.path))
+    if not found:
+        return {}
+    rows: Rows = {}
+    for number, line in enumerate(record.content(found[-1]).decode().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.setdefault(int(row["doc_id"]), (str(row.get("doc_hash", "")), *_scores(row[task.metric], task.metric)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Fault(
+                f"line {number} holds no doc_id and {task.metric} ({type(error).__name__}: {error})",
+                file=record.path / found[-1],
+            ) from error
+    if not rows or not math.isclose(statistics.ratio_mean(*_columns(rows))[0], value, rel_tol=1e-6, abs_tol=1e-9):
+        return {}
+    return rows
+
+
+def _scores(value: Any, metric: str) -> tuple[float, float]:
+    """A document's value and weight: lm-eval keeps [log-likelihood in nats, bytes] for bits per byte."""
+    if metric == BITS_PER_BYTE:
+        log_likelihood, size = value
+        return -float(log_likelihood) / math.log(2), float(size)
+    return float(value), 1.0
+
+
+def languages(records: list[Record], corpus: Corpus | None) -> list[dict[str, Any]]:
+    """For each task with values by language: the languages by script, a value and a shade per checkpoint."""
+    tables = []
+    for record in records:
+        if not record.holds("results.json"):
+            continue
+        results = record.read("results.json", Results)
+        for name, task in results.tasks.items():
+            models = [model for model in results.models if model.by_language.get(name)]
+            if models:
+                tables.append(_by_language(name, task, models, corpus.languages if corpus else {}))
+    return tables
+
+
+def _by_language(name: str, task: Task, models: list[ModelResults], known: dict[str, Language]) -> dict[str, Any]:
+    """One task's table."""
+    values = [value for model in models for value in model.by_language[name].values()]
+    low, high = (0.0, 1.0) if is_percent(task) else (min(values), max(values))
+    scripts: dict[str, list[dict[str, Any]]] = {}
+    for tag in sorted({tag for model in models for tag in model.by_language[name]}):
+        language = known.get(tag) or Language(name=tag, script="")
+        row = [model.by_language[name].get(tag) for model in models]
+        shades = [None if value is None else shade(value, low, high, task.higher_is_better) for value in row]
+        entry = {"tag": tag, "name": language.name, "values": row, "shades": shades}
+        scripts.setdefault(language.script, []).append(entry)
+    groups = [
+        {"script": script, "languages": sorted(rows, key=lambda row: str(row["name"]))}
+        for script, rows in _grouped(scripts)
+    ]
+    return {
+        "task": name,
+        **task.model_dump(),
+        "percent": is_percent(task),
+        "models": [model.name for model in models],
+        "low": low,
+        "high": high,
+        "groups": groups,
+    }
+
+
+def _grouped(scripts: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Scripts by name, the one with most languages first; those with one language come together at the end."""
+    large = {SCRIPTS.get(script, script): rows for script, rows in scripts.items() if len(rows) > 1}
+    single = [row for rows in scripts.values() if len(rows) == 1 for row in rows]
+    groups = sorted(large.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [*groups, *([("Scripts of one language", single)] if single else [])]
+
+
+SHADES = 9
+
+
+def shade(value: float, low: float, high: float, higher_is_better: bool) -> int:
+    """0 (worst of the range) to 8 (best)."""
+    share = (value - low) / (high - low) if high > low else 0.5
+    return min(SHADES - 1, int((share if higher_is_better else 1.0 - share) * SHADES))
+
+
+def checkpoints(tables: list[dict[str, Any]], by_language: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per checkpoint its values, and the languages in which it is best and worst."""
+    cards: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        for row in table["rows"]:
+            card = cards.setdefault(row["model"], {"model": row["model"], "scores": []})
+            score = {key: table[key] for key in ("task", "metric", "percent")}
+            card["scores"].append({**score, "value": row["value"], "standard_error": row["standard_error"]})
+    for table in by_language:
+        rows = [row for group in table["groups"] for row in group["languages"]]
+        for index, model in enumerate(table["models"]):
+            ranked = sorted(
+                (row for row in rows if row["values"][index] is not None),
+                key=lambda row: row["values"][index],
+                reverse=table["higher_is_better"],
+            )
+            if model in cards and len(ranked) >= 6 and not table["percent"]:
+                names = [row["name"] for row in ranked]
+                cards[model].update(best_languages=names[:3], worst_languages=names[-3:][::-1])
+    return list(cards.values())

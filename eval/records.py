@@ -1,0 +1,292 @@
+"""Reads artifacts for a report: the manifests of all that the listed ones come from, and their result files.
+
+Each file is compared with the hash in its manifest and checked for its shape before a number of it is used.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cordee.errors import Fault
+
+MANIFEST = "manifest.json"
+
+
+class Shape(BaseModel):
+    """Base of what a file has to hold; a file may hold more."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Host(Shape):
+    """The machine that a stage ran on."""
+
+    name: str
+    cpu: str
+    cores: int
+    memory_bytes: float
+    gpu: str | None = None
+    platform: str = ""
+
+
+class Source(Shape):
+    """One input of a stage: an artifact, or a file with its hash."""
+
+    key: str
+    artifact: str = ""
+    path: str = ""
+    fingerprint: str = ""
+    file: str = ""
+    sha256: str = ""
+
+
+class Listed(Shape):
+    """One file of an artifact."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Git(Shape):
+    """The commit that the code stood at, and whether the tree had changes."""
+
+    commit: str
+    dirty: bool
+
+
+class Manifest(Shape):
+    """What an artifact says of itself."""
+
+    recipe: str
+    stage: str
+    uses: str
+    version: int
+    fingerprint: str
+    identity: dict[str, Any]
+    execution: dict[str, Any] = {}
+    inputs: list[Source]
+    files: list[Listed]
+    metrics: dict[str, Any]
+    started: str
+    seconds: float
+    peak_memory_bytes: float | None = None
+    host: Host
+    packages: dict[str, str]
+    python: str = ""
+    cordee: str = ""
+    git: Git | None = None
+
+
+class Language(Shape):
+    """A language of the corpus."""
+
+    name: str
+    script: str
+
+
+class Corpus(Shape):
+    """`corpus.json`."""
+
+    languages: dict[str, Language]
+    heldout_byte_entropy: float
+    licences: dict[str, int] = {}
+
+
+class Task(Shape):
+    """What a benchmark asks and how its values are read."""
+
+    metric: str
+    higher_is_better: bool
+    chance: float | None = None
+    description: str = ""
+
+
+class Engine(Shape):
+    """What generated or scored."""
+
+    name: str
+    version: str = ""
+    device: str = ""
+
+
+class ModelResults(Shape):
+    """One model's values in a benchmark."""
+
+    name: str
+    results: dict[str, dict[str, float | int | str | None]]
+    by_language: dict[str, dict[str, float]] = {}
+    seconds: float | None = None
+
+
+class Results(Shape):
+    """`results.json`."""
+
+    engine: Engine
+    models: list[ModelResults]
+    tasks: dict[str, Task]
+
+
+class Sample(Shape):
+    """One line of `samples.jsonl`."""
+
+    prompt: str
+    reference: str | None = None
+    kind: str = ""
+    language: str = ""
+    outputs: dict[str, str]
+
+
+class Check(Shape):
+    """One check of a proof."""
+
+    name: str
+    value: Any = None
+    limit: Any = None
+    passed: bool
+
+
+class Certificate(Shape):
+    """`certificate.json`."""
+
+    proof: str
+    of: str
+    claim: str
+    passed: bool
+    checks: list[Check]
+
+
+AnyShape = TypeVar("AnyShape", bound=Shape)
+
+
+@dataclass(frozen=True)
+class Record:
+    """An artifact's folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """How recipes refer to it: `quickstart/base@1`."""
+        return f"{self.manifest.recipe}/{self.manifest.stage}@{self.manifest.version}"
+
+    def holds(self, file: str) -> bool:
+        """Whether the artifact has a file of that name."""
+        return any(item.path == file for item in self.manifest.files)
+
+    def read(self, file: str, shape: type[AnyShape]) -> AnyShape:
+        """A JSON file of the artifact.
+
+        Raises:
+            Fault: it is missing, differs from its hash, or holds something else.
+        """
+        return _parse(self.content(file), shape, self.path / file)
+
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        """A file of JSON lines; NaN and infinities are read as None.
+
+        Raises:
+            Fault: it is missing, differs from its hash, or a line is no JSON object.
+        """
+        rows = []
+        for number, line in enumerate(self.content(file).decode(errors="replace").split("\n"), 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                raise Fault(f"line {number} is no JSON: {error}", file=self.path / file) from error
+            if not isinstance(row, dict):
+                raise Fault(f"line {number} is no JSON object", file=self.path / file)
+            if row:
+                rows.append({key: None if _is_infinite(value) else value for key, value in row.items()})
+        return rows
+
+    def samples(self, file: str) -> list[Sample]:
+        """Rows of generated samples."""
+        return [
+            _parse(line, Sample, f"{self.path / file}, line {number}")
+            for number, line in enumerate(self.content(file).split(b"\n"), 1)
+            if line.strip()
+        ]
+
+    def content(self, file: str) -> bytes:
+        """The bytes of a file, after their hash was compared with the manifest's."""
+        path = self.path / file
+        listed = {item.path: item.sha256 for item in self.manifest.files}
+        if file not in listed:
+            raise Fault("is not in the artifact's manifest", file=path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise Fault(f"can't be read: {error.strerror}", file=path) from error
+        if hashlib.sha256(content).hexdigest() != listed[file]:
+            raise Fault("its content differs from the manifest's SHA-256", file=path)
+        return content
+
+
+def open_record(path: Path) -> Record:
+    """The artifact that a folder is, or that a place lies in.
+
+    Raises:
+        Fault: there is no manifest there or above, or it can't be read.
+    """
+    for folder in (path, *path.parents):
+        if (folder / MANIFEST).is_file():
+            manifest = folder / MANIFEST
+            return Record(folder, _parse(manifest.read_bytes(), Manifest, manifest))
+    raise Fault("lies in no artifact: no manifest.json here or above", file=path)
+
+
+def climb(listed: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """The listed artifacts and all that they come from, each after what it was made from.
+
+    Returns:
+        the records, and the names of those that are not in the store any more.
+
+    Raises:
+        Fault: a folder of the store holds another artifact than the one that was read.
+    """
+    order: dict[str, Record] = {}
+    missing: list[str] = []
+    known = {record.name: record for record in listed}
+
+    def visit(record: Record) -> None:
+        if record.name in order:
+            return
+        for source in record.manifest.inputs:
+            if not source.artifact:
+                continue
+            folder = record.path.parent.parent / source.artifact
+            if source.artifact not in known and not (folder / MANIFEST).is_file():
+                missing.extend({source.artifact} - set(missing))
+                continue
+            ancestor = known.setdefault(source.artifact, open_record(folder))
+            if ancestor.manifest.fingerprint != source.fingerprint:
+                raise Fault(f"is not the {source.artifact} that {record.name} was made from", file=ancestor.path)
+            visit(ancestor)
+        order[record.name] = record
+
+    for record in listed:
+        visit(record)
+    return list(order.values()), missing
+
+
+def _parse(content: bytes, shape: type[AnyShape], file: object) -> AnyShape:
+    """Check the shape of JSON."""
+    try:
+        return shape.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise Fault(f"can't be used: {first['msg']}", file=file, key=key or None) from error
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether a value is a float that JSON can't hold."""
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,306 @@
+"""The figures of a report, section by section, as plain JSON values: the page and `report.json` show the same."""
+
+import json
+import re
+from typing import Any
+
+from eval import units
+from eval.comparison import BITS_PER_BYTE
+from eval.records import Certificate, Corpus, Record
+
+SERIES = {
+    "loss": "Training loss",
+    "heldout_bits_per_byte": "Held-out text (bits per byte)",
+    "eval_loss": "Held-out loss",
+    "rewards/accuracies": "Pairs ranked rightly (share)",
+}
+"""What of `metrics.jsonl` is drawn, and its title."""
+POINTS = 400
+"""The most points of a curve that are drawn."""
+SAMPLES = 12
+PROMPT_CHARACTERS = 600
+SHORT_ANSWER_CHARACTERS = 60
+
+
+def climb(records: list[Record]) -> list[dict[str, Any]]:
+    """What each stage made, and what it took; certificates are shown apart."""
+    return [
+        {
+            "artifact": record.name,
+            "stage": record.manifest.stage,
+            "uses": record.manifest.uses,
+            "made": made(record),
+            **{key: record.manifest.metrics.get(key) for key in ("tokens", "parameters", "flops")},
+            "seconds": record.manifest.seconds,
+            "peak_memory_bytes": record.manifest.peak_memory_bytes,
+        }
+        for record in records
+        if not record.holds("certificate.json")
+    ]
+
+
+def made(record: Record) -> str:
+    """What a stage made, in a few words, from its files and metrics."""
+    rows, vocabulary = (record.manifest.metrics.get(key) for key in ("rows", "vocab_size"))
+    known = {
+        "adapter_config.json": "an adapter",
+        "config.json": "a language model",
+        "tokenizer.json": f"a vocabulary of {units.count(vocabulary)}" if vocabulary else "a tokenizer",
+        "tokens.json": "tokens" + (f" of {units.count(rows)} documents" if rows else ""),
+        "results.json": "benchmark results",
+        "samples.jsonl": (f"{units.count(rows)} " if rows else "") + "sample answers",
+    }
+    if record.holds("corpus.json"):
+        return f"a corpus in {len(record.read('corpus.json', Corpus).languages)} languages"
+    for file, words in known.items():
+        if record.holds(file):
+            return words
+    return f"{units.count(rows)} rows" if rows else f"{len(record.manifest.files)} files"
+
+
+def curves(records: list[Record], corpus: Corpus | None) -> list[dict[str, Any]]:
+    """The learning curves of the stages that train."""
+    found = []
+    for record in records:
+        rows = record.rows("metrics.jsonl") if record.holds("metrics.jsonl") else []
+        for key, title in SERIES.items():
+            points = [
+                [row["step"], float(row[key])]
+                for row in rows
+                if isinstance(row.get(key), int | float) and isinstance(row.get("step"), int)
+            ]
+            if len(points) < 2:
+                continue
+            entropy = corpus.heldout_byte_entropy if corpus and key == "heldout_bits_per_byte" else None
+            found.append(
+                {
+                    "artifact": record.name,
+                    "stage": record.manifest.stage,
+                    "metric": key,
+                    "title": title,
+                    "first": points[0][1],
+                    "last": points[-1][1],
+                    "points": thin(points),
+                    "byte_entropy": entropy,
+                }
+            )
+    return found
+
+
+def thin(points: list[list[float]]) -> list[list[float]]:
+    """At most `POINTS` of the points, evenly spread, the first and the last among them."""
+    if len(points) <= POINTS:
+        return points
+    step = (len(points) - 1) / (POINTS - 1)
+    return [points[round(index * step)] for index in range(POINTS)]
+
+
+def verdict(tables: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines at the head: each benchmark from its first to its last checkpoint, and the held-out text."""
+    lines = [
+        {
+            "subject": curve["title"].partition(" (")[0],
+            "unit": "bits per byte",
+            "percent": False,
+            "before": curve["first"],
+            "after": curve["last"],
+            "from": f"step {curve['points'][0][0]:,}",
+            "to": f"step {curve['points'][-1][0]:,} of {curve['stage']}",
+            "reference": None if curve["byte_entropy"] is None else ["byte entropy", curve["byte_entropy"]],
+        }
+        for curve in drawn
+        if curve["metric"] == "heldout_bits_per_byte"
+    ]
+    for table in tables:
+        if lines and table["metric"] == BITS_PER_BYTE:
+            continue
+        first, last = table["rows"][0], table["rows"][-1]
+        lines.append(
+            {
+                "subject": table["task"].replace("_", " "),
+                "unit": "of answers right" if table["percent"] else table["metric"].replace("_", " "),
+                "percent": table["percent"],
+                "before": first["value"],
+                "after": last["value"],
+                "from": first["model"],
+                "to": last["model"],
+                "reference": None if table["chance"] is None else ["chance", table["chance"]],
+            }
+        )
+    return sorted(lines, key=lambda line: not line["percent"])
+
+
+def samples(records: list[Record]) -> list[dict[str, Any]]:
+    """Of each listed set of generated answers, a fixed choice spread evenly over the file, and the counts over all."""
+    found = []
+    for record in records:
+        rows = record.samples("samples.jsonl") if record.holds("samples.jsonl") else []
+        if not rows:
+            continue
+        models = list(dict.fromkeys(name for row in rows for name in row.outputs))
+        judged = {
+            name: [right(row.outputs[name], row.reference) for row in rows if name in row.outputs] for name in models
+        }
+        counts = [
+            {"model": name, "right": marks.count(True), "of": len(marks) - marks.count(None)}
+            for name, marks in judged.items()
+        ]
+        chosen = [rows[index * len(rows) // min(SAMPLES, len(rows))] for index in range(min(SAMPLES, len(rows)))]
+        shown = [
+            {
+                **row.model_dump(exclude={"outputs"}),
+                "prompt": cut(row.prompt),
+                "outputs": [
+                    {"model": name, "text": cut(text), "right": right(text, row.reference)}
+                    for name, text in row.outputs.items()
+                ],
+            }
+            for row in chosen
+        ]
+        found.append({"artifact": record.name, "rows": len(rows), "counts": counts, "shown": shown})
+    return found
+
+
+def right(output: str, reference: str | None) -> bool | None:
+    """Whether a short answer is the reference but for case, outer blanks and a last full stop; None if not short."""
+    if not reference or len(reference) > SHORT_ANSWER_CHARACTERS or "\n" in reference:
+        return None
+    return _normal(output) == _normal(reference)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".。").strip()
+
+
+def cut(text: str) -> str:
+    """A text of at most `PROMPT_CHARACTERS`; says how much was left out."""
+    left_out = len(text) - PROMPT_CHARACTERS
+    return text if left_out <= 0 else f"{text[:PROMPT_CHARACTERS]} … [{left_out:,} more characters]"
+
+
+def certificates(records: list[Record]) -> list[dict[str, Any]]:
+    """What was proved, check by check."""
+    return [
+        {"artifact": record.name, **record.read("certificate.json", Certificate).model_dump()}
+        for record in records
+        if record.holds("certificate.json")
+    ]
+
+
+def provenance(records: list[Record], missing: list[str]) -> dict[str, Any]:
+    """What everything was made from and with."""
+    versions: dict[str, list[str]] = {}
+    for record in records:
+        for name, version in [*record.manifest.packages.items(), ("python", record.manifest.python),
+                              ("cordee", record.manifest.cordee)]:  # fmt: skip
+            if version and version not in versions.setdefault(name, []):
+                versions[name].append(version)
+    sources = {
+        (source.file, source.sha256): {"file": source.file, "sha256": source.sha256, "stage": record.manifest.stage}
+        for record in records
+        for source in record.manifest.inputs
+        if source.file
+    }
+    hosts = {record.manifest.host.model_dump_json(): record.manifest.host.model_dump() for record in records}
+    commits = {(git.commit, git.dirty): git.model_dump() for record in records if (git := record.manifest.git)}
+    return {
+        "recipe": listing(records),
+        "artifacts": [
+            {
+                "artifact": record.name,
+                "fingerprint": record.manifest.fingerprint,
+                "files": len(record.manifest.files),
+                "bytes": sum(item.bytes for item in record.manifest.files),
+                "started": record.manifest.started,
+            }
+            for record in records
+        ],
+        "missing": missing,
+        "sources": list(sources.values()),
+        "hosts": list(hosts.values()),
+        "packages": dict(sorted(versions.items())),
+        "git": list(commits.values()),
+        "without_git": [record.name for record in records if not record.manifest.git],
+    }
+
+
+def listing(records: list[Record]) -> str:
+    """The resolved settings of every stage as YAML; an input stands as the artifact or the file that it was."""
+    lines = []
+    for record in records:
+        manifest = record.manifest
+        lines += [
+            f"{manifest.stage}:",
+            f"  uses: {manifest.uses}",
+            f"  seed: {json.dumps(manifest.identity.get('seed'))}",
+        ]
+        names = {f"artifact {source.fingerprint}": source.artifact for source in manifest.inputs if source.artifact}
+        names |= {f"content {source.sha256}": source.file for source in manifest.inputs if source.file}
+        settings = {**manifest.identity.get("config", {}), **manifest.execution}
+        lines += [f"  {line}" for line in _yaml(settings, names)]
+    return "\n".join(lines)
+
+
+_PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+def _yaml(value: Any, names: dict[str, str]) -> list[str]:
+    """A JSON value as lines of YAML; `names` says what a fingerprint stands for."""
+    if isinstance(value, dict) and value:
+        pairs = [(key if _PLAIN_KEY.fullmatch(key) else json.dumps(key), item) for key, item in value.items()]
+        return [line for key, item in pairs for line in _entry(f"{key}:", _yaml(item, names), _nests(item))]
+    if isinstance(value, list) and value:
+        return [line for item in value for line in _dashed(_yaml(item, names))]
+    if isinstance(value, str) and value.partition("/")[0] in names:
+        head, slash, place = value.partition("/")
+        return [f"{names[head]}{slash}{place}"]
+    return [json.dumps(value, ensure_ascii=False)]
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, dict | list) and bool(value)
+
+
+def _entry(key: str, lines: list[str], nests: bool) -> list[str]:
+    return [key, *(f"  {line}" for line in lines)] if nests else [f"{key} {lines[0]}"]
+
+
+def _dashed(lines: list[str]) -> list[str]:
+    return [f"- {lines[0]}", *(f"  {line}" for line in lines[1:])]
+
+
+def limits(records: list[Record], figures: dict[str, Any]) -> list[str]:
+    """What the report does not show, as far as it can be told from the artifacts."""
+    said = []
+    metrics = [record.manifest.metrics for record in records]
+    parameters = max((m["parameters"] for m in metrics if m.get("parameters")), default=None)
+    if parameters and parameters < 1e9:
+        said.append(
+            f"The largest model here has {units.count(parameters)} parameters. What it can and can't do says little "
+            "of a model of useful size; the figures show that the chain works, and what it cost."
+        )
+    if figures["benchmarks"]:
+        asked = ", ".join(dict.fromkeys(table["task"].replace("_", " ") for table in figures["benchmarks"]))
+        said.append(f"Only what the benchmarks ask was measured: {asked}.")
+        said.append(
+            "Standard errors count documents as independent draws. Documents that are translations of one another "
+            "are not, so the true uncertainty is larger than stated."
+        )
+        if any(
+            row["change"] and not row["change"]["paired"] for table in figures["benchmarks"] for row in table["rows"]
+        ):
+            said.append(
+                "Some changes could not be paired document by document; their errors, where known, are wider than need be."
+            )
+    seeds = {record.manifest.identity.get("seed") for record in records}
+    if len(seeds) == 1:
+        said.append(
+            f"Everything ran with one seed ({seeds.pop()}): how much the results vary between seeds is not known."
+        )
+    if figures["provenance"]["missing"]:
+        said.append(f"Not in the store any more: {', '.join(figures['provenance']['missing'])}; the climb lacks them.")
+    if any(git["dirty"] for git in figures["provenance"]["git"]):
+        said.append("The code had changes that were not committed, so the commit alone does not give it back.")
+    if not figures["certificates"]:
+        said.append("No certificate was listed: nothing here is proved beyond the hashes of the files.")
+    return said

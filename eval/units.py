@@ -1,0 +1,95 @@
+"""Numbers as people read them: units, signs, superscripts, and no more digits than mean something."""
+
+import math
+from typing import Any
+
+MINUS, NO_VALUE = "\N{MINUS SIGN}", "\N{EN DASH}"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_TIMES = "\N{MULTIPLICATION SIGN}"
+_NBSP = "\N{NO-BREAK SPACE}"
+
+
+def count(value: float | None) -> str:
+    """`5,412`, from a million on `5.4 M`, then `B` and `T`."""
+    if value is None:
+        return NO_VALUE
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(value) >= size:
+            return (
+                f"{value / size:.3g}{_NBSP}{letter}"
+                if abs(value) < 999.5 * size
+                else f"{value / size:,.0f}{_NBSP}{letter}"
+            )
+    return f"{value:,.0f}".replace("-", MINUS)
+
+
+def power(value: float | None) -> str:
+    """A mantissa and a power of ten, with superscripts."""
+    if value is None:
+        return NO_VALUE
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}{_NBSP}{_TIMES}{_NBSP}10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in binary units: `1.4 GiB`."""
+    if value is None:
+        return NO_VALUE
+    for power_of_two, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value >= 2**power_of_two:
+            amount = value / 2**power_of_two
+            return f"{amount:.1f}{_NBSP}{unit}" if amount < 100 else f"{amount:,.0f}{_NBSP}{unit}"
+    return f"{value:.0f}{_NBSP}B"
+
+
+def duration(seconds: float | None) -> str:
+    """`4.2 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds is None:
+        return NO_VALUE
+    if seconds < 59.95:
+        return f"{seconds:.1f}{_NBSP}s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}{_NBSP}min{_NBSP}{whole % 60:02d}{_NBSP}s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,}{_NBSP}h{_NBSP}{minutes % 60:02d}{_NBSP}min"
+
+
+def score(value: float | None, *, percent: bool) -> str:
+    """A benchmark's value: `93.1%`, or three decimals."""
+    if value is None:
+        return NO_VALUE
+    return (f"{100 * value:.1f}%" if percent else f"{value:.3f}").replace("-", MINUS)
+
+
+def signed(value: float | None, *, percent: bool) -> str:
+    """A change with its sign: `+12.4` percentage points, or `-0.310`."""
+    if value is None:
+        return NO_VALUE
+    text = f"{100 * value:+.1f}" if percent else f"{value:+.3f}"
+    return text.replace("-", MINUS)
+
+
+def error(value: float, *, percent: bool) -> str:
+    """A standard error in the same unit as its value, without the sign."""
+    return f"{100 * value:.1f}" if percent else f"{value:.3f}"
+
+
+def p_value(value: float | None) -> str:
+    """`= 0.012`, and below a thousandth `< 0.001`."""
+    if value is None:
+        return NO_VALUE
+    return f"<{_NBSP}0.001" if value < 0.001 else f"={_NBSP}{value:.3f}"
+
+
+def plain(value: Any) -> str:
+    """A value of any kind in a few characters: certificates hold numbers, words and booleans."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", MINUS) if 1e-3 <= abs(value) < 1e6 or value == 0 else power(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", MINUS)
+    return NO_VALUE if value is None else str(value)

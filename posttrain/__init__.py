@@ -1,0 +1,1 @@
+"""The room of alignment: chats, supervised fine-tuning, preferences, adapters."""

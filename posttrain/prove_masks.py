@@ -1,0 +1,133 @@
+"""The proof of the masks: which tokens carry loss in the batches that fine-tuning really trains on.
+
+    accelerate launch -m posttrain.prove_masks --config sft.yaml
+
+Takes the same keys as `posttrain.sft` and builds the same trainer; nothing is trained. The certificate holds, per
+source, the counts that must be 0, the share of tokens with loss, and examples of what carries loss, decoded.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from cordee import files, worker
+from cordee.cost import Cost
+from cordee.errors import Fault
+from cordee.stage import Context
+from posttrain import sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.masks import Audit, Leak
+
+PROVES = "posttrain.sft"
+CLAIM = "only the assistant's answers and their end-of-turn carry loss, and packed chats never see each other"
+
+
+class Config(sft.Config):
+    """The same keys as `posttrain.sft`."""
+
+
+def cost(config: Config, given: dict[str, Cost]) -> Cost:
+    """One pass over the batches, without training."""
+    return Cost(tokens=sft.cost(config, given).tokens, flops=0.0, parameters=given.get("model", Cost()).parameters)
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Look at every batch of one epoch and write `certificate.json`.
+
+    Raises:
+        Fault: a check failed; the certificate is not written.
+    """
+    from posttrain import masks
+
+    trainer, chats, stops = sft.build(config, context)
+    pad = trainer.processing_class.pad_token_id
+    moved: list[Leak] = []
+
+    def batches() -> Iterator[Any]:
+        loader = trainer.get_train_dataloader()
+        for done, batch in enumerate(loader):
+            if context.stop_requested():
+                context.stop(f"batch {done} of {len(loader)}")
+            if not moved and (leak := masks.leak(trainer.model, batch, pad)):
+                moved.append(leak)
+            context.progress(done + 1, len(loader), "batches")
+            yield batch
+
+    found = masks.audit(batches(), chats, stops, pad)
+    checks = list(_mask_checks(found))
+    if trainer.accelerator.num_processes == 1:
+        seen = sum(audit.chats for audit in found.values())
+        checks.append(_check("chats in one epoch", seen, str(len(chats)), passed=seen == len(chats)))
+    checks += _attention_checks(moved, packing=trainer.args.packing)
+    for check in checks:
+        if not check["passed"]:
+            raise Fault(f"not proven: {check['name']} is {check['value']}, and must be {check['limit']}")
+    tokens, loss_tokens = (sum(getattr(audit, name) for audit in found.values()) for name in ("tokens", "loss_tokens"))
+    if context.is_main:
+        files.write_json(
+            context.out / "certificate.json",
+            {
+                "proof": "masks",
+                "of": PROVES,
+                "claim": CLAIM,
+                "passed": True,
+                "checks": checks,
+                "evidence": _examples(found, trainer.processing_class),
+            },
+        )
+    return {"tokens": tokens, "loss_tokens": loss_tokens, "rows": len(chats), "checks": len(checks)}
+
+
+def _mask_checks(found: "dict[str, Audit]") -> Iterator[dict[str, Any]]:
+    """The counts of each source, and the share of its tokens that carries loss."""
+    for file, audit in found.items():
+        source = f"of {file.rpartition('/')[2] or 'no source'}"
+        for name, count in audit.faults.items():
+            yield _check(f"{name.replace('_', ' ')} {source}", count, "0", passed=count == 0)
+        share = audit.loss_tokens / max(audit.tokens, 1)
+        yield _check(f"chats seen {source}", audit.chats, "at least 1", passed=audit.chats > 0)
+        yield _check(f"share of tokens with loss {source}", round(share, 6), "above 0, below 1", passed=0 < share < 1)
+
+
+def _attention_checks(moved: "list[Leak]", *, packing: bool) -> Iterator[dict[str, Any]]:
+    """Change the first chat of a packed row: its own logits must move, and no others."""
+    from posttrain.masks import LEAK_LIMIT
+
+    if not packing:
+        return
+    if not moved:
+        raise Fault(
+            "packing is on, but no two chats fit into one row, so there is nothing to prove", key="trainer.packing"
+        )
+    own, others = moved[0].changed_chat, moved[0].other_chats
+    yield _check(
+        "largest change of a logit in the chat that was changed", own, f"above {LEAK_LIMIT}", passed=own > LEAK_LIMIT
+    )
+    yield _check(
+        "largest change in the chats packed behind it", others, f"{LEAK_LIMIT} at most", passed=others <= LEAK_LIMIT
+    )
+
+
+def _check(name: str, value: float, limit: str, *, passed: bool) -> dict[str, Any]:
+    """One line of the certificate."""
+    return {"name": name, "value": value, "limit": limit, "passed": passed}
+
+
+def _examples(found: "dict[str, Audit]", tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, str]]:
+    """The first chats of each source as they stood in the batches: what is only read, and what carries loss."""
+    return [
+        {"source": file.rpartition("/")[2], "prompt": tokenizer.decode(prompt), "with_loss": tokenizer.decode(answer)}
+        for file, audit in found.items()
+        for prompt, answer in audit.examples
+    ]
+
+
+def main() -> None:
+    """The door."""
+    worker.main(Config, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the stages that train with TRL can all be told, and what of TRL's settings they set themselves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from cordee import files
+from cordee.config import Execution, Input, TrainingConfig
+from cordee.cost import Cost, training_bytes, training_flops
+
+OWNED = (
+    # where, how often, and who is told: the stage's own keys, the artifact and its metrics.jsonl
+    *("output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
+    *("logging_strategy", "logging_steps", "logging_nan_inf_filter", "log_on_each_node", "disable_tqdm", "report_to"),
+    *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *(
+        "push_to_hub",
+        "hub_token",
+        "hub_private_repo",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_always_push",
+        "hub_revision",
+    ),
+    # the batch and the seed: the stage's own keys
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "seed", "data_seed"),
+    "average_tokens_across_devices",
+    # resuming and evaluating: the stage's, and other stages'
+    *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint", "enable_jit_checkpoint"),
+    *("do_train", "do_eval", "do_predict", "eval_strategy", "eval_on_start", "load_best_model_at_end"),
+    # devices: `launch:` and its accelerate configuration
+    *("use_cpu", "local_rank", "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"),
+    # what the data and its masks rest on
+    *("remove_unused_columns", "trust_remote_code", "chat_template_path", "eos_token", "pad_token"),
+)
+"""Fields of `transformers.TrainingArguments` and of TRL's configs that no recipe sets under `trainer:`."""
+
+
+class TrlConfig(TrainingConfig):
+    """Base of the stages that train with a trainer of TRL."""
+
+    model: Input
+    """The model to start from: a Hugging Face directory (`$base`)."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Rows in one optimizer step, over all processes and accumulation steps; at least 1."""
+    per_device_train_batch_size: Execution[int] = Field(default=8, ge=1)
+    """Rows that one process works on at once; divides the global batch, and the result does not depend on it."""
+    logging_steps: Execution[int] = Field(default=10, ge=1)
+    """Optimizer steps from one line of `metrics.jsonl` to the next."""
+    save_steps: Execution[int] = Field(default=100, ge=1)
+    """Optimizer steps from one resume point to the next."""
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Any field of the library's own config; each stage names the dataclass that checks it."""
+
+
+def training_cost(config: TrlConfig, given: Mapping[str, Cost], tokens: float | None, forwards: float = 1.0) -> Cost:
+    """What training on `tokens` tokens costs.
+
+    Args:
+        config: the stage's config.
+        given: the costs of its inputs; "model" is the one that matters.
+        tokens: tokens over all epochs; None where they are not known yet.
+        forwards: work per token, in units of one forward and backward pass (4/3 with a frozen reference's forward).
+    """
+    base = given.get("model", Cost())
+    cost = Cost(tokens=tokens, parameters=base.parameters, vocab_size=base.vocab_size)
+    model_file = Path(config.model) / "config.json"
+    if tokens is None or base.parameters is None:
+        return cost
+    shape: dict[str, Any] = files.read_json(model_file) if model_file.exists() else {}
+    layers, width = int(shape.get("num_hidden_layers", 0)), int(shape.get("hidden_size", 0))
+    context = int(config.trainer.get("max_length") or 1024)
+    return Cost(
+        tokens=tokens,
+        flops=forwards * training_flops(base.parameters, tokens, layers, width, context),
+        parameters=base.parameters,
+        memory_bytes=training_bytes(
+            base.parameters, config.per_device_train_batch_size * context, layers, width, base.vocab_size or 0
+        ),
+        vocab_size=base.vocab_size,
+    )

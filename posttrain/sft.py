@@ -1,0 +1,140 @@
+"""Supervised fine-tuning on chats with TRL: loss on the assistant's tokens only, packed chats never see each other.
+
+    accelerate launch -m posttrain.sft --config sft.yaml trainer.learning_rate=5e-4
+
+Before the first step every chat is checked, and so are batches of the trainer's own collator: a prompt token with
+loss, an end-of-turn without, two beginnings, a chat that is too long: each is an error that names file and row.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from cordee import worker
+from cordee.config import Config as Keys
+from cordee.config import Input, Library
+from cordee.cost import Cost
+from cordee.errors import Fault, UserError
+from cordee.stage import Context
+from posttrain.settings import OWNED, TrlConfig, training_cost
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+    from posttrain.rows import Row, Stops
+
+CHECKED_BATCHES = 64
+SFT_OWNED = (
+    *OWNED,
+    *("assistant_only_loss", "completion_only_loss", "dataset_text_field", "dataset_kwargs", "dataset_num_proc"),
+    *("packing_strategy", "padding_free", "truncation_mode", "eval_packing"),
+)
+"""Besides: what is trained on, and how chats are packed whole (best-fit decreasing)."""
+
+
+class Source(Keys):
+    """One file of chats."""
+
+    path: Input
+    """A .parquet or .jsonl file with `messages`: lists of {role: system | user | assistant, content}."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often each chat is seen per epoch: 0.5 takes a random half of them, 2 all of them twice; above 0."""
+
+
+class Config(TrlConfig):
+    """What supervised fine-tuning can be told."""
+
+    data: list[Source] = Field(min_length=1)
+    """The chats to learn from; at least one file."""
+    trainer: Annotated[dict[str, Any], Library("trl.SFTConfig", owned=SFT_OWNED)] = Field(default_factory=dict)
+    """Any field of TRL's SFTConfig that the stage doesn't set itself (`learning_rate`, `packing`, `max_length`, …)."""
+
+
+def cost(config: Config, given: dict[str, Cost]) -> Cost:
+    """Tokens of all epochs, and what they cost to train on."""
+    tokens = 0.0
+    for place, source in enumerate(config.data):
+        known = given.get(f"data.{place}.path", Cost()).tokens
+        if known is None:
+            return training_cost(config, given, None)
+        tokens += known * source.weight
+    return training_cost(config, given, tokens * float(config.trainer.get("num_train_epochs", 3)))
+
+
+def build(config: Config, context: Context) -> tuple["SFTTrainer", "list[Row]", "Stops"]:
+    """The trainer with its data, and the rows that it was made from; used by the proof too."""
+    from trl import SFTConfig, SFTTrainer
+
+    from posttrain import masks, rows, training
+
+    arguments = training.arguments(SFTConfig, config, context)
+    if not arguments.max_length:
+        raise UserError("must be a number of tokens: no chat is ever cut", key="trainer.max_length")
+    model, tokenizer = training.open_model(config.model, config.trainer)
+    stops = rows.Stops.of(model, tokenizer)
+    chats: list[rows.Row] = []
+    for place, source in enumerate(config.data):
+        found = rows.tokenize(source.path, tokenizer, stops, arguments.max_length)
+        chats += rows.weigh(found, source.weight, context.seed + place)
+    if not chats:
+        raise UserError("the weights leave no chat", key="data")
+    trainer = SFTTrainer(model, arguments, train_dataset=rows.dataset(chats), processing_class=tokenizer)
+    if arguments.packing and "flash" not in model.config._attn_implementation:  # noqa: SLF001 - there is no public name
+        trainer.data_collator = masks.PackedRows(tokenizer.pad_token_id, arguments.max_length)
+    return trainer, chats, stops
+
+
+def check_batches(trainer: "SFTTrainer", chats: "list[Row]", stops: "Stops") -> None:
+    """Look at what the trainer's own collator makes before anything is learnt from it.
+
+    Raises:
+        Fault: a batch holds other tokens or other loss than the chats, or packed chats see each other.
+    """
+    from posttrain import masks
+
+    size, data = trainer.args.per_device_train_batch_size, trainer.train_dataset
+    starts = range(0, min(len(data), size * CHECKED_BATCHES), size)
+    batches = [trainer.data_collator(list(data.select(range(at, min(at + size, len(data)))))) for at in starts]
+    pad = trainer.processing_class.pad_token_id
+    for file, found in masks.audit(batches, chats, stops, pad).items():
+        if wrong := {name: count for name, count in found.faults.items() if count}:
+            raise Fault(f"the trainer's batches are not the chats: {wrong}", file=file)
+    moved = next(filter(None, (masks.leak(trainer.model, batch, pad) for batch in batches)), None)
+    if moved and (moved.other_chats > masks.LEAK_LIMIT or not moved.changed_chat > masks.LEAK_LIMIT):
+        raise Fault(f"packed chats see each other: logits moved by {moved.other_chats:g}", key="trainer.packing")
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Check, train or go on training, and write the model; returns the manifest's metrics."""
+    from cordee.cost import training_flops
+    from posttrain import training
+
+    trainer, chats, stops = build(config, context)
+    check_batches(trainer, chats, stops)
+    per_epoch, loss_per_epoch = sum(len(row.ids) for row in chats), sum(int(row.has_loss.sum()) for row in chats)
+    context.note(f"{len(chats)} chats, {per_epoch} tokens, {loss_per_epoch / per_epoch:.1%} of them with loss")
+    figures = training.train(trainer, context, per_epoch)
+    epochs = trainer.state.epoch or 0.0
+    training.save(trainer, context)
+    shape = trainer.model.config.get_text_config()
+    tokens = round(per_epoch * epochs)
+    return {
+        **figures,
+        "rows": len(chats),
+        "packed_rows": len(trainer.train_dataset),
+        "tokens": tokens,
+        "loss_tokens": round(loss_per_epoch * epochs),
+        "flops": training_flops(
+            figures["parameters"], tokens, shape.num_hidden_layers, shape.hidden_size, trainer.args.max_length
+        ),
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def main() -> None:
+    """The door."""
+    worker.main(Config, run)
+
+
+if __name__ == "__main__":
+    main()

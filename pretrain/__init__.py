@@ -1,0 +1,1 @@
+"""Stages from an open corpus to a base checkpoint."""

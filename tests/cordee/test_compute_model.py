@@ -1,0 +1,192 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cordee import files
+from cordee.compute.model import open_model, open_tokenizer, save_model, stop_token_ids
+from cordee.errors import Fault, UserError
+
+SPECIAL = ("<s>", "</s>", "<pad>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({letter: at for at, letter in enumerate([*SPECIAL, *sorted(letters)])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(list(SPECIAL))
+    names = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def tiny(tied: bool = False) -> torch.nn.Module:
+    from transformers import ApertusConfig, ApertusForCausalLM
+
+    torch.manual_seed(0)
+    config = ApertusConfig(
+        vocab_size=263,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=tied,
+    )
+    return ApertusForCausalLM(config)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    save_model(tiny(), tmp_path / "base@1", tokenizer=tokenizer_folder)
+    return tmp_path / "base@1"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_opens_with_the_same_weights(tmp_path: Path, tokenizer_folder: Path, tied: bool) -> None:
+    model = tiny(tied)
+    save_model(model, tmp_path / "base@1", tokenizer=tokenizer_folder)
+    opened = open_model(tmp_path / "base@1")
+    for name, value in model.state_dict().items():
+        assert value.equal(opened.state_dict()[name]), name
+
+
+def test_a_saved_model_is_a_plain_folder_that_stops_at_every_end(folder: Path, tokenizer_folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [1, 6] == stop_token_ids(open_tokenizer(folder))
+    assert (generation["bos_token_id"], generation["pad_token_id"]) == (0, 2)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (tokenizer_folder / name).read_bytes()
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_saving_into_a_folder_that_is_there_leaves_what_else_it_holds(folder: Path, tokenizer_folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / ".saving").mkdir()
+    (folder / ".saving" / "half").write_text("a kill has left this")
+    model = tiny()
+    model.lm_head.weight.data += 1
+    save_model(model, folder, tokenizer=tokenizer_folder)
+    assert open_model(folder).lm_head.weight.equal(model.lm_head.weight)
+    assert (folder / "metrics.jsonl").exists()
+    assert not (folder / ".saving").exists()
+    assert not (folder / "half").exists()
+
+
+def test_a_save_that_is_killed_before_its_end_leaves_no_model(
+    folder: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose weights are already another's must not pass for the old one."""
+    rename = Path.replace
+
+    def kill(path: Path, target: Path) -> Path:
+        if path.name == "tokenizer.json":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tiny(), folder, tokenizer=tokenizer_folder)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        open_model(folder)
+
+
+def test_the_stored_type_is_kept_unless_another_is_asked_for(tmp_path: Path, tokenizer_folder: Path) -> None:
+    save_model(tiny().to(torch.bfloat16), tmp_path / "base@1", tokenizer=tokenizer_folder)
+    assert open_model(tmp_path / "base@1").dtype == torch.bfloat16
+    assert open_model(tmp_path / "base@1", dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_folder_that_is_no_model_is_named_for_what_it_is(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model: is no folder"):
+        open_model(tmp_path / "nothing", key="model")
+    empty = tmp_path / "empty"
+    (empty / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        open_model(empty)
+    shutil.copytree(folder, empty / "checkpoints" / "500")
+    with pytest.raises(UserError, match="did you mean checkpoints/500"):
+        open_model(empty / "checkpoints")
+    (empty / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is an adapter, not a model"):
+        open_model(empty)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="holds no weights"):
+        open_model(folder)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        open_tokenizer(empty)
+
+
+def test_a_truncated_checkpoint_is_a_fault(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(Fault, match="can't be opened as a model"):
+        open_model(folder)
+
+
+def test_a_flipped_bit_is_seen_by_the_hash_that_was_published(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    item = {"path": "model.safetensors", "bytes": file.stat().st_size, "sha256": files.sha256(file)}
+    files.write_json(folder / "manifest.json", {"files": [item]})
+    open_model(folder)
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(Fault, match=r"model\.safetensors: is damaged"):
+        open_model(folder)
+
+
+def test_a_flipped_bit_in_a_checkpoint_within_an_artifact_is_seen_too(folder: Path, tmp_path: Path) -> None:
+    inside = shutil.copytree(folder, tmp_path / "sft@1" / "checkpoints" / "5")
+    file = inside / "model.safetensors"
+    item = {"path": "checkpoints/5/model.safetensors", "bytes": file.stat().st_size, "sha256": "0" * 64}
+    files.write_json(tmp_path / "sft@1" / "manifest.json", {"files": [item]})
+    with pytest.raises(Fault, match="is damaged"):
+        open_model(inside)
+
+
+def test_a_value_that_is_not_finite_is_a_fault(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][3, 3] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Fault, match=r"lm_head\.weight holds values that are not finite"):
+        open_model(folder)
+
+
+def test_weights_that_are_missing_unknown_or_misshapen_are_a_fault(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    save_file({name: value for name, value in whole.items() if name != "lm_head.weight"}, file, {"format": "pt"})
+    with pytest.raises(Fault, match=r"missing keys: lm_head\.weight"):
+        open_model(folder)
+    save_file({**whole, "model.extra.weight": torch.ones(2)}, file, {"format": "pt"})
+    with pytest.raises(Fault, match=r"unexpected keys: model\.extra\.weight"):
+        open_model(folder)
+    save_file({**whole, "lm_head.weight": torch.ones(5, 32)}, file, {"format": "pt"})
+    with pytest.raises(Fault, match=r"mismatched keys: .*lm_head\.weight"):
+        open_model(folder)
+
+
+def test_a_damaged_config_or_tokenizer_is_a_fault(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(Fault, match="can't be opened as a tokenizer"):
+        open_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(Fault, match=r"config\.json: is no JSON"):
+        open_model(folder)

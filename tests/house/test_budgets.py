@@ -1,0 +1,31 @@
+"""A file fits in the head and a function on a screen; what doesn't says why, beside its first line."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(
+    path for room in ("cordee", "pretrain", "posttrain", "eval", "data") for path in (ROOT / room).rglob("*.py")
+)
+FILE_LINES, FUNCTION_LINES = 400, 60
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_keep_their_budget(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= FILE_LINES or "long because" in lines[0]
+    for function in functions(ast.parse("\n".join(lines))):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        assert length <= FUNCTION_LINES or "long because" in lines[function.lineno - 1], function.name
+
+
+def test_the_budget_sees_what_is_over_it():
+    long = "def f():\n" + "    x = 1\n" * FUNCTION_LINES
+    assert [(node.end_lineno or 0) - node.lineno + 1 for node in functions(ast.parse(long))] == [FUNCTION_LINES + 1]

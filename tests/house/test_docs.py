@@ -1,0 +1,87 @@
+"""The documents say what is there: links lead somewhere, the tree is the real one, the commands exist."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").rglob("*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE_LINE = re.compile(r"^(?P<indent> *)(?P<name>[\w./-]+)  +\S", re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a document's headings, as forges make them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (path.parent / name).resolve() if name else path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_the_readmes_tree_is_the_real_one():
+    tree = README.partition("<!-- tree -->\n```\n")[2].partition("```")[0]
+    told, folder = set(), ""
+    for line in TREE_LINE.finditer(tree):
+        folder = line["name"] if not line["indent"] else folder
+        told.add(line["name"] if not line["indent"] else f"{folder}{line['name']}")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {f"{name.partition('/')[0]}/" for name in tracked if "/" in name and not name.startswith(".")}
+    rooms = ("cordee/", "pretrain/", "posttrain/", "eval/")
+    modules = {
+        name for name in tracked if name.startswith(rooms) and name.count("/") == 1 and not name.endswith("__init__.py")
+    }
+    folders = {
+        "/".join(name.split("/")[:2]) + "/" for name in tracked if name.startswith(rooms) and name.count("/") > 1
+    }
+    assert told == top | modules | folders
+
+
+def test_the_readmes_recipe_is_the_one_that_is_shipped():
+    shipped = (ROOT / "configs/recipes/quickstart.yaml").read_text(encoding="utf-8")
+    assert f"```yaml\n{shipped}```" in README
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith("cordee ")]
+
+
+def test_the_readme_has_commands():
+    assert len(commands()) >= 8
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_readme_command_is_understood(command, cordee):
+    verb = command.split()[1]
+    helped = cordee(verb, "--help")
+    assert helped.returncode == 0, helped.stderr
+    for option in re.findall(r"--[\w-]+", command):
+        assert option in helped.stdout
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.split()[1] in ("plan", "list")])
+def test_a_readme_command_that_only_reads_runs(command, cordee, tmp_path):
+    done = (
+        cordee(*command.split()[1:], "--runs", str(tmp_path / "runs"), cwd=ROOT)
+        if "plan" in command
+        else cordee("list")
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_pinned_package_has_one_exact_version():
+    lines = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.]+", line) for line in lines)
+    assert len({line.partition("==")[0].lower() for line in lines}) == len(lines) > 100

@@ -1,0 +1,46 @@
+"""No site's path, no address of a package registry, no dependency's name for a module of a room."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("capstor", "iopsstor", "weka", "nid0")
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[
+    :-1
+]
+TEXTS = [name for name in TRACKED if not name.endswith((".parquet", ".png"))]
+DEPENDENCIES = {
+    "datasets",
+    "tokenizers",
+    "transformers",
+    "accelerate",
+    "trl",
+    "peft",
+    "torch",
+    "vllm",
+    "lm_eval",
+    "evaluate",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_file_names_a_site_or_a_registry(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for part in PARTS:
+        assert f"/{part}" not in text
+    assert "index-" + "url" not in text
+    assert "registry" + ".npmjs" not in text
+    assert "files.python" + "hosted" not in text
+
+
+def test_no_module_of_a_room_bears_a_dependencys_name():
+    for room in ("pretrain", "posttrain", "eval"):
+        assert not {path.stem for path in (ROOT / room).glob("*.py")} & DEPENDENCIES
+
+
+def test_stages_are_started_by_module_and_rooms_print_nothing():
+    for room in ("pretrain", "posttrain", "eval"):
+        for path in (ROOT / room).glob("*.py"):
+            assert "print(" not in path.read_text(encoding="utf-8").replace("traceback.print", ""), path

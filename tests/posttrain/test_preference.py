@@ -1,0 +1,374 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cordee.cost import Cost
+from cordee.errors import Fault, Stopped, UserError
+from cordee.stage import Context
+from posttrain import preference
+
+ANSWERS = ("German", "French", "Italian", "Romansh")
+ROOT = Path(__file__).parents[2]
+
+
+def pair(number: int) -> dict[str, Any]:
+    """A question with a right and a wrong answer."""
+    question = f"Which language is this? {'Tuots umans naschan libers. ' * (1 + number % 3)}{number}"
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": ANSWERS[number % 2]}],
+        "rejected": [{"role": "assistant", "content": ANSWERS[2 + number % 2]}],
+    }
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [pair(number) for number in range(24)]
+    file = tmp_path_factory.mktemp("pairs") / "preferences.parquet"
+    pq.write_table(pa.table({name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}), file)
+    return file
+
+
+@pytest.fixture
+def new_context(tmp_path: Path) -> Callable[[str], Context]:
+    """A context by name, in a folder as a recipe's run has it."""
+
+    def make(name: str) -> Context:
+        out, logs = tmp_path / f"{name}@1.partial", tmp_path / "logs" / name
+        out.mkdir(exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
+        return Context(out=out, seed=3, events=logs / "events.jsonl")
+
+    return make
+
+
+def config(model: Path, data: Path, **changes: Any) -> preference.Config:
+    """Six steps of eight pairs."""
+    trainer = {"learning_rate": 5e-3, "num_train_epochs": 2, "max_length": 128, "bf16": False}
+    values = {
+        "model": str(model),
+        "data": str(data),
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "lora": {"r": 4, "lora_alpha": 8},
+        **changes,
+        "trainer": {**trainer, **changes.get("trainer", {})},
+    }
+    return preference.Config.model_validate(values)
+
+
+def metrics_of(context: Context) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (context.out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_adapter_starts_at_its_reference_and_learns_to_prefer(
+    model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context]
+) -> None:
+    from safetensors.torch import load_file
+
+    context = new_context("dpo")
+    metrics = preference.run(config(model_folder, pairs_file), context)
+    rows = metrics_of(context)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["loss"] < 0.65
+    assert rows[-1]["rewards/accuracies"] == 1.0
+    assert {"logps/chosen", "logps/rejected", "rewards/margins"} <= set(rows[-1])
+    assert metrics["rows"] == 24
+    assert metrics["steps"] == 6
+    assert metrics["trainable_parameters"] == 4 * 2 * (2 * 128 + 2 * (64 + 32) + 2 * (64 + 128))
+    assert metrics["tokens"] == rows[-1]["tokens"]
+    assert sorted(path.name for path in context.out.iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors", "base_model.json", "chat_template.jinja"),
+        *("metrics.jsonl", "tokenizer.json", "tokenizer_config.json"),
+    ]
+    weights = load_file(context.out / "adapter_model.safetensors")
+    assert all(weights[name].abs().max() > 0 for name in weights if "lora_B" in name)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context]
+) -> None:
+    @dataclass(frozen=True)
+    class StopsAfter(Context):
+        calls: list[int] = field(default_factory=list)
+
+        def stop_requested(self) -> bool:
+            self.calls.append(1)
+            return len(self.calls) >= 3
+
+    whole, broken = new_context("whole"), new_context("broken")
+    preference.run(config(model_folder, pairs_file), whole)
+    with pytest.raises(Stopped, match="step 3 of 6"):
+        preference.run(config(model_folder, pairs_file), StopsAfter(broken.out, broken.seed, broken.events))
+    assert not (broken.out / "adapter_config.json").exists()
+    preference.run(config(model_folder, pairs_file), broken)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "base_model.json"):
+        assert (whole.out / name).read_bytes() == (broken.out / name).read_bytes(), name
+    assert metrics_of(whole) == metrics_of(broken)
+
+
+def test_a_run_killed_after_its_last_save_ends_with_the_same_files(
+    model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole, broken = new_context("whole"), new_context("broken")
+    metrics = preference.run(config(model_folder, pairs_file), whole)
+    monkeypatch.setattr("posttrain.adapters.save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        preference.run(config(model_folder, pairs_file), broken)
+    monkeypatch.undo()
+    assert (broken.out / "resume" / "checkpoint-6").is_dir()
+    again = preference.run(config(model_folder, pairs_file), broken)
+    assert again == metrics
+    assert {path.name: path.read_bytes() for path in broken.out.iterdir() if path.name != "metrics.jsonl"} == {
+        path.name: path.read_bytes() for path in whole.out.iterdir() if path.name != "metrics.jsonl"
+    }
+    assert metrics_of(broken) == metrics_of(whole)
+
+
+def test_without_lora_all_weights_are_trained_and_a_whole_model_is_written(
+    model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context]
+) -> None:
+    from cordee.compute.model import open_model
+
+    context = new_context("full")
+    metrics = preference.run(config(model_folder, pairs_file, lora=None, trainer={"learning_rate": 1e-3}), context)
+    before, after = open_model(model_folder), open_model(context.out)
+    changed = [name for name, value in before.named_parameters() if not value.equal(after.get_parameter(name))]
+    assert len(changed) == len(list(before.parameters()))
+    assert metrics["trainable_parameters"] == metrics["parameters"] == sum(p.numel() for p in before.parameters())
+    assert metrics_of(context)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics_of(context)[-1]["rewards/margins"] > 0.01
+    ends = json.loads((context.out / "generation_config.json").read_text())["eos_token_id"]
+    assert len(ends) == 2
+
+
+def test_reference_log_probabilities_computed_beforehand_give_the_same_training(
+    model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context]
+) -> None:
+    plain, before = new_context("plain"), new_context("before")
+    preference.run(config(model_folder, pairs_file), plain)
+    preference.run(config(model_folder, pairs_file, trainer={"precompute_ref_log_probs": True}), before)
+    for one, two in zip(metrics_of(plain), metrics_of(before), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    assert not (before.out / "resume").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta", "loss_of"),
+    [
+        ("sigmoid", 0.3, lambda chosen, rejected, _lengths: -math.log(1 / (1 + math.exp(-0.3 * (chosen - rejected))))),
+        ("hinge", 0.7, lambda chosen, rejected, _lengths: max(0.0, 1 - 0.7 * (chosen - rejected))),
+        (
+            "ipo",
+            0.2,
+            lambda chosen, rejected, lengths: (chosen / lengths[0] - rejected / lengths[1] - 1 / (2 * 0.2)) ** 2,
+        ),
+    ],
+)
+def test_trl_computes_the_loss_that_was_asked_for(
+    model_folder: Path, pairs_file: Path, context: Context, loss_type: str, beta: float, loss_of: Callable[..., float]
+) -> None:
+    """By hand: log-ratios of each side from two separate scorings, then the paper's formula, pair by pair."""
+    import torch
+    from trl import DPOConfig
+
+    from cordee.compute.logprobs import score
+    from cordee.compute.model import open_model, open_tokenizer
+    from posttrain import adapters, dpo, pairs, training
+
+    asked = config(model_folder, pairs_file, trainer={"loss_type": [loss_type], "beta": beta})
+    settings = training.arguments(DPOConfig, asked, context)
+    model, tokenizer = open_model(model_folder), open_tokenizer(model_folder)
+    rows = pairs.read(pairs_file, pairs.COLUMNS, "data")
+    data = dpo.dataset(rows, settings, context.out)
+    trainer = dpo.build(model, settings, data, tokenizer, adapters.lora_config({"r": 4}, model))
+    generator = torch.Generator().manual_seed(5)
+    for name, weights in trainer.model.named_parameters():
+        if "lora_B" in name:
+            weights.data = torch.randn(weights.shape, generator=generator) * 0.3
+    batch = list(trainer.train_dataset.select(range(4)))
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(batch)).item()
+
+    def sums(side: str) -> list[float]:
+        found = score(trainer.model, [row["prompt_ids"] + row[side] for row in batch])
+        return [
+            scores.logprobs[len(row["prompt_ids"]) - 1 :].double().sum().item()
+            for scores, row in zip(found, batch, strict=True)
+        ]
+
+    policy = [sums("chosen_ids"), sums("rejected_ids")]
+    with trainer.model.disable_adapter():
+        reference = [sums("chosen_ids"), sums("rejected_ids")]
+    expected = [
+        loss_of(
+            policy[0][n] - reference[0][n],
+            policy[1][n] - reference[1][n],
+            (len(batch[n]["chosen_ids"]), len(batch[n]["rejected_ids"])),
+        )
+        for n in range(4)
+    ]
+    assert abs(policy[0][0] - reference[0][0]) > 0.01
+    assert loss == pytest.approx(sum(expected) / 4, rel=1e-4)
+
+
+def test_an_adapter_that_does_not_start_without_effect_is_a_fault(
+    model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context]
+) -> None:
+    context = new_context("random")
+    asked = config(model_folder, pairs_file, lora={"r": 4, "init_lora_weights": False})
+    with pytest.raises(Fault, match="does not start as its reference"):
+        preference.run(asked, context)
+    assert not (context.out / "adapter_config.json").exists()
+
+
+def test_a_dropout_that_trl_would_switch_off_is_refused(model_folder: Path, pairs_file: Path, context: Context) -> None:
+    with pytest.raises(UserError, match=r"lora\.lora_dropout: .*disable_dropout"):
+        preference.run(config(model_folder, pairs_file, lora={"r": 4, "lora_dropout": 0.1}), context)
+
+
+def test_a_loss_that_trl_does_not_have_is_refused_by_its_nearest_name(
+    model_folder: Path, pairs_file: Path, context: Context
+) -> None:
+    with pytest.raises(UserError, match=r"trainer\.loss_type: .*did you mean 'sigmoid'"):
+        preference.run(config(model_folder, pairs_file, trainer={"loss_type": ["sigmod"]}), context)
+
+
+def test_an_adapter_of_rank_0_is_refused(model_folder: Path, pairs_file: Path, context: Context) -> None:
+    with pytest.raises(UserError, match="lora: TRL refuses it"):
+        preference.run(config(model_folder, pairs_file, lora={"r": 0}), context)
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    import torch
+
+    from posttrain.dpo import trainable_parameters
+
+    model = torch.nn.Linear(2, 3)
+    assert trainable_parameters(model) == 9
+    with pytest.raises(UserError, match="nothing to train"):
+        trainable_parameters(model.requires_grad_(False))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    model_folder: Path, pairs_file: Path, context: Context
+) -> None:
+    with pytest.raises(UserError, match="global_batch_size"):
+        preference.run(config(model_folder, pairs_file, global_batch_size=6), context)
+
+
+def broken(column: str, content: str) -> dict[str, Any]:
+    row = pair(1)
+    return {**row, column: [{**row[column][0], "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**pair(1), "rejected": pair(1)["chosen"]}, "are equal"),
+        ({**pair(1), "chosen": []}, "chosen is empty"),
+        (broken("rejected", "  "), "rejected holds an empty message"),
+        ({name: value for name, value in pair(1).items() if name != "rejected"} | {"rejectd": 1}, "mean 'rejectd'"),
+        (broken("prompt", "word " * 300), "tokens long, more than 128"),
+        (broken("chosen", "German<|assistant_end|>"), "spells out the special token"),
+        ({**pair(1), "prompt": [*pair(1)["prompt"], *pair(1)["chosen"]]}, "nothing to answer"),
+        ({**pair(1), "chosen": pair(1)["prompt"]}, "ends with 'user'"),
+        ({**pair(1), "tools": "[]"}, "which is not read"),
+        ({**pair(1), "prompt": "What?"}, "no list of messages"),
+    ],
+)
+def test_a_pair_that_would_train_the_wrong_thing_stops_the_run_by_file_and_row(
+    model_folder: Path, tmp_path: Path, context: Context, row: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(pair(0)) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message) as error:
+        preference.run(config(model_folder, file), context)
+    assert f"{file}: row 1" in str(error.value)
+    assert not (context.out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{{- bos_token }}", "{{- bos_token }}{{- bos_token }}", "2 beginning-of-sequence tokens"),
+        ("+ '<|assistant_end|>'", "", "has no end of turn"),
+        ("{%- if add_generation_prompt %}", "{%- if add_generation_prompt %}{{- '\n' }}", "as different tokens"),
+    ],
+)
+def test_a_template_that_renders_pairs_wrongly_is_refused(
+    model_folder: Path, pairs_file: Path, template: str, old: str, new: str, message: str
+) -> None:
+    from cordee.compute.model import open_model, open_tokenizer
+    from posttrain import pairs
+    from posttrain.rows import Stops
+
+    tokenizer = open_tokenizer(model_folder)
+    assert old in template
+    tokenizer.chat_template = template.replace(old, new)
+    with pytest.raises(UserError, match=message):
+        pairs.tokenize(
+            pairs.read(pairs_file, pairs.COLUMNS, "data"), tokenizer, Stops.of(open_model(model_folder), tokenizer), 512
+        )
+
+
+def test_a_row_that_the_trainer_dropped_or_cut_is_a_fault() -> None:
+    from posttrain.pairs import Pair, require_same
+
+    theirs = {"prompt_ids": [0, 1], "chosen_ids": [2, 8], "rejected_ids": [3, 8]}
+    ours = Pair([0, 1], [2, 8], [3, 8])
+    require_same([ours], [theirs])
+    with pytest.raises(Fault, match="holds 1 of 2"):
+        require_same([ours, ours], [theirs])
+    with pytest.raises(Fault, match="other tokens"):
+        require_same([ours], [{**theirs, "chosen_ids": [2]}])
+
+
+def test_the_cost_counts_two_sequences_a_pair_and_less_memory_for_an_adapter(
+    model_folder: Path, pairs_file: Path
+) -> None:
+    given = {"model": Cost(parameters=1e6, vocab_size=400), "data": Cost(rows=100)}
+    adapter = preference.cost(config(model_folder, pairs_file), given)
+    full = preference.cost(config(model_folder, pairs_file, lora=None), given)
+    assert adapter.tokens == full.tokens == 2 * 100 * 2 * 128
+    assert full.flops == pytest.approx(adapter.flops * 8 / 6)
+    assert full.memory_bytes - adapter.memory_bytes == pytest.approx(12e6)
+
+
+def test_two_processes_train_as_one(
+    model_folder: Path, pairs_file: Path, tmp_path: Path, new_context: Callable[[str], Context]
+) -> None:
+    one, two = new_context("one"), new_context("two")
+    asked = config(model_folder, pairs_file)
+    preference.run(asked, one)
+    job = {"out": str(two.out), "seed": two.seed, "events": str(two.events), "config": asked.model_dump(mode="json")}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    ended = subprocess.run(
+        [*launch, "--rdzv-endpoint=localhost:0", "-m", "posttrain.preference", "--job", str(tmp_path / "job.json")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for alone, together in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], abs=2e-3)
+    assert (two.out / "adapter_config.json").exists()
