@@ -13,7 +13,7 @@ from typing import Any
 
 from cordee import files, identity
 from cordee.artifact import REFERENCE, Artifact, Store
-from cordee.config import Config, Input, inputs
+from cordee.config import Config, Input, inputs, resolved
 from cordee.cost import Cost
 from cordee.errors import UserError, nearest
 from cordee.recipe import CERTIFICATES, Recipe, RecipeStage
@@ -114,13 +114,13 @@ def make(recipe: Recipe, store: Store) -> Plan:
 def _planned(
     recipe: Recipe,
     item: RecipeStage,
-    resolved: tuple[Config, dict[str, Source]],
+    read: tuple[Config, dict[str, Source]],
     store: Store,
     made: list[Artifact],
     before: dict[str, Planned],
 ) -> Planned:
     """One stage's state and cost."""
-    config, sources = resolved
+    config, sources = read
     pointed = {key: source.identity for key, source in sources.items()}
     stands_for = identity.of_stage(item.stage.uses, recipe.seed, config, pointed)
     fingerprint = identity.fingerprint(stands_for)
@@ -153,6 +153,9 @@ def _cost(item: RecipeStage, config: Config, sources: dict[str, Source], before:
     """What a stage will cost, as far as its module can say."""
     if item.stage.cost is None:
         return Cost()
+    # What is made already is given as a path, so that its files can be read; what is not stays a reference.
+    paths = {key: str(sources[key].path or value) for key, value in inputs(config)}
+    config = type(config).model_validate(resolved(config, paths))
     given = {}
     for key, source in sources.items():
         if source.stage:

@@ -21,7 +21,8 @@ LANGUAGES = {
     "is": ("Icelandic", "Latn"), "it": ("Italian", "Latn"), "ja": ("Japanese", "Jpan"), "ka": ("Georgian", "Geor"),
     "ko": ("Korean", "Kore"), "lt": ("Lithuanian", "Latn"), "lv": ("Latvian", "Latn"), "mn": ("Mongolian", "Cyrl"),
     "nb": ("Norwegian Bokmål", "Latn"), "nl": ("Dutch", "Latn"), "pl": ("Polish", "Latn"), "pt": ("Portuguese", "Latn"),
-    "rm-sursilv": ("Romansh (Sursilvan)", "Latn"), "ro": ("Romanian", "Latn"), "ru": ("Russian", "Cyrl"), "sr": ("Serbian", "Cyrl"),
+    "rm-sursilv": ("Romansh (Sursilvan)", "Latn"), "ro": ("Romanian", "Latn"), "ru": ("Russian", "Cyrl"),
+    "sr": ("Serbian", "Cyrl"),
     "sw": ("Swahili", "Latn"), "ta": ("Tamil", "Taml"), "th": ("Thai", "Thai"), "tr": ("Turkish", "Latn"),
     "uk": ("Ukrainian", "Cyrl"), "vi": ("Vietnamese", "Latn"), "yo": ("Yoruba", "Latn"), "zh": ("Chinese", "Hans"),
 }  # fmt: skip
@@ -152,7 +153,8 @@ def benchmark(store: FakeStore) -> dict[str, Any]:
             "by_language": {
                 "language_identification": {t: sum(right[i] for i in rows) / 4 for t, rows in by_tag.items()},
                 "heldout_text": {
-                    t: sum(need[i] for i in rows) / math.log(2) / sum(sizes[i] for i in rows) for t, rows in by_tag.items()
+                    t: sum(need[i] for i in rows) / math.log(2) / sum(sizes[i] for i in rows)
+                    for t, rows in by_tag.items()
                 },
             },
         })  # fmt: skip
@@ -180,7 +182,8 @@ def samples() -> list[dict[str, Any]]:
     rows.insert(1, {"prompt": HOSTILE, "reference": "Hostile", "kind": HOSTILE, "language": "en\" onload=\"alert(1)",
                     "outputs": {"base": HOSTILE, "sft": HOSTILE, "dpo": "Hostile."}})  # fmt: skip
     rows.append({"prompt": "Continue: All human beings are born free", "reference": None, "kind": "continuation",
-                 "language": "en", "outputs": {"base": "and equal in dignity and rights.", "sft": "", "dpo": "and free."}})  # fmt: skip
+                 "language": "en",
+                 "outputs": {"base": "and equal in dignity and rights.", "sft": "", "dpo": "and free."}})  # fmt: skip
     return rows
 
 
@@ -234,7 +237,8 @@ def make(root: Path) -> dict[str, Path]:
             metrics={"tokens": 163_840, "flops": 5.6e12, "parameters": 5_408_768})  # fmt: skip
     publish("dpo", "posttrain.preference", {"adapter_config.json": "{}",
             "metrics.jsonl": store.curve(40, 0.693, 0.4, heldout=False)}, inputs={"model": "sft", "data": "chats"},
-            seconds=64, memory=2_700_000_000, metrics={"tokens": 81_920, "flops": 3.9e12, "parameters": 5_408_768})  # fmt: skip
+            seconds=64, memory=2_700_000_000,
+            metrics={"tokens": 81_920, "flops": 3.9e12, "parameters": 5_408_768})  # fmt: skip
     publish(
         "merged",
         "posttrain.merge",

@@ -1,0 +1,145 @@
+"""Passages of a corpus: cut where words end, and never one that a held-out document holds too."""
+
+import random
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from cordee.errors import Fault, UserError, nearest
+
+MIN_CHARACTERS = 8
+"""The shortest passage that a recipe may ask for: anything shorter stands in most held-out documents."""
+COLUMNS = ("text", "language", "language_name", "script", "article")
+TRIES = 200
+VIRAMA = 9
+"""Unicode's combining class of the signs that join the next letter to the one before."""
+
+
+@dataclass
+class Language:
+    """A language of the corpus, with its documents in both splits."""
+
+    tag: str
+    name: str
+    script: str
+    train: list[str] = field(default_factory=list)
+    heldout: list[tuple[str, int | None]] = field(default_factory=list)
+    """Text and article."""
+
+
+def read(corpus: Path, tags: Sequence[str] | None) -> dict[str, Language]:
+    """The corpus's languages by tag, or those of them that are asked for.
+
+    Raises:
+        UserError: the corpus lacks a file, a column, a language that is asked for, its name, or its held-out text.
+    """
+    found: dict[str, Language] = {}
+    for split in ("train", "heldout"):
+        file = corpus / f"{split}.parquet"
+        if not file.is_file():
+            raise UserError(f"no corpus: it has no {file.name}", file=corpus, key="corpus")
+        if missing := set(COLUMNS) - set(names := pq.read_schema(file).names):
+            raise UserError(f"no column {min(missing)!r}", file=file, hint=nearest(min(missing), names))
+        for row in pq.read_table(file, columns=list(COLUMNS)).to_pylist():
+            if tags is None or row["language"] in tags:
+                new = Language(row["language"], row["language_name"], row["script"])
+                language = found.setdefault(row["language"], new)
+                if split == "train":
+                    language.train.append(row["text"])
+                else:
+                    language.heldout.append((row["text"], row["article"]))
+    for tag in tags or found:
+        if tag not in found:
+            raise UserError(f"the corpus has no language {tag!r}", file=corpus, key="languages", hint=nearest(tag, found))
+        for what, value in (("name", found[tag].name), ("held-out document", found[tag].heldout)):
+            if not value:
+                raise UserError(f"language {tag!r} has no {what}", file=corpus, key="languages")
+    return dict(sorted(found.items()))
+
+
+class Passages:
+    """Cuts random passages out of training documents, and refuses those that stand in a held-out one.
+
+    The held-out texts are remembered by their runs of `shortest` characters, so a passage is looked up at once and
+    searched for only where its beginning is known.
+    """
+
+    def __init__(self, languages: dict[str, Language], shortest: int, longest: int) -> None:
+        self.shortest, self.longest = shortest, longest
+        self.refused = 0
+        """Passages that were drawn and stood in a held-out document."""
+        self._heldout = [text for language in languages.values() for text, _ in language.heldout]
+        self._known = {
+            text[start : start + shortest] for text in self._heldout for start in range(max(len(text) - shortest + 1, 1))
+        }
+
+    def is_held_out(self, passage: str) -> bool:
+        """Whether a passage stands in a held-out document, of whatever language."""
+        return passage[: self.shortest] in self._known and any(passage in text for text in self._heldout)
+
+    def draw(self, language: Language, rng: random.Random) -> str:
+        """A passage of a language's training documents, of random length.
+
+        Raises:
+            UserError: the language has no document that is long enough, or all that was drawn is held out too.
+        """
+        documents = [text for text in language.train if len(text) >= self.shortest]
+        for _ in range(TRIES if documents else 0):
+            text = rng.choice(documents)
+            length = rng.randint(self.shortest, min(self.longest, len(text)))
+            passage = cut(text, rng.randint(0, len(text) - length), length)
+            if len(passage) < self.shortest:
+                continue
+            if not self.is_held_out(passage):
+                return passage
+            self.refused += 1
+        raise UserError(
+            f"language {language.tag!r} has no training passage of {self.shortest} characters or more that is not held out",
+            key="passage_characters",
+        )
+
+    def check(self, passages: Sequence[str]) -> None:
+        """The guard over all that is written.
+
+        Raises:
+            Fault: a passage stands in a held-out document.
+        """
+        for passage in passages:
+            if self.is_held_out(passage):
+                raise Fault(f"a training passage stands in a held-out document: {passage!r}")
+
+
+def cut(text: str, start: int, length: int) -> str:
+    """At most `length` characters from `start` on, moved to where words begin and end.
+
+    Where the text has no space within the passage (Chinese, Thai, Tibetan), it is cut between letters instead, never
+    between a letter and its marks.
+    """
+    end = min(start + length, len(text))
+    if start > 0 and not text[start - 1].isspace():
+        space = _next_space(text, start, end)
+        start = space if space is not None else _letter(text, start)
+    if end < len(text) and not text[end].isspace():
+        spaces = [place for place in range(start + 1, end) if text[place].isspace()]
+        end = spaces[-1] if spaces and spaces[-1] - start >= (end - start) // 2 else _letter(text, end, step=-1)
+    return text[start:end].strip()
+
+
+def _next_space(text: str, start: int, end: int) -> int | None:
+    """The first space in the first half of a passage."""
+    return next((place for place in range(start, start + (end - start) // 2) if text[place].isspace()), None)
+
+
+def _letter(text: str, place: int, step: int = 1) -> int:
+    """The nearest place in a direction where no letter is torn from its marks."""
+    while 0 < place < len(text) and (
+        unicodedata.category(text[place]).startswith("M")
+        or text[place] == "\u200d"
+        or text[place - 1] == "\u200d"
+        or unicodedata.combining(text[place - 1]) == VIRAMA
+    ):
+        place += step
+    return place

@@ -1,0 +1,254 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_store
+import pytest
+
+from cordee.errors import Fault
+from eval import comparison, sections, statistics
+from eval.records import Corpus, open_record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def figures(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def change_json(folder, file, change):
+    """Change a JSON file of an artifact; `change` gets the document."""
+    document = json.loads((folder / file).read_text(encoding="utf-8"))
+    change(document)
+    (folder / file).write_text(json.dumps(document), encoding="utf-8")
+    if file != "manifest.json":
+        fake_store.rehash(folder)
+
+
+def test_the_climb_holds_every_stage_that_the_listed_ones_come_from_each_after_its_inputs(report):
+    climb = [stage["stage"] for stage in figures(report(("merged",)))["climb"]]
+    assert sorted(climb) == ["base", "chats", "corpus", "dpo", "merged", "sft", "tokenizer", "tokens"]
+    for earlier, later in (("corpus", "tokens"), ("tokens", "base"), ("base", "sft"), ("chats", "sft"), ("sft", "dpo")):
+        assert climb.index(earlier) < climb.index(later)
+
+
+def test_the_figures_are_those_of_the_artifacts(report, store):
+    result = json.loads((store["benchmark"] / "results.json").read_text(encoding="utf-8"))
+    shown = figures(report())
+    table = next(table for table in shown["benchmarks"] if table["task"] == "language_identification")
+    assert [row["value"] for row in table["rows"]] == [
+        model["results"]["language_identification"]["acc"] for model in result["models"]
+    ]
+    assert [row["model"] for row in table["rows"]] == list(fake_store.MODELS)
+    first = shown["verdict"][0]
+    assert (first["before"], first["after"]) == (table["rows"][0]["value"], table["rows"][-1]["value"])
+    heldout = next(curve for curve in shown["curves"] if curve["metric"] == "heldout_bits_per_byte")
+    rows = [json.loads(line) for line in (store["base"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert heldout["points"] == [[r["step"], r["heldout_bits_per_byte"]] for r in rows if "heldout_bits_per_byte" in r]
+    assert heldout["byte_entropy"] == 4.93
+    page = (report() / "index.html").read_text(encoding="utf-8")
+    assert f"{100 * first['after']:.1f}%" in page
+    assert "5.41\N{NO-BREAK SPACE}M" in page
+
+
+def test_changes_are_paired_document_by_document(report, store):
+    table = next(t for t in figures(report())["benchmarks"] if t["task"] == "heldout_text")
+    folder = store["benchmark"] / "lm_eval"
+    old, new = (
+        [
+            json.loads(line)["bits_per_byte"]
+            for line in next(folder.glob(f"{name}/*/samples_held*")).open(encoding="utf-8")
+        ]
+        for name in ("base", "sft")
+    )
+    bits = [[-score[0] / 0.6931471805599453 for score in scores] for scores in (old, new)]
+    expected = statistics.paired_change(*bits, [score[1] for score in old])
+    change = table["rows"][3]["change"]
+    assert change["paired"]
+    assert change["rows"] == 192
+    assert change["value"] == pytest.approx(expected.value)
+    assert change["standard_error"] == pytest.approx(expected.standard_error)
+    assert change["value"] == pytest.approx(table["rows"][3]["value"] - table["rows"][2]["value"])
+
+
+def test_without_sample_rows_a_change_is_unpaired_and_the_report_says_so(report, store):
+    shutil.rmtree(store["benchmark"] / "lm_eval")
+    fake_store.rehash(store["benchmark"])
+    shown = figures(report())
+    accuracy, bits = shown["benchmarks"]
+    rows = accuracy["rows"]
+    error = (rows[0]["standard_error"] ** 2 + rows[1]["standard_error"] ** 2) ** 0.5
+    assert not rows[1]["change"]["paired"]
+    assert rows[1]["change"]["standard_error"] == pytest.approx(error)
+    assert bits["rows"][1]["change"]["standard_error"] is None, "lm-eval gave none"
+    assert not bits["rows"][1]["change"]["significant"]
+    assert any("could not be paired" in line for line in shown["limits"])
+
+
+@pytest.mark.parametrize("fault", ["other documents", "other values"])
+def test_rows_of_other_documents_or_with_another_mean_are_not_paired(report, store, fault):
+    path = next((store["benchmark"] / "lm_eval" / "sft").glob("*/samples_lang*"))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[0] |= {"doc_hash": "other"} if fault == "other documents" else {"acc": 1.0 - rows[0]["acc"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fake_store.rehash(store["benchmark"])
+    changes = [row["change"] for row in figures(report())["benchmarks"][0]["rows"]]
+    assert [change["paired"] for change in changes[1:]] == [True, True, False, False]
+
+
+def test_p_values_are_adjusted_over_the_whole_report(report):
+    changes = [row["change"] for table in figures(report())["benchmarks"] for row in table["rows"] if row["change"]]
+    assert len(changes) == 8
+    assert [c["adjusted_p_value"] for c in changes] == pytest.approx(statistics.holm([c["p_value"] for c in changes]))
+
+
+def test_languages_stand_by_script(report):
+    table = figures(report())["languages"][0]
+    groups = {group["script"]: [row["name"] for row in group["languages"]] for group in table["groups"]}
+    assert next(iter(groups)) == "Latin"
+    assert groups["Arabic"] == ["Arabic", "Persian"]
+    assert list(groups)[-1] == "Scripts of one language"
+    assert "Armenian" in groups["Scripts of one language"]
+    assert sum(map(len, groups.values())) == 48
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "expected"),
+    [
+        ("romansh. ", "Romansh", True),
+        ("Romansh Romansh", "Romansh", False),
+        ("", "Romansh", False),
+        ("x", None, None),
+        ("x", "", None),
+        ("x", "x" * 61, None),
+    ],
+)
+def test_an_answer_is_right_if_it_is_the_reference(output, reference, expected):
+    assert sections.right(output, reference) is expected
+
+
+def test_long_curves_are_thinned_and_keep_their_ends():
+    points = [[step, float(step)] for step in range(5001)]
+    thin = sections.thin(points)
+    assert len(thin) == sections.POINTS
+    assert (thin[0], thin[-1]) == (points[0], points[-1])
+    assert max(b[0] - a[0] for a, b in zip(thin, thin[1:], strict=False)) <= 13
+
+
+def test_a_loss_that_is_no_number_is_a_gap(report, store):
+    path = store["sft"] / "metrics.jsonl"
+    path.write_text(path.read_text(encoding="utf-8") + '{"step": 81, "loss": NaN}\n', encoding="utf-8")
+    fake_store.rehash(store["sft"])
+    curve = next(curve for curve in figures(report())["curves"] if curve["stage"] == "sft")
+    assert curve["points"][-1][0] == 80
+
+
+def test_the_recipe_names_artifacts_and_not_fingerprints(report):
+    listing = figures(report())["provenance"]["recipe"]
+    assert "    - tokens: quickstart/tokens@1\n      weight: 1.0" in listing
+    assert "  source: data/udhr.parquet" in listing
+    assert '  optimizer:\n    name: "adamw"' in listing
+
+
+def test_what_was_not_listed_is_left_out_and_named(report):
+    folder = report(("sft",), ())
+    shown, page = figures(folder), (folder / "index.html").read_text(encoding="utf-8")
+    assert shown["benchmarks"] == shown["samples"] == shown["languages"] == []
+    assert 'id="benchmarks"' not in page
+    assert any("No certificate" in line for line in shown["limits"])
+
+
+def test_an_ancestor_that_is_gone_is_named(report, store):
+    shutil.rmtree(store["chats"])
+    shown = figures(report())
+    assert shown["provenance"]["missing"] == ["quickstart/chats@1"]
+    assert any("quickstart/chats@1" in line for line in shown["limits"])
+
+
+def test_another_artifact_in_an_ancestors_place_is_a_fault(report, store):
+    change_json(store["chats"], "manifest.json", lambda manifest: manifest.update(fingerprint="0" * 64))
+    with pytest.raises(Fault, match=r"chats@1: is not the quickstart/chats@1 that quickstart/sft@1 was made from"):
+        report()
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        ("benchmark", "results.json"),
+        ("samples", "samples.jsonl"),
+        ("base", "metrics.jsonl"),
+        ("corpus", "corpus.json"),
+        ("prove-masks", "certificate.json"),
+    ],
+)
+def test_a_file_that_differs_from_its_hash_or_its_shape_is_a_fault_that_names_it(report, store, stage, file):
+    path = store[stage] / file
+    path.write_bytes(path.read_bytes()[:-9] + b"\n")
+    with pytest.raises(Fault, match=rf"{file}: its content differs from the manifest's SHA-256"):
+        report()
+    fake_store.rehash(store[stage])
+    with pytest.raises(Fault, match=rf"{file}.*: (can't be used|line \d+ is no JSON)"):
+        report()
+    path.unlink()
+    with pytest.raises(Fault, match=rf"{file}: can't be read"):
+        report()
+
+
+def test_a_value_that_is_announced_and_missing_is_a_fault(report, store):
+    change_json(store["benchmark"], "results.json", lambda d: d["models"][3]["results"]["heldout_text"].clear())
+    with pytest.raises(Fault, match=r"results.json: models.sft.results.heldout_text.bits_per_byte: is None"):
+        report()
+
+
+def test_a_folder_that_is_no_artifact_is_a_fault(tmp_path):
+    with pytest.raises(Fault, match="lies in no artifact"):
+        open_record(tmp_path)
+
+
+def test_a_place_inside_an_artifact_is_that_artifact(store):
+    (store["base"] / "checkpoints" / "100").mkdir(parents=True)
+    assert open_record(store["base"] / "checkpoints" / "100").name == "quickstart/base@1"
+
+
+def test_hostile_text_is_escaped_wherever_it_comes_from(report, store):
+    change_json(store["sft"], "manifest.json", lambda m: m.update(uses=fake_store.HOSTILE, stage=fake_store.HOSTILE))
+    change_json(store["benchmark"], "results.json", lambda d: d["models"][0].update(name=fake_store.HOSTILE))
+    change_json(store["prove-masks"], "certificate.json", lambda d: d.update(claim=fake_store.HOSTILE))
+    change_json(store["corpus"], "corpus.json", lambda d: d["languages"]["de"].update(name=fake_store.HOSTILE))
+    page = (report(title=fake_store.HOSTILE) / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;") > 20
+
+
+def test_the_page_is_small_and_the_same_each_time(report):
+    first = (report() / "index.html").read_bytes()
+    assert len(first) < 300_000
+    assert (report() / "index.html").read_bytes() == first
+
+
+def test_the_report_needs_neither_torch_nor_numpy(report, store, tmp_path):
+    code = f"""
+import sys
+for name in ("torch", "transformers", "numpy", "pyarrow", "datasets"):
+    sys.modules[name] = None
+from pathlib import Path
+from eval.report import Config, run
+from cordee.stage import Context
+run(Config(artifacts=[{str(store["benchmark"])!r}]), Context(Path(sys.argv[1]), 0, Path(sys.argv[1]) / "e"))
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").exists()
+
+
+def test_checkpoints_name_their_best_and_worst_languages(store):
+    record = open_record(store["benchmark"])
+    by_language = comparison.languages([record], open_record(store["corpus"]).read("corpus.json", Corpus))
+    card = comparison.checkpoints(comparison.benchmarks([record]), by_language)[2]
+    names = {row["name"]: row["values"][2] for group in by_language[1]["groups"] for row in group["languages"]}
+    ranked = sorted(names, key=names.__getitem__)
+    assert card["best_languages"] == ranked[:3], "fewest bits per byte"
+    assert card["worst_languages"] == ranked[:-4:-1]
