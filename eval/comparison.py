@@ -159,14 +159,11 @@ def _by_language(name: str, task: Task, models: list[ModelResults], known: dict[
     scripts: dict[str, list[dict[str, Any]]] = {}
     for tag in sorted({tag for model in models for tag in model.by_language[name]}):
         language = known.get(tag) or Language(name=tag, script="")
-        row = [model.by_language[name].get(tag) for model in models]
-        shades = [None if value is None else shade(value, low, high, task.higher_is_better) for value in row]
-        entry = {"tag": tag, "name": language.name, "values": row, "shades": shades}
-        scripts.setdefault(language.script, []).append(entry)
-    groups = [
-        {"script": script, "languages": sorted(rows, key=lambda row: str(row["name"]))}
-        for script, rows in _grouped(scripts)
-    ]
+        found = [model.by_language[name].get(tag) for model in models]
+        shades = [None if value is None else shade(value, low, high, task.higher_is_better) for value in found]
+        row = {"tag": tag, "name": language.name, "values": found, "shades": shades}
+        scripts.setdefault(language.script, []).append(row)
+    groups = [{"script": script, "languages": rows} for script, rows in _grouped(scripts)]
     return {
         "task": name,
         **task.model_dump(),
@@ -183,7 +180,8 @@ def _grouped(scripts: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[d
     large = {SCRIPTS.get(script, script): rows for script, rows in scripts.items() if len(rows) > 1}
     single = [row for rows in scripts.values() if len(rows) == 1 for row in rows]
     groups = sorted(large.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [*groups, *([("Scripts of one language", single)] if single else [])]
+    groups += [("Scripts of one language", single)] if single else []
+    return [(script, sorted(rows, key=lambda row: str(row["name"]))) for script, rows in groups]
 
 
 SHADES = 9

@@ -51,7 +51,7 @@ def collect(config: Config) -> dict[str, Any]:
     Raises:
         Fault: an artifact is damaged, or is not what its manifest says.
     """
-    from eval import comparison, records, sections
+    from eval import comparison, provenance, records, sections
 
     listed = [records.open_record(path) for path in [*config.artifacts, *config.certificates]]
     everything, missing = records.climb(listed)
@@ -73,9 +73,9 @@ def collect(config: Config) -> dict[str, Any]:
         "checkpoints": comparison.checkpoints(tables, by_language),
         "samples": sections.samples(listed),
         "certificates": sections.certificates(listed),
-        "provenance": sections.provenance(everything, missing),
+        "provenance": provenance.collect(everything, missing),
     }
-    return {**figures, "limits": sections.limits(everything, figures)}
+    return {**figures, "limits": provenance.limits(everything, figures)}
 
 
 def render(figures: dict[str, Any]) -> str:

@@ -6,9 +6,10 @@ Training chats and preference pairs are cut from `train.parquet` only, the held-
 only; a training passage that stands in a held-out document, of whatever language, is never used.
 """
 
+import json
 import random
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,11 +20,6 @@ from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.stage import Context
 
-if TYPE_CHECKING:
-    from posttrain.passages import Language, Passages
-
-QUESTION = "Which language is this?\n\n{passage}"
-CONTINUE = "Continue this text:\n\n{passage}"
 CHOICES = 4
 Count = Annotated[int, Field(ge=0)]
 
@@ -60,29 +56,56 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write `messages.parquet`, `preferences.parquet`, `heldout.jsonl` and `chats.json`."""
-    from posttrain import passages, writing
+    from posttrain import passages, questions
 
     languages = passages.read(config.corpus, config.languages)
-    if len({language.name for language in languages.values()}) < CHOICES:
+    if len({language.name for language in languages}) < CHOICES:
         raise UserError(f"fewer than {CHOICES} languages: no choices to offer", file=config.corpus, key="languages")
-    cutter = passages.Passages(languages, *config.passage_characters)
+    shortest, longest = config.passage_characters
+    cutter = passages.Passages(languages, shortest, longest)
     chats: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
-    for done, (tag, language) in enumerate(languages.items()):
+    heldout: list[dict[str, Any]] = []
+    for done, language in enumerate(languages):
         if context.stop_requested():
             context.stop(f"language {done} of {len(languages)}")
-        rng = random.Random(f"{context.seed}:{tag}")  # noqa: S311 - data, not secrets
-        chats += _chats(config, language, cutter, rng)
-        pairs += _pairs(config, language, languages, cutter, rng)
+        rng = random.Random(f"{context.seed}:{language.tag}")  # noqa: S311 - data, not secrets
+        chats += questions.chats(language, config.chats_per_language, cutter, rng)
+        pairs += questions.pairs(language, languages, config.preferences_per_language, cutter, rng)
+        heldout += questions.heldout(language, languages, CHOICES, longest, context.seed)
         context.progress(done + 1, len(languages), "languages")
-    heldout = list(_heldout(config, languages, context.seed))
-    cutter.check([row["passage"] for row in (*chats, *pairs)])
-    writing.write_table(context.out / "messages.parquet", chats, ["messages"])
-    writing.write_table(context.out / "preferences.parquet", pairs, ["prompt", "chosen", "rejected"])
-    writing.write_lines(context.out / "heldout.jsonl", heldout)
+    cutter.check([row.pop("passage") for row in (*chats, *pairs)])
+    _write_table(context.out / "messages.parquet", chats, ("messages",))
+    _write_table(context.out / "preferences.parquet", pairs, ("prompt", "chosen", "rejected"))
+    files.write_text(
+        context.out / "heldout.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in heldout)
+    )
     counts = {"rows": len(chats), "preferences": len(pairs), "heldout_rows": len(heldout), "languages": len(languages)}
-    per_language = writing.count(chats, pairs, heldout)
-    names = {tag: {"name": item.name, "script": item.script, **per_language[tag]} for tag, item in languages.items()}
-    summary = {**counts, "passages_refused_as_held_out": cutter.refused, "languages": names}
-    files.write_json(context.out / "chats.json", summary)
-    return {**counts, "passages_refused_as_held_out": cutter.refused}
+    counts["passages_refused_as_held_out"] = cutter.refused
+    per_language = {
+        item.tag: {"name": item.name, "script": item.script, "heldout": len(item.heldout)} for item in languages
+    }
+    plan = {"chats": config.chats_per_language, "preferences": config.preferences_per_language}
+    files.write_json(context.out / "chats.json", {**counts, "per_language": plan, "languages": per_language})
+    return counts
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]], messages: tuple[str, ...]) -> None:
+    """Write a Parquet file whose columns `messages` are lists of {role, content}; whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    talk = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    schema = pa.schema([*((name, talk) for name in messages), ("kind", pa.string()), ("language", pa.string())])
+    beside = path.with_name(f".{path.name}.tmp")
+    pq.write_table(pa.Table.from_pylist(rows, schema), beside)
+    beside.replace(path)
+
+
+def main() -> None:
+    """The door."""
+    worker.main(Config, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -67,8 +67,8 @@ class Audit:
     packed_with_others: int = 0
     """Chats that share their row with another one."""
     prompt_tokens_with_loss: int = 0
-    answer_tokens_without_loss: int = 0
     ends_of_turn_without_loss: int = 0
+    answer_tokens_without_loss: int = 0
     chats_without_loss: int = 0
     chats_without_exactly_one_begin: int = 0
     chats_not_in_the_data: int = 0

@@ -5,13 +5,12 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from cordee.errors import Fault, UserError, nearest
 
-MIN_CHARACTERS = 8
-"""The shortest passage that a recipe may ask for: anything shorter stands in most held-out documents."""
 COLUMNS = ("text", "language", "language_name", "script", "article")
 TRIES = 200
 VIRAMA = 9
@@ -30,20 +29,15 @@ class Language:
     """Text and article."""
 
 
-def read(corpus: Path, tags: Sequence[str] | None) -> dict[str, Language]:
-    """The corpus's languages by tag, or those of them that are asked for.
+def read(corpus: Path, tags: Sequence[str] | None) -> list[Language]:
+    """The corpus's languages in the order of their tags, or those of them that are asked for.
 
     Raises:
         UserError: the corpus lacks a file, a column, a language that is asked for, its name, or its held-out text.
     """
     found: dict[str, Language] = {}
     for split in ("train", "heldout"):
-        file = corpus / f"{split}.parquet"
-        if not file.is_file():
-            raise UserError(f"no corpus: it has no {file.name}", file=corpus, key="corpus")
-        if missing := set(COLUMNS) - set(names := pq.read_schema(file).names):
-            raise UserError(f"no column {min(missing)!r}", file=file, hint=nearest(min(missing), names))
-        for row in pq.read_table(file, columns=list(COLUMNS)).to_pylist():
+        for row in _rows(corpus / f"{split}.parquet"):
             if tags is None or row["language"] in tags:
                 new = Language(row["language"], row["language_name"], row["script"])
                 language = found.setdefault(row["language"], new)
@@ -53,11 +47,21 @@ def read(corpus: Path, tags: Sequence[str] | None) -> dict[str, Language]:
                     language.heldout.append((row["text"], row["article"]))
     for tag in tags or found:
         if tag not in found:
-            raise UserError(f"the corpus has no language {tag!r}", file=corpus, key="languages", hint=nearest(tag, found))
+            raise UserError(f"no language {tag!r} in it", file=corpus, key="languages", hint=nearest(tag, found))
         for what, value in (("name", found[tag].name), ("held-out document", found[tag].heldout)):
             if not value:
                 raise UserError(f"language {tag!r} has no {what}", file=corpus, key="languages")
-    return dict(sorted(found.items()))
+    return [found[tag] for tag in sorted(found)]
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The documents of one split."""
+    if not file.is_file():
+        raise UserError(f"no corpus: it has no {file.name}", file=file.parent, key="corpus")
+    if missing := set(COLUMNS) - set(names := pq.read_schema(file).names):
+        raise UserError(f"no column {min(missing)!r}", file=file, hint=nearest(min(missing), names))
+    rows: list[dict[str, Any]] = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
+    return rows
 
 
 class Passages:
@@ -67,13 +71,15 @@ class Passages:
     searched for only where its beginning is known.
     """
 
-    def __init__(self, languages: dict[str, Language], shortest: int, longest: int) -> None:
+    def __init__(self, languages: Sequence[Language], shortest: int, longest: int) -> None:
         self.shortest, self.longest = shortest, longest
         self.refused = 0
         """Passages that were drawn and stood in a held-out document."""
-        self._heldout = [text for language in languages.values() for text, _ in language.heldout]
+        self._heldout = [text for language in languages for text, _ in language.heldout]
         self._known = {
-            text[start : start + shortest] for text in self._heldout for start in range(max(len(text) - shortest + 1, 1))
+            text[start : start + shortest]
+            for text in self._heldout
+            for start in range(max(len(text) - shortest + 1, 1))
         }
 
     def is_held_out(self, passage: str) -> bool:
@@ -97,9 +103,14 @@ class Passages:
                 return passage
             self.refused += 1
         raise UserError(
-            f"language {language.tag!r} has no training passage of {self.shortest} characters or more that is not held out",
+            f"language {language.tag!r} has no training passage of {self.shortest} characters that is not held out",
             key="passage_characters",
         )
+
+    def halve(self, passage: str) -> tuple[str, str]:
+        """An opening and how it goes on, both without spaces at their ends and neither empty."""
+        opening = cut(passage, 0, max(len(passage) * 3 // 5, 1))
+        return opening, passage[len(opening) :].strip()
 
     def check(self, passages: Sequence[str]) -> None:
         """The guard over all that is written.

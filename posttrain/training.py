@@ -72,7 +72,7 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
         "data_seed": context.seed,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // at_once,
-        "logging_steps": config.logging_steps,
+        "logging_steps": 1,  # a mean over several steps would be another one after a resume in their middle
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
@@ -146,7 +146,7 @@ def train(trainer: Trainer, context: Context, tokens_per_epoch: float) -> dict[s
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(point) if point else None)
     state = trainer.state
-    if watch.stopping and state.global_step < state.max_steps:
+    if watch.stopping:
         context.stop(f"step {state.global_step} of {state.max_steps}")
     last = next((row for row in reversed(state.log_history) if "loss" in row), {})
     figures = {name: float(value) for name, value in last.items() if name not in ("step", "num_tokens")}
@@ -215,7 +215,9 @@ class Watch(TrainerCallback):
                 tokens_per_s=round(steps_per_s * tokens_per_step),
                 eta_s=round((state.max_steps - state.global_step) / max(steps_per_s, 1e-9)),
             )
-        if _any_process(self.context.stop_requested(), args.device):
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # resumed from its last step, `Trainer` would take one more
+        elif _any_process(self.context.stop_requested(), args.device):
             self.stopping = control.should_save = control.should_training_stop = True
 
     def on_log(

@@ -50,7 +50,9 @@ class Split:
         Raw draws of PCG64 sorted: numpy promises these bits for ever, and not those of its `permutation`.
         """
         count = len(self.lengths)
-        draws = np.random.PCG64(list(key)).random_raw(count + len(self.rows)) if key else np.zeros(count + len(self.rows))
+        draws = (
+            np.random.PCG64(list(key)).random_raw(count + len(self.rows)) if key else np.zeros(count + len(self.rows))
+        )
         return np.lexsort((draws[:count], -self.lengths)), np.argsort(draws[count:], kind="stable")
 
     def tokens(self, row: Row) -> int:
@@ -58,7 +60,9 @@ class Split:
         return int(self.lengths[row].sum())
 
 
-def open_split(folder: Path, split: str, sequence_length: int, long_documents: Literal["error", "split"], key: str) -> Split:
+def open_split(
+    folder: Path, split: str, sequence_length: int, long_documents: Literal["error", "split"], key: str
+) -> Split:
     """Map one split (`train` or `heldout`) of a tokens artifact and pack it.
 
     Parts of a cut document overlap by one token, so that each token but a document's first is predicted once.
@@ -74,14 +78,16 @@ def open_split(folder: Path, split: str, sequence_length: int, long_documents: L
     offsets = np.load(folder / f"{split}.offsets.npy", mmap_mode="r", allow_pickle=False)
     size = (folder / f"{split}.bin").stat().st_size
     if offsets[0] != 0 or (np.diff(offsets) < 1).any() or offsets[-1] * dtype.itemsize != size:
-        raise Fault(f"its offsets do not fit {split}.bin of {size} bytes", file=folder / f"{split}.offsets.npy", key=key)
+        raise Fault(
+            f"its offsets do not fit {split}.bin of {size} bytes", file=folder / f"{split}.offsets.npy", key=key
+        )
     ids = np.memmap(folder / f"{split}.bin", dtype, "r") if size else np.empty(0, dtype)
     sizes = np.diff(offsets)
     longest = int(sizes.argmax()) if len(sizes) else 0
     if len(sizes) and sizes[longest] > sequence_length and long_documents == "error":
         problem = f"{split} document {longest} has {sizes[longest]} tokens, more than sequence_length {sequence_length}"
         raise UserError(problem, file=folder, key=key, hint='raise it, or say long_documents: "split"')
-    parts = 1 + np.maximum(0, sizes - sequence_length + sequence_length - 2) // (sequence_length - 1)
+    parts = np.maximum(1, -(-(sizes - 1) // (sequence_length - 1)))
     documents = np.repeat(np.arange(len(sizes)), parts)
     part = np.arange(len(documents)) - np.repeat(np.cumsum(parts) - parts, parts)
     begins = part * (sequence_length - 1)
@@ -134,6 +140,10 @@ class Batch:
     """Counted from 0 in each piece, which is how attention knows where one begins."""
     labels: torch.Tensor
     """The token that follows; `IGNORED` at the last token of a piece and in padding."""
+
+    def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The three on a device, in the order in which the model takes them."""
+        return self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device)
 
 
 def assemble(rows: Sequence[tuple[Split, Row]], num_rows: int, sequence_length: int, pad_token_id: int) -> Batch:

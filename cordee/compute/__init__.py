@@ -1,1 +1,1 @@
-"""The one place where the rooms share torch code."""
+"""Torch code that rooms share."""

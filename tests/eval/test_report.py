@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import subprocess
@@ -134,7 +135,7 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     thin = sections.thin(points)
     assert len(thin) == sections.POINTS
     assert (thin[0], thin[-1]) == (points[0], points[-1])
-    assert max(b[0] - a[0] for a, b in zip(thin, thin[1:], strict=False)) <= 13
+    assert max(b[0] - a[0] for a, b in itertools.pairwise(thin)) <= 13
 
 
 def test_a_loss_that_is_no_number_is_a_gap(report, store):
@@ -229,7 +230,7 @@ def test_the_page_is_small_and_the_same_each_time(report):
     assert (report() / "index.html").read_bytes() == first
 
 
-def test_the_report_needs_neither_torch_nor_numpy(report, store, tmp_path):
+def test_the_report_needs_neither_torch_nor_numpy(store, tmp_path):
     code = f"""
 import sys
 for name in ("torch", "transformers", "numpy", "pyarrow", "datasets"):

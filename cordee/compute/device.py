@@ -1,0 +1,131 @@
+"""What was asked for is what runs: devices, processes, precision and compilation, checked and never guessed.
+
+`accelerate` has silent ways out. A configuration of several CPU processes (`MULTI_CPU`) starts one; FSDP on a CPU
+runs DDP; a tracker that is not installed is left out; a model can stay unwrapped. Each is an error here.
+"""
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from cordee.config import Launch
+from cordee.errors import Fault, UserError
+
+COMPILING_PAYS_FLOPS = {"cpu": 2e13, "cuda": 5e16}
+"""Training FLOPs from which compiling wins back its own time, by device: a minute or two of eager training."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an accelerate configuration asks for."""
+
+    cpu: bool
+    sharded: bool
+
+
+def open_accelerator(
+    launch: Launch, *, report_to: list[str] | None = None, logging_dir: Path | None = None
+) -> Accelerator:
+    """The accelerator that `launch` asks for; precision and compilation are the stage's own.
+
+    Raises:
+        UserError: the configuration sets what is the stage's, or a tracker is not installed.
+        Fault: what runs is not what was asked for.
+    """
+    asked = _asked(launch)
+    accelerator = Accelerator(
+        cpu=asked.cpu, mixed_precision="no", log_with=report_to or None, project_dir=logging_dir and str(logging_dir)
+    )
+    installed = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    for name in report_to or []:
+        if name not in installed:
+            raise UserError(f"tracker {name!r} is not installed", key="report_to")
+    if accelerator.num_processes != launch.num_processes:
+        raise Fault(
+            f"{launch.num_processes} processes were asked for, and {accelerator.num_processes} run",
+            file=launch.config_file,
+            key="launch.num_processes",
+            hint="on a CPU, several processes take distributed_type: MULTI_GPU with use_cpu: true",
+        )
+    if asked.cpu != (accelerator.device.type == "cpu"):
+        raise Fault(f"the CPU was asked for: {asked.cpu}, and {accelerator.device} runs", file=launch.config_file)
+    return accelerator
+
+
+def require_wrapped(model: nn.Module, accelerator: Accelerator, launch: Launch) -> None:
+    """See that a prepared model is wrapped for the processes that run.
+
+    Raises:
+        Fault: each process would train a model of its own, or FSDP was asked for and something else runs.
+    """
+    sharded, kind = is_sharded(model), type(model).__name__
+    if _asked(launch).sharded != sharded:
+        raise Fault(f"FSDP was asked for: {not sharded}, and {kind} runs", file=launch.config_file, key="launch")
+    if accelerator.num_processes > 1 and not sharded and not isinstance(model, DistributedDataParallel):
+        raise Fault(f"{accelerator.num_processes} processes run, each with a {kind} of its own", key="launch")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights lie in shards over the processes."""
+    return isinstance(model, FSDPModule | FullyShardedDataParallel)
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """`float32` or `bfloat16`; `auto` takes bfloat16 where the device computes in it."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return "bfloat16" if fast else "float32"
+
+
+def resolve_compile(asked: str, flops: float, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile a training of so many FLOPs, and why in a few words.
+
+    Raises:
+        UserError: it was asked for, and this machine has no compiler.
+    """
+    if asked == "off":
+        return False, "as asked"
+    if device.type == "cuda":
+        found, needed = importlib.util.find_spec("triton") is not None, "triton"
+    else:
+        names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+        found, needed = any(shutil.which(name) for name in names), "a C++ compiler"
+    if asked == "on":
+        if not found:
+            raise UserError(f"this machine has no {needed.removeprefix('a ')}", key="compile", hint='say "off"')
+        return True, "as asked"
+    if not found:
+        return False, f"this machine has no {needed.removeprefix('a ')}"
+    pays = flops >= COMPILING_PAYS_FLOPS.get(device.type, float("inf"))
+    return pays, f"{flops:.1e} FLOPs of training {'pay' if pays else 'do not pay'} for it"
+
+
+def _asked(launch: Launch) -> Asked:
+    """What the launch's accelerate configuration asks for, or this machine's own devices."""
+    no_accelerator = not torch.cuda.is_available()
+    if launch.config_file is None:
+        return Asked(cpu=no_accelerator, sharded=False)
+    file = Path(launch.config_file)
+    try:
+        settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"can't be read as YAML: {error}", file=file, key="launch.config_file") from error
+    for name, own in (("mixed_precision", "precision"), ("dynamo_config", "compile")):
+        if settings.get(name) not in (None, "no", {}):
+            raise UserError(f"is the stage's own key {own!r}", file=file, key=name)
+    return Asked(bool(settings.get("use_cpu", no_accelerator)), settings.get("distributed_type") == "FSDP")

@@ -1,0 +1,1 @@
+"""Generation, benchmarks and the report."""

@@ -1,0 +1,83 @@
+"""Held-out prompts: reading them, encoding them through the chat template, and answering them with transformers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
+from cordee.errors import UserError
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file with `prompt` and `answer`.
+
+    Raises:
+        UserError: a line is no such row, or there is none.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} is no JSON", file=path, key="prompts") from error
+        for name in ("prompt", "answer"):
+            if not (isinstance(row, dict) and isinstance(row.get(name), str) and row[name]):
+                raise UserError(f"line {number} has no {name!r}", file=path, key="prompts")
+        rows.append(row)
+    if not rows:
+        raise UserError("holds no prompt", file=path, key="prompts")
+    return rows
+
+
+def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` rows spread evenly over a file, or all of them if there are fewer."""
+    if count >= len(rows):
+        return rows
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def encode(folder: Path, prompts: Sequence[str], longest: int, path: Path) -> list[list[int]]:
+    """The token ids of each prompt as one user's turn, up to where the assistant's turn begins.
+
+    Raises:
+        UserError: one is longer than `longest` tokens.
+    """
+    tokenizer = open_tokenizer(folder, key="models")
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+        if len(ids) > longest:
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens, and {longest} have room", file=path, key="max_length"
+            )
+        encoded.append(list(ids))
+    return encoded
+
+
+def generate(
+    folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int, batch_size: int
+) -> list[str]:
+    """Continue prompts of token ids with transformers; greedy at temperature 0."""
+    transformers.set_seed(seed)
+    model, tokenizer = open_model(folder, dtype=torch.float32).eval(), open_tokenizer(folder)
+    chosen: dict[str, Any] = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
+    texts = []
+    for start in range(0, len(prompts), batch_size):
+        batch = [list(ids) for ids in prompts[start : start + batch_size]]
+        longest = max(map(len, batch))
+        padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in batch])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch])
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=padded, attention_mask=mask, max_new_tokens=max_tokens,
+                eos_token_id=stop_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, **chosen,
+            )  # fmt: skip
+        texts += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return texts

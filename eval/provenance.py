@@ -1,0 +1,127 @@
+"""What everything in a report was made from and with, and what the report does not show."""
+
+import json
+import re
+from typing import Any
+
+from eval import units
+from eval.records import Record
+
+
+def collect(records: list[Record], missing: list[str]) -> dict[str, Any]:
+    """What everything was made from and with."""
+    versions: dict[str, list[str]] = {}
+    for record in records:
+        for name, version in [*record.manifest.packages.items(), ("python", record.manifest.python),
+                              ("cordee", record.manifest.cordee)]:  # fmt: skip
+            if version and version not in versions.setdefault(name, []):
+                versions[name].append(version)
+    sources = {
+        (source.file, source.sha256): {"file": source.file, "sha256": source.sha256, "stage": record.manifest.stage}
+        for record in records
+        for source in record.manifest.inputs
+        if source.file
+    }
+    hosts = {record.manifest.host.model_dump_json(): record.manifest.host.model_dump() for record in records}
+    commits = {(git.commit, git.dirty): git.model_dump() for record in records if (git := record.manifest.git)}
+    return {
+        "recipe": listing(records),
+        "artifacts": [
+            {
+                "artifact": record.name,
+                "fingerprint": record.manifest.fingerprint,
+                "files": len(record.manifest.files),
+                "bytes": sum(item.bytes for item in record.manifest.files),
+                "started": record.manifest.started,
+            }
+            for record in records
+        ],
+        "missing": missing,
+        "sources": list(sources.values()),
+        "hosts": list(hosts.values()),
+        "packages": dict(sorted(versions.items())),
+        "git": list(commits.values()),
+        "without_git": [record.name for record in records if not record.manifest.git],
+    }
+
+
+def listing(records: list[Record]) -> str:
+    """The resolved settings of every stage as YAML; an input stands as the artifact or the file that it was."""
+    lines = []
+    for record in records:
+        manifest = record.manifest
+        lines += [
+            f"{manifest.stage}:",
+            f"  uses: {manifest.uses}",
+            f"  seed: {json.dumps(manifest.identity.get('seed'))}",
+        ]
+        names = {f"artifact {source.fingerprint}": source.artifact for source in manifest.inputs if source.artifact}
+        names |= {f"content {source.sha256}": source.file for source in manifest.inputs if source.file}
+        settings = {**manifest.identity.get("config", {}), **manifest.execution}
+        lines += [f"  {line}" for line in (_yaml(settings, names) if settings else [])]
+    return "\n".join(lines)
+
+
+_PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+def _yaml(value: Any, names: dict[str, str]) -> list[str]:
+    """A JSON value as lines of YAML; `names` says what a fingerprint stands for."""
+    if isinstance(value, dict) and value:
+        pairs = [(key if _PLAIN_KEY.fullmatch(key) else json.dumps(key), item) for key, item in value.items()]
+        return [line for key, item in pairs for line in _entry(f"{key}:", _yaml(item, names), _nests(item))]
+    if isinstance(value, list) and value:
+        return [line for item in value for line in _dashed(_yaml(item, names))]
+    if isinstance(value, str) and value.partition("/")[0] in names:
+        head, slash, place = value.partition("/")
+        return [f"{names[head]}{slash}{place}"]
+    return [json.dumps(value, ensure_ascii=False)]
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, dict | list) and bool(value)
+
+
+def _entry(key: str, lines: list[str], nests: bool) -> list[str]:
+    return [key, *(f"  {line}" for line in lines)] if nests else [f"{key} {lines[0]}"]
+
+
+def _dashed(lines: list[str]) -> list[str]:
+    return [f"- {lines[0]}", *(f"  {line}" for line in lines[1:])]
+
+
+def limits(records: list[Record], figures: dict[str, Any]) -> list[str]:
+    """What the report does not show, as far as it can be told from the artifacts."""
+    said = []
+    metrics = [record.manifest.metrics for record in records]
+    parameters = max((m["parameters"] for m in metrics if m.get("parameters")), default=None)
+    if parameters and parameters < 1e9:
+        said.append(
+            f"The largest model here has {units.count(parameters)} parameters. What it can and can't do says little "
+            "of a model of useful size; the figures show that the chain works, and what it cost."
+        )
+    if figures["benchmarks"]:
+        asked = ", ".join(dict.fromkeys(table["task"].replace("_", " ") for table in figures["benchmarks"]))
+        said.append(f"Only what the benchmarks ask was measured: {asked}.")
+        said.append(
+            "Standard errors count documents as independent draws. Documents that are translations of one another "
+            "are not, so the true uncertainty is larger than stated."
+        )
+        if any(
+            row["change"] and not row["change"]["paired"] for table in figures["benchmarks"] for row in table["rows"]
+        ):
+            said.append(
+                "Some changes could not be paired document by document; their errors, if known, are wider than need be."
+            )
+    seeds = {record.manifest.identity.get("seed") for record in records}
+    if len(seeds) == 1:
+        said.append(
+            f"Everything ran with one seed ({seeds.pop()}): how much the results vary between seeds is not known."
+        )
+    if figures["provenance"]["missing"]:
+        said.append(f"Not in the store any more: {', '.join(figures['provenance']['missing'])}; the climb lacks them.")
+    if any(git["dirty"] for git in figures["provenance"]["git"]):
+        said.append("The code had changes that were not committed, so the commit alone does not give it back.")
+    if not figures["certificates"]:
+        said.append("No certificate was listed: nothing here is proved beyond the hashes of the files.")
+    return said

@@ -1,0 +1,67 @@
+"""Questions about passages whose answers can be checked."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from posttrain.passages import Language, Passages, cut
+
+QUESTION = "Which language is this?\n\n{passage}"
+CONTINUE = "Continue this text:\n\n{passage}"
+Row = dict[str, Any]
+
+
+def chats(language: Language, counts: Mapping[str, int], cutter: Passages, rng: random.Random) -> Iterator[Row]:
+    """The training chats of one language, `counts` of each kind; `passage` is all that was taken from the corpus."""
+    for kind, count in counts.items():
+        for _ in range(count):
+            passage = cutter.draw(language, rng)
+            if kind == "language":
+                asked, answer = QUESTION.format(passage=passage), language.name
+            else:
+                opening, answer = cutter.halve(passage)
+                asked = CONTINUE.format(passage=opening)
+            messages = [*_says("user", asked), *_says("assistant", answer)]
+            yield {"messages": messages, "kind": kind, "language": language.tag, "passage": passage}
+
+
+def pairs(
+    language: Language, others: Sequence[Language], count: int, cutter: Passages, rng: random.Random
+) -> Iterator[Row]:
+    """A right and a wrong name for a passage; the wrong one is of a language of the same script where there is one."""
+    wrong = [other for other in others if other.name != language.name]
+    alike = [other for other in wrong if other.script == language.script]
+    for _ in range(count):
+        passage = cutter.draw(language, rng)
+        yield {
+            "prompt": _says("user", QUESTION.format(passage=passage)),
+            "chosen": _says("assistant", language.name),
+            "rejected": _says("assistant", rng.choice(alike or wrong).name),
+            "kind": "language",
+            "language": language.tag,
+            "passage": passage,
+        }
+
+
+def heldout(language: Language, others: Sequence[Language], choices: int, longest: int, seed: int) -> Iterator[Row]:
+    """One question per held-out document of a language, with the right name among `choices` different ones."""
+    rng = random.Random(f"{seed}:heldout:{language.tag}")  # noqa: S311 - data, not secrets
+    wrong = sorted({other.name for other in others} - {language.name})
+    for text, article in language.heldout:
+        names = [language.name, *rng.sample(wrong, choices - 1)]
+        rng.shuffle(names)
+        yield {
+            "kind": "language",
+            "language": language.tag,
+            "language_name": language.name,
+            "script": language.script,
+            "article": article,
+            "prompt": QUESTION.format(passage=cut(text, 0, longest)),
+            "answer": language.name,
+            "choices": names,
+        }
+
+
+def _says(role: str, content: str) -> list[dict[str, str]]:
+    """A list of one message."""
+    return [{"role": role, "content": content}]

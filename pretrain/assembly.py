@@ -1,0 +1,180 @@
+"""Puts a training together before its first step, with every check that can be made by then."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from torch._dynamo.exc import TorchDynamoException
+
+from cordee import files
+from cordee.compute import device, resume
+from cordee.cost import training_flops
+from cordee.errors import Fault, UserError
+from cordee.stage import Context
+from pretrain import checkpoint, loop
+from pretrain.heldout import open_heldout
+from pretrain.loader import open_split
+from pretrain.loop import State, Training
+from pretrain.mixture import Mixture
+from pretrain.model import Objective, build, parameter_groups, require_documents_apart
+from pretrain.settings import Settings
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on."""
+
+    folders: Sequence[Path]
+    """Tokens artifacts."""
+    weights: Sequence[float]
+    long_documents: Literal["error", "split"]
+
+
+def assemble(settings: Settings, context: Context, model: Path, data: Data) -> Training:
+    """Open the data, build the model, and put it on its devices.
+
+    Raises:
+        UserError: the data, model or batch do not fit each other.
+        Fault: what runs is not what was asked for.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    launch, tokens = settings.launch, data.folders[0]
+    accelerator = device.open_accelerator(launch, report_to=settings.report_to, logging_dir=context.out / "logs")
+    at_once = settings.per_device_train_batch_size * accelerator.num_processes
+    if settings.global_batch_size % at_once:
+        problem = f"{settings.global_batch_size} rows are no multiple of the {at_once} that the processes take at once"
+        raise UserError(problem, key="global_batch_size", hint="per_device_train_batch_size can be lowered")
+    mixture, heldout = _open_data(data, settings.sequence_length, context.seed)
+    built = build(model, tokens, settings.sequence_length, context.seed)
+    if accelerator.is_main_process:
+        require_documents_apart(built)
+    precision = device.resolve_precision(settings.precision, accelerator.device)
+    objective = Objective(built, precision)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        fused=True,
+    )
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    device.require_wrapped(wrapped, accelerator, launch)
+    objective = accelerator.unwrap_model(wrapped)
+    training = Training(
+        settings, context, accelerator, wrapped, objective, optimizer, mixture, heldout, tokens / "tokenizer"
+    )
+    compiled, why = device.resolve_compile(
+        settings.compile, _flops(training, _planned_tokens(settings)), accelerator.device
+    )
+    if compiled:
+        objective.compile(dynamic=False)
+    context.note(f"computes in {precision}; {'compiled' if compiled else 'not compiled'}: {why}")
+    if settings.report_to:
+        accelerator.init_trackers("pretrain")
+    return training
+
+
+def _open_data(data: Data, sequence_length: int, seed: int) -> tuple[Mixture, Any]:
+    """The training stream and the held-out documents of all sources."""
+    tokenizers = [files.sha256(folder / "tokenizer" / "tokenizer.json") for folder in data.folders]
+    splits: dict[str, list[Any]] = {"train": [], "heldout": []}
+    for index, folder in enumerate(data.folders):
+        key = f"data.{index}.tokens"
+        if tokenizers[index] != tokenizers[0]:
+            raise UserError(f"made with another tokenizer than {data.folders[0]}", file=folder, key=key)
+        for name, found in splits.items():
+            found.append(open_split(folder, name, sequence_length, data.long_documents, key))
+        if not splits["train"][-1].rows:
+            raise UserError("holds no training documents", file=folder, key=key)
+    return Mixture(splits["train"], data.weights, seed), open_heldout(splits["heldout"], data.folders)
+
+
+def restore(training: Training) -> State:
+    """The state to go on from: that of the newest whole resume point, or the beginning."""
+    context, main = training.context, training.context.is_main
+    point, problems = resume.newest(context.out / "resume") if main else (None, [])
+    for problem in problems:
+        context.note(problem)
+    step = broadcast_object_list([point.state["step"] if point else None])[0]
+    if step is None:
+        context.rewind(-1)
+        checkpoint.drop_after(context, -1)
+        return State(source_tokens=[0] * len(training.mixture.splits))
+    point, _ = resume.newest(context.out / "resume")
+    if point is None or point.state["step"] != step:
+        raise Fault(f"not every process sees the state at step {step}", file=context.out / "resume")
+    resume.restore(point, training.objective, training.optimizer)
+    context.rewind(step)
+    checkpoint.drop_after(context, step)
+    context.note(f"goes on from step {step}")
+    return State.of(point.state)
+
+
+def dry_run(training: Training) -> None:
+    """Run the first batch forward and backward, and forget it: compiles, and finds what does not fit.
+
+    Raises:
+        Fault: it does not fit into the device's memory, or can't be compiled.
+    """
+    began = time.perf_counter()
+    try:
+        loop.first_batch(training)
+    except torch.OutOfMemoryError as error:
+        hint = "lower per_device_train_batch_size: the result does not depend on it"
+        raise Fault(
+            "a batch does not fit into the device's memory", key="per_device_train_batch_size", hint=hint
+        ) from error
+    except TorchDynamoException as error:
+        raise Fault(f"the model can't be compiled: {error}", key="compile", hint='say "off"') from error
+    training.optimizer.zero_grad()
+    if is_compiled(training):
+        training.context.note(f"compiled in {time.perf_counter() - began:.0f} s")
+
+
+def metrics(training: Training, state: State) -> dict[str, Any]:
+    """What the manifest says of a training that has ended."""
+    tokens = sum(state.source_tokens)
+    flops = _flops(training, tokens)
+    settings, mixture = training.settings, training.mixture
+    epochs = mixture.epochs(settings.max_steps * settings.global_batch_size)
+    by_source = {
+        f"data.{index}.{name}": value
+        for index, source_tokens in enumerate(state.source_tokens)
+        for name, value in (("token_share", source_tokens / tokens), ("epochs", epochs[index]))
+    }
+    return {
+        "tokens": tokens,
+        "flops": flops,
+        "parameters": _parameters(training),
+        "loss": state.loss,
+        "precision": training.objective.precision,
+        "compiled": is_compiled(training),
+        "tokens_per_s": tokens / state.seconds,
+        "model_flops_per_s": flops / state.seconds,
+        "padding_share": 1 - tokens / _planned_tokens(settings),
+        **by_source,
+    }
+
+
+def is_compiled(training: Training) -> bool:
+    """Whether the objective runs compiled."""
+    return training.objective._compiled_call_impl is not None  # noqa: SLF001 - torch has no public word for it
+
+
+def _parameters(training: Training) -> int:
+    return sum(weights.numel() for weights in training.objective.parameters())
+
+
+def _planned_tokens(settings: Settings) -> int:
+    return settings.max_steps * settings.global_batch_size * settings.sequence_length
+
+
+def _flops(training: Training, tokens: float) -> float:
+    shape = training.objective.model.config
+    context = training.settings.sequence_length
+    return training_flops(_parameters(training), tokens, shape.num_hidden_layers, shape.hidden_size, context)

@@ -1,0 +1,33 @@
+"""Models that a training publishes on its way and at its end: plain Hugging Face folders."""
+
+import shutil
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from cordee.compute.model import save_model
+from cordee.compute.resume import full
+from cordee.stage import Context
+
+
+def save(model: PreTrainedModel, context: Context, place: str, tokenizer: Path) -> None:
+    """Write the model to `<out>/<place>`, with its tokenizer's files; every process has to call this.
+
+    A checkpoint that a killed attempt has left there is written anew.
+    """
+    weights = {name: full(tensor) for name, tensor in model.state_dict().items()}
+    if context.is_main:
+        folder = context.out / place
+        if folder != context.out:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(exist_ok=True)
+        save_model(model, folder, tokenizer=tokenizer, state_dict=weights)
+    PartialState().wait_for_everyone()
+
+
+def drop_after(context: Context, step: int) -> None:
+    """Delete the checkpoints after a step: the training that goes on from there writes them again."""
+    for folder in (context.out / "checkpoints").glob("*"):
+        if context.is_main and not (folder.name.isdecimal() and int(folder.name) <= step):
+            shutil.rmtree(folder)

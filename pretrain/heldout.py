@@ -1,0 +1,107 @@
+"""Bits per byte of held-out documents, by language: what a model costs per byte of text, whatever its tokenizer."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from cordee import files
+from cordee.errors import Fault
+from pretrain.loader import Row, Split, assemble
+from pretrain.model import Objective
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The held-out documents of all sources."""
+
+    splits: tuple[Split, ...]
+    languages: tuple[tuple[str, ...], ...]
+    """For each source, the language of each document."""
+    sizes: tuple[np.ndarray, ...]
+    """For each source, the UTF-8 bytes of each document."""
+    rows: tuple[tuple[int, Row], ...]
+    """Every row, with the source that it is of."""
+
+
+def open_heldout(splits: Sequence[Split], folders: Sequence[Path]) -> Heldout:
+    """Join the held-out splits of several tokens artifacts with what is known of each document.
+
+    Raises:
+        Fault: an artifact says it of more or fewer documents than it holds.
+    """
+    languages, sizes, rows = [], [], []
+    for source, (split, folder) in enumerate(zip(splits, folders, strict=True)):
+        documents = files.read_json_lines(folder / "heldout.documents.jsonl")
+        if len(documents) != len(np.unique(split.documents)):
+            raise Fault("it does not tell of each held-out document", file=folder / "heldout.documents.jsonl")
+        languages.append(tuple(document["language"] for document in documents))
+        sizes.append(np.array([document["bytes"] for document in documents], dtype=np.int64))
+        pieces, order = split.epoch(None)
+        rows += [(source, pieces[split.rows[row]]) for row in order]
+    return Heldout(tuple(splits), tuple(languages), tuple(sizes), tuple(rows))
+
+
+def measure(
+    heldout: Heldout,
+    objective: Objective,
+    accelerator: Accelerator,
+    batch_shape: tuple[int, int],
+    stopping: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """Held-out nats by document, summed to bits per byte by language; None where a stop was asked for.
+
+    Documents are packed as in training, and batches have its shape, so that compiled code serves both. Where the
+    objective is compiled, gradients stay on though none is taken: without, torch would compile a second time.
+
+    Args:
+        heldout: the documents.
+        objective: not wrapped by DDP.
+        accelerator: its processes share the work.
+        batch_shape: rows in a batch and tokens in a row.
+        stopping: asked before each batch, in every process.
+
+    Returns:
+        `bits_per_byte`, `documents`, `bytes` and `by_language` with the same by BCP 47 tag.
+    """
+    at_once = batch_shape[0] * accelerator.num_processes
+    nats = [np.zeros(len(sizes)) for sizes in heldout.sizes]
+    pad_token_id = objective.model.config.pad_token_id or 0
+    compiled = objective._compiled_call_impl is not None  # noqa: SLF001 - torch has no public word for it
+    for start in range(0, len(heldout.rows), at_once):
+        if stopping():
+            return None
+        rows = heldout.rows[start : start + at_once][accelerator.process_index :: accelerator.num_processes]
+        batch = assemble([(heldout.splits[source], row) for source, row in rows], *batch_shape, pad_token_id)
+        with torch.set_grad_enabled(compiled):
+            by_token = objective(*batch.to(accelerator.device)).detach().double().cpu()
+        for (source, row), line in zip(rows, by_token.numpy(), strict=False):
+            begins = np.cumsum(heldout.splits[source].lengths[row]) - heldout.splits[source].lengths[row]
+            np.add.at(nats[source], heldout.splits[source].documents[row], np.add.reduceat(line, begins))
+    summed = torch.from_numpy(np.concatenate(nats)).to(accelerator.device)
+    return _by_language(heldout, accelerator.reduce(summed, "sum").cpu().numpy())
+
+
+def _by_language(heldout: Heldout, nats: np.ndarray) -> dict[str, Any]:
+    """Sum what each document costs, all together and by language."""
+    bits, sizes, documents = Counter[str](), Counter[str](), Counter[str]()
+    languages = [language for source in heldout.languages for language in source]
+    for language, cost, size in zip(languages, nats.tolist(), np.concatenate(heldout.sizes).tolist(), strict=True):
+        bits[language] += cost / math.log(2)
+        sizes[language] += size
+        documents[language] += 1
+    return {
+        "bits_per_byte": bits.total() / sizes.total(),
+        "documents": documents.total(),
+        "bytes": sizes.total(),
+        "by_language": {
+            tag: {"bits_per_byte": bits[tag] / sizes[tag], "documents": documents[tag], "bytes": sizes[tag]}
+            for tag in sorted(sizes)
+        },
+    }

@@ -1,0 +1,278 @@
+"""The training loop, in sight. State passes through `State`; everything else is fixed before the first step."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cordee import files
+from cordee.compute import resume
+from cordee.errors import Fault
+from cordee.stage import Context
+from pretrain import checkpoint, heldout
+from pretrain.heldout import Heldout
+from pretrain.loader import Batch, assemble
+from pretrain.mixture import Mixture, Sample, digest
+from pretrain.model import Objective
+from pretrain.schedules import warmup_stable_decay
+from pretrain.settings import Settings
+
+
+@dataclass
+class Window:
+    """What was seen since the last line of `metrics.jsonl`."""
+
+    nats: float = 0.0
+    predictions: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+    """Digest of the rows that all processes were given: their ids, in whatever order and grouping."""
+
+
+@dataclass
+class State:
+    """What a training counts; with weights and moments all that is needed to go on."""
+
+    step: int = 0
+    source_tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    """In training steps; not in compiling, measuring or saving."""
+    loss: float = math.nan
+    window: Window = field(default_factory=Window)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "State":
+        """The state that `dataclasses.asdict` wrote down."""
+        return cls(**{**values, "window": Window(**values["window"])})
+
+
+@dataclass
+class Training:
+    """All that a training needs, assembled and checked."""
+
+    settings: Settings
+    context: Context
+    accelerator: Accelerator
+    model: nn.Module
+    """The objective as the processes run it: wrapped by DDP or FSDP where there are several."""
+    objective: Objective
+    """The same, without DDP."""
+    optimizer: torch.optim.Optimizer
+    mixture: Mixture
+    heldout: Heldout
+    tokenizer: Path
+    told_s: float = 0.0
+    """When progress was last told, by the monotonic clock."""
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """Rows of one forward pass, and tokens of a row."""
+        return self.settings.per_device_train_batch_size, self.settings.sequence_length
+
+
+def train(training: Training, state: State) -> None:
+    """Take the steps that are left, in place.
+
+    Raises:
+        Stopped: a stop was asked for; the state is saved.
+        Fault: the loss or a gradient is not finite.
+    """
+    settings, context = training.settings, training.context
+    model, optimizer, accelerator = training.model, training.optimizer, training.accelerator
+    while state.step < settings.max_steps:
+        began = time.perf_counter()
+        samples = _samples(training, state.step)
+        _set_learning_rate(training, state.step)
+        # randomness is a function of where the training stands: a resumed one needs no generator's state
+        torch.manual_seed(_seed(context.seed, state.step, accelerator.process_index))
+        sums = _accumulate(training, samples)
+        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
+        _require_finite(sums["nats"], grad_norm, state.step + 1, training)
+        optimizer.step()
+        optimizer.zero_grad()
+        state.step += 1
+        _count(training, state, samples, sums, time.perf_counter() - began)
+
+        last = state.step == settings.max_steps
+        if last or state.step % settings.logging_steps == 0:
+            _log(training, state, grad_norm)
+        if settings.saves_at(state.step):
+            checkpoint.save(training.objective.model, context, f"checkpoints/{state.step}", training.tokenizer)
+        if last or state.step % settings.resume_steps == 0:
+            save_state(training, state)
+        if settings.eval_steps and state.step % settings.eval_steps == 0 and not last:
+            measure_heldout(training, state)
+        if stopping(training):
+            stop(training, state)
+
+
+def _samples(training: Training, step: int) -> list[Sample]:
+    """The rows of a global batch."""
+    size = training.settings.global_batch_size
+    return [training.mixture.sample(index) for index in range(step * size, (step + 1) * size)]
+
+
+def _batches(training: Training, samples: Sequence[Sample]) -> list[Batch]:
+    """This process's share of a global batch, a forward pass each."""
+    size, processes = training.batch_shape[0], training.accelerator.num_processes
+    splits, pad_token_id = training.mixture.splits, training.objective.model.config.pad_token_id or 0
+    mine = [
+        samples[start : start + size]
+        for start in range(training.accelerator.process_index * size, len(samples), size * processes)
+    ]
+    return [
+        assemble([(splits[one.source], one.row) for one in rows], *training.batch_shape, pad_token_id) for rows in mine
+    ]
+
+
+def _accumulate(training: Training, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Leave in `.grad` the gradient of the global batch's mean nats per predicted token; returns sums over it."""
+    accelerator, model = training.accelerator, training.model
+    predictions = training.mixture.predictions(samples)
+    batches = _batches(training, samples)
+    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for index, batch in enumerate(batches):
+        synchronize = index == len(batches) - 1
+        with contextlib.nullcontext() if synchronize else accelerator.no_sync(model):
+            loss = model(*batch.to(accelerator.device)).sum()
+            # DDP and FSDP take the mean over processes: their number undoes it, and the division is by all tokens
+            accelerator.backward(loss * (accelerator.num_processes / predictions))
+        nats += loss.detach()
+    rows = [row.tobytes() for batch in batches for row in batch.input_ids.numpy()]
+    counted = sum(int((batch.labels >= 0).sum()) for batch in batches)
+    mine = torch.tensor([counted, sum(map(digest, rows))], device=accelerator.device)
+    counted, seen = accelerator.reduce(mine, "sum").tolist()
+    if counted != predictions:
+        raise Fault(f"the processes predicted {counted} tokens of a batch that holds {predictions}")
+    return {"nats": float(accelerator.reduce(nats, "sum")), "predictions": predictions, "samples": seen}
+
+
+def _set_learning_rate(training: Training, step: int) -> None:
+    for group in training.optimizer.param_groups:
+        group["lr"] = learning_rate(training.settings, step)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The learning rate of a step, from 0."""
+    factor = warmup_stable_decay(
+        step, settings.max_steps, settings.warmup_steps, settings.decay_steps, settings.min_learning_rate_ratio
+    )
+    return settings.learning_rate * factor
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def _require_finite(nats: float, grad_norm: float, step: int, training: Training) -> None:
+    """Stop before the weights are touched."""
+    if not (math.isfinite(nats) and math.isfinite(grad_norm)):
+        problem = f"step {step}: the loss is {nats} and the gradient's norm {grad_norm}"
+        raise Fault(problem, file=training.context.out, hint="lower learning_rate, or look at the data of this step")
+
+
+def _count(training: Training, state: State, samples: Sequence[Sample], sums: dict[str, Any], seconds: float) -> None:
+    """Add a step to what is counted."""
+    tokens = training.mixture.tokens(samples)
+    state.source_tokens = [before + now for before, now in zip(state.source_tokens, tokens, strict=True)]
+    state.seconds += seconds
+    window = state.window
+    window.nats += sums["nats"]
+    window.predictions += sums["predictions"]
+    window.samples += sums["samples"]
+    window.tokens += sum(tokens)
+    window.seconds += seconds
+    now = time.monotonic()
+    if now - training.told_s >= 1 or state.step == training.settings.max_steps:
+        training.told_s = now
+        figures = {"loss": sums["nats"] / sums["predictions"], "tokens_per_s": sum(tokens) / seconds}
+        training.context.progress(state.step, training.settings.max_steps, "steps", **figures)
+
+
+def _log(training: Training, state: State, grad_norm: float) -> None:
+    """Write what the window saw, and begin a new one."""
+    window, state.window = state.window, Window()
+    state.loss = window.nats / window.predictions
+    figures: dict[str, float] = {
+        "loss": state.loss,
+        "learning_rate": learning_rate(training.settings, state.step - 1),
+        "grad_norm": grad_norm,
+        "tokens_per_s": window.tokens / window.seconds,
+        "tokens": sum(state.source_tokens),
+    }
+    training.context.log(state.step, **figures, samples=f"{window.samples:x}")
+    training.accelerator.log(figures, step=state.step)
+
+
+def measure_heldout(training: Training, state: State) -> dict[str, Any]:
+    """Held-out bits per byte, all and by language, logged at this step.
+
+    Raises:
+        Stopped: a stop was asked for; the state is saved.
+    """
+    found = heldout.measure(
+        training.heldout, training.objective, training.accelerator, training.batch_shape, lambda: stopping(training)
+    )
+    if found is None:
+        stop(training, state)
+    if training.context.is_main and not _is_measured(training.context, state.step):
+        training.context.log(state.step, heldout_bits_per_byte=found["bits_per_byte"])
+    training.accelerator.log({"heldout_bits_per_byte": found["bits_per_byte"]}, step=state.step)
+    return found
+
+
+def resume_measuring(training: Training, state: State) -> None:
+    """Measure where a stop or kill came between the state's step and its measurement."""
+    every, step = training.settings.eval_steps, state.step
+    due = every and step and step % every == 0 and step < training.settings.max_steps
+    if due and not _is_measured(training.context, step):
+        measure_heldout(training, state)
+
+
+def _is_measured(context: Context, step: int) -> bool:
+    rows = files.read_json_lines(context.out / "metrics.jsonl")
+    return any(row["step"] == step and "heldout_bits_per_byte" in row for row in rows)
+
+
+def save_state(training: Training, state: State) -> None:
+    """Write a resume point; every process has to call this."""
+    resume.save(
+        training.context.out / "resume",
+        dataclasses.asdict(state),
+        training.objective,
+        training.optimizer,
+        writes=training.context.is_main,
+    )
+    training.accelerator.wait_for_everyone()
+
+
+def stopping(training: Training) -> bool:
+    """Whether a stop was asked for: all processes get the main one's answer, or one would wait for ever."""
+    asked = torch.tensor(int(training.context.is_main and training.context.stop_requested()))
+    return bool(training.accelerator.reduce(asked.to(training.accelerator.device), "sum"))
+
+
+def stop(training: Training, state: State) -> NoReturn:
+    """Save the state and end the run.
+
+    Raises:
+        Stopped: always.
+    """
+    save_state(training, state)
+    training.context.stop(f"step {state.step} of {training.settings.max_steps}")
+    raise AssertionError  # `Context.stop` raised
+
+
+def first_batch(training: Training) -> None:
+    """One forward and backward pass over the beginning of the data; its gradients are of no use."""
+    _accumulate(training, _samples(training, 0)[: training.batch_shape[0] * training.accelerator.num_processes])

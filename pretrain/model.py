@@ -1,0 +1,125 @@
+"""The model to train: built from a YAML or opened from a folder, wrapped with its loss, and its optimizer."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - everybody's name for it
+import yaml
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from cordee import files
+from cordee.compute.model import open_model, open_tokenizer
+from cordee.errors import Fault, UserError, nearest
+from pretrain.loader import IGNORED
+
+LEAK = 1e-4
+"""How much logits may depend on a neighbouring document, as a share of the largest: rounding, and no more."""
+
+
+class Objective(nn.Module):
+    """A language model with its loss: what is compiled and wrapped as one."""
+
+    def __init__(self, model: PreTrainedModel, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Nats of each label, `[rows, sequence_length]` in float32; 0 where there is none to predict."""
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        nats = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return nats.view_as(labels)
+
+
+def build(source: Path, tokens: Path, sequence_length: int, seed: int) -> PreTrainedModel:
+    """A model in float32 on the CPU: new, with weights drawn from `seed`, or the one in a folder to go on from.
+
+    Args:
+        source: a YAML with the fields of a transformers config, or a Hugging Face model folder.
+        tokens: the tokens artifact that it will be trained on; gives the vocabulary's size and special tokens.
+        sequence_length: of a row; the model has to take as many positions.
+        seed: of the new weights.
+
+    Raises:
+        UserError: a field is unknown, or the model does not fit the tokens.
+    """
+    tokenizer = tokens / "tokenizer"
+    if source.is_dir():
+        model = open_model(source, dtype=torch.float32, key="model")
+        open_tokenizer(source, key="model")
+        if files.sha256(source / "tokenizer.json") != files.sha256(tokenizer / "tokenizer.json"):
+            raise UserError(f"its tokenizer is not that of {tokens}", file=source / "tokenizer.json", key="model")
+        _require_fit(model.config, source, tokens, sequence_length)
+    else:
+        config = _read_config(source, tokens)
+        special = open_tokenizer(tokenizer, key="data.0.tokens")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(special, name))
+        _require_fit(config, source, tokens, sequence_length)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.train()
+    return model
+
+
+def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
+    """The config that a YAML stands for; its vocabulary is that of the tokens where it names none."""
+    try:
+        fields = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"is no YAML: {error}", file=source, key="model") from error
+    if not isinstance(fields, dict):
+        raise UserError("holds no mapping of config fields", file=source, key="model")
+    kind = fields.pop("model_type", "apertus")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"no architecture {kind!r}", file=source, key="model_type", hint=nearest(kind, CONFIG_MAPPING))
+    # transformers keeps a misspelt field as an attribute that nothing reads
+    known = set(CONFIG_MAPPING[kind]().to_dict())
+    for name in fields:
+        if name not in known:
+            raise UserError(f"{kind} has no field {name!r}", file=source, key=name, hint=nearest(name, known))
+    fields.setdefault("vocab_size", files.read_json(tokens / "tokens.json")["vocab_size"])
+    try:
+        return CONFIG_MAPPING[kind](**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{kind} refuses it: {error}", file=source, key="model") from error
+
+
+def _require_fit(config: PreTrainedConfig, source: Path, tokens: Path, sequence_length: int) -> None:
+    vocab_size = files.read_json(tokens / "tokens.json")["vocab_size"]
+    if config.vocab_size < vocab_size:
+        problem = f"the model's vocabulary of {config.vocab_size} does not hold the {vocab_size} of {tokens}"
+        raise UserError(problem, file=source, key="vocab_size")
+    if config.max_position_embeddings < sequence_length:
+        problem = f"{config.max_position_embeddings} positions do not hold a sequence_length of {sequence_length}"
+        raise UserError(problem, file=source, key="max_position_embeddings")
+
+
+@torch.no_grad()
+def require_documents_apart(model: PreTrainedModel) -> None:
+    """See on two short documents in one row that neither sees the other.
+
+    Raises:
+        Fault: the architecture does not take documents packed by their positions.
+    """
+    first, second = torch.arange(5, 12), torch.arange(3, 14)  # any ids: what is seen of the other is what matters
+    documents = [ids.remainder(model.config.vocab_size).unsqueeze(0) for ids in (first, second)]
+    positions = [torch.arange(ids.shape[1]).unsqueeze(0) for ids in documents]
+    apart = [
+        model(input_ids=ids, position_ids=at, use_cache=False).logits
+        for ids, at in zip(documents, positions, strict=True)
+    ]
+    packed = model(input_ids=torch.cat(documents, 1), position_ids=torch.cat(positions, 1), use_cache=False).logits
+    difference = (packed - torch.cat(apart, 1)).abs().max() / packed.abs().max()
+    if not difference <= LEAK:
+        problem = f"{type(model).__name__} lets documents of one row see each other: logits differ by {difference:.1e}"
+        raise Fault(problem, key="model")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices (embeddings too), which decay, and norms, biases and xIELU's scalars, which do not."""
+    matrices = [weights for weights in model.parameters() if weights.ndim >= 2]
+    others = [weights for weights in model.parameters() if weights.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,0 +1,110 @@
+"""Pretrains a language model on tokens: packed documents, WSD, exact resume, held-out bits per byte.
+
+    accelerate launch -m pretrain.train --config train.yaml
+
+Killed at any moment, the next run goes on from the last resume point and ends in the same weights, bit for bit.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from cordee import files, worker
+from cordee.config import Config as BaseConfig
+from cordee.config import Input
+from cordee.cost import Cost, decoder_parameters, training_bytes, training_flops
+from cordee.stage import Context
+from pretrain.settings import Settings
+
+
+class Source(BaseConfig):
+    """Tokens to train on."""
+
+    tokens: Input
+    """A tokens artifact: its `train.bin` and `heldout.bin`."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the rows, beside the weights of the other sources."""
+
+
+class Config(Settings):
+    """What is trained, on what; `pretrain.settings` says how."""
+
+    model: Input
+    """A YAML with the fields of a transformers config (Apertus unless `model_type` says otherwise), or a Hugging
+    Face model folder to go on from."""
+    data: list[Source] = Field(min_length=1)
+    """Sources, all made with one tokenizer; each epoch of one holds every document of it once."""
+    long_documents: Literal["error", "split"] = "error"
+    """What becomes of a document longer than `sequence_length`: an error, or parts that do not see each other."""
+
+
+def cost(config: Config, given: dict[str, Cost]) -> Cost:
+    """Tokens, FLOPs, parameters and memory; padding is counted as tokens."""
+    tokens = float(config.max_steps * config.global_batch_size * config.sequence_length)
+    fields = _model_fields(config.model)
+    vocab_size = fields.get("vocab_size") or given.get("data.0.tokens", Cost()).vocab_size
+    if vocab_size is None and (described := config.data[0].tokens / "tokens.json").is_file():
+        vocab_size = files.read_json(described)["vocab_size"]
+    if not vocab_size or fields.get("model_type", "apertus") != "apertus" or "hidden_size" not in fields:
+        return Cost(tokens=tokens, vocab_size=vocab_size)
+    parameters = decoder_parameters(fields, vocab_size)
+    layers, width = fields["num_hidden_layers"], fields["hidden_size"]
+    at_once = config.per_device_train_batch_size * config.sequence_length
+    return Cost(
+        tokens=tokens,
+        flops=training_flops(parameters, tokens, layers, width, config.sequence_length),
+        parameters=parameters,
+        memory_bytes=training_bytes(parameters, at_once, layers, width, vocab_size),
+        vocab_size=vocab_size,
+    )
+
+
+def _model_fields(model: Path) -> dict[str, Any]:
+    """The fields of a model's config, or none where it is not there yet."""
+    if (model / "config.json").is_file():
+        return files.read_json(model / "config.json")
+    return yaml.safe_load(model.read_text(encoding="utf-8")) if model.is_file() else {}
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Train to the end, from the last resume point if there is one, and write the model.
+
+    Raises:
+        UserError: the data, model or batch do not fit each other.
+        Fault: what runs is not what was asked for, or the loss is not finite.
+    """
+    from pretrain import assembly, checkpoint, loop
+
+    finished = context.out / "training.json"  # the last file written: all the rest is whole
+    if not finished.exists():
+        folders, weights = [source.tokens for source in config.data], [source.weight for source in config.data]
+        data = assembly.Data(folders, weights, config.long_documents)
+        training = assembly.assemble(config, context, config.model, data)
+        state = assembly.restore(training)
+        assembly.dry_run(training)
+        loop.resume_measuring(training, state)
+        loop.train(training, state)
+        found = loop.measure_heldout(training, state)
+        checkpoint.save(training.objective.model, context, ".", training.tokenizer)
+        metrics = assembly.metrics(training, state) | {"heldout_bits_per_byte": found["bits_per_byte"]}
+        if context.is_main:
+            files.write_json(context.out / "heldout.json", {**found, "precision": metrics["precision"]})
+            files.write_json(finished, metrics)
+        training.accelerator.wait_for_everyone()
+        training.accelerator.end_training()
+    if context.is_main:
+        shutil.rmtree(context.out / "resume", ignore_errors=True)
+    return json.loads(finished.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """The door."""
+    worker.main(Config, run)
+
+
+if __name__ == "__main__":
+    main()

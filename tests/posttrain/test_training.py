@@ -1,0 +1,197 @@
+"""Resume points: what was killed, damaged or stopped goes on, and ends in the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from chat_samples import some_chats, write_parquet
+
+from cordee import files
+from cordee.errors import Fault, Stopped
+from cordee.stage import Context
+from posttrain import sft, training
+
+STEPS = 9
+
+
+def keys(model_folder: Path, data: Path, **trainer: Any) -> dict[str, Any]:
+    return {
+        "model": str(model_folder),
+        "data": [{"path": str(data)}],
+        "global_batch_size": 4,
+        "per_device_train_batch_size": 2,
+        "save_steps": 3,
+        "trainer": {"packing": True, "max_length": 128, "max_steps": STEPS, "learning_rate": 1e-3, **trainer},
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parquet(tmp_path_factory.mktemp("data") / "messages.parquet", some_chats(40))
+
+
+def at(folder: Path) -> Context:
+    """A context with its own folders."""
+    for name in ("out", "run"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return Context(out=folder / "out", seed=17, events=folder / "run" / "events.jsonl")
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): files.sha256(path) for path in files.walk(folder)}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The files and metrics of a run that nothing interrupts."""
+    context = at(tmp_path_factory.mktemp("whole"))
+    metrics = sft.run(sft.Config.model_validate(keys(model_folder, data)), context)
+    return content(context.out), metrics
+
+
+class Killed(BaseException):
+    """Ends a run in the middle, with whatever lies on the disk then."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, config: sft.Config, context: Context) -> None:
+    """Run until a step has ended, and no further."""
+    original = training.Watch.on_step_end
+
+    def dying(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        original(self, args, state, control, **rest)
+        if state.global_step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Watch, "on_step_end", dying)
+        with pytest.raises(Killed):
+            sft.run(config, context)
+
+
+@pytest.mark.parametrize("step", [1, 5, 8])
+def test_a_run_that_was_killed_ends_in_the_same_files_and_metrics(
+    model_folder: Path, data: Path, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    config, context = sft.Config.model_validate(keys(model_folder, data)), at(tmp_path)
+    kill_at(monkeypatch, step, config, context)
+    metrics = sft.run(config, context)
+    assert (content(context.out), metrics) == whole
+    notes = [row["text"] for row in files.read_json_lines(context.events) if row["event"] == "note"]
+    assert (f"goes on from step {step // 3 * 3}" in notes) == (step >= 3)
+
+
+@pytest.mark.parametrize("damage", ["no mark", "changed byte", "missing file", "half written"])
+def test_a_damaged_resume_point_is_deleted_and_the_one_before_is_used(
+    model_folder: Path, data: Path, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    config, context = sft.Config.model_validate(keys(model_folder, data)), at(tmp_path)
+    kill_at(monkeypatch, 7, config, context)
+    newest = context.out / "resume" / "checkpoint-6"
+    assert (newest / training.MARK).exists()
+    if damage == "no mark":
+        (newest / training.MARK).unlink()
+    elif damage == "missing file":
+        (newest / "optimizer.pt").unlink()
+    elif damage == "changed byte":
+        spoilt = bytearray((newest / "model.safetensors").read_bytes())
+        spoilt[-1] ^= 1
+        (newest / "model.safetensors").write_bytes(spoilt)
+    else:
+        (context.out / "resume" / "checkpoint-9").mkdir()
+        (context.out / "resume" / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
+    metrics = sft.run(config, context)
+    assert (content(context.out), metrics) == whole
+    notes = [row["text"] for row in files.read_json_lines(context.events) if row["event"] == "note"]
+    assert f"goes on from step {6 if damage == 'half written' else 3}" in notes
+
+
+def test_a_run_killed_after_its_last_step_takes_no_step_more(
+    model_folder: Path, data: Path, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, context = sft.Config.model_validate(keys(model_folder, data)), at(tmp_path)
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", killed)
+        with pytest.raises(Killed):
+            sft.run(config, context)
+    metrics = sft.run(config, context)
+    assert (content(context.out), metrics) == whole
+
+
+def test_a_stop_saves_and_the_next_run_goes_on_from_there(
+    model_folder: Path, data: Path, tmp_path: Path, whole
+) -> None:
+    config, context = sft.Config.model_validate(keys(model_folder, data)), at(tmp_path)
+    (context.events.parent / "stop").touch()
+    with pytest.raises(Stopped, match=f"stopped at step 1 of {STEPS}"):
+        sft.run(config, context)
+    assert training.newest_resume_point(context.out / "resume") == context.out / "resume" / "checkpoint-1"
+    (context.events.parent / "stop").unlink()
+    metrics = sft.run(config, context)
+    assert (content(context.out), metrics) == whole
+
+
+def test_kill_minus_nine_in_a_real_process_loses_nothing(model_folder: Path, data: Path, tmp_path: Path, whole) -> None:
+    context = at(tmp_path)
+    job = {"config": keys(model_folder, data), "out": str(context.out), "seed": 17, "events": str(context.events)}
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    threads = torch.get_num_threads()  # another number of threads adds in another order
+    environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "posttrain.sft", "--job", str(tmp_path / "job.json")], env=environment
+    )
+    mark = context.out / "resume" / "checkpoint-3" / training.MARK
+    deadline = time.monotonic() + 240
+    while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert mark.exists()
+    metrics = sft.run(sft.Config.model_validate(keys(model_folder, data)), context)
+    assert (content(context.out), metrics) == whole
+
+
+def test_progress_names_loss_speed_and_time_left(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    context = at(tmp_path)
+    sft.run(sft.Config.model_validate(keys(model_folder, data)), context)
+    last = [row for row in files.read_json_lines(context.events) if row["event"] == "progress"][-1]
+    assert (last["done"], last["total"], last["unit"]) == (STEPS, STEPS, "steps")
+    assert last["figures"]["tokens_per_s"] > 0
+    assert last["figures"]["eta_s"] == 0
+    assert last["figures"]["loss"] > 0
+
+
+def test_a_loss_that_is_no_number_ends_the_run(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    given = keys(model_folder, data, learning_rate=1e30, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant")
+    with pytest.raises(Fault, match=r"the loss is (nan|inf) at step"):
+        sft.run(sft.Config.model_validate(given), at(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("processes", "fsdp", "problem"),
+    [(2, "", "2 processes run, but the model is a bare Linear"), (1, "true", "FSDP was asked for, but")],
+)
+def test_a_model_that_is_not_wrapped_as_asked_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, processes: int, fsdp: str, problem: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    bare = SimpleNamespace(model_wrapped=torch.nn.Linear(2, 2), accelerator=SimpleNamespace(num_processes=processes))
+    with pytest.raises(Fault, match=problem):
+        training._check_wrapping(bare)
+    if processes == 1:
+        monkeypatch.delenv("ACCELERATE_USE_FSDP")
+        training._check_wrapping(bare)
