@@ -100,12 +100,12 @@ def _await_job(made: plan.Plan, planned: plan.Planned) -> dict[str, Any]:
 
 def _shown(work: Work, display: Display, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Call a stage while a thread shows its events."""
-    tail, ended, started = runner.begin_events(work), threading.Event(), time.time()
+    tail, ended = runner.begin_events(work), threading.Event()
 
     def show() -> None:
         while not ended.wait(runner.POLL_S):
             for event in tail.read():
-                display.event(event, started)
+                display.event(event)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

@@ -24,6 +24,7 @@ class Display:
         self.bar: TaskID | None = None
         self.stage = ""
         self.said_at = 0.0
+        self.first: dict[str, Any] | None = None
 
     def __enter__(self) -> "Display":
         """Start the live bars where there is a terminal."""
@@ -38,18 +39,19 @@ class Display:
 
     def begin(self, stage: str, said: str) -> None:
         """A stage starts."""
-        self.stage, self.said_at = stage, time.monotonic()
+        self.stage, self.said_at, self.first = stage, time.monotonic(), None
         if self.live:
             self.bar = self.bars.add_task(stage, total=None, said=said)
         else:
             self.say(said)
 
-    def event(self, event: dict[str, Any], started: float) -> None:
+    def event(self, event: dict[str, Any]) -> None:
         """A stage says how far it is, or a note that a person should read."""
         if event["event"] == "note":
             self.say(event["text"])
         elif event["event"] == "progress":
-            said = progress_line(event, started)
+            self.first = self.first or event
+            said = progress_line(event, self.first)
             if self.live and self.bar is not None:
                 self.bars.update(self.bar, completed=event["done"], total=event["total"], said=said)
             elif not self.live and time.monotonic() - self.said_at > LINE_EVERY_S:
@@ -68,15 +70,19 @@ class Display:
         self.console.print(f"{self.stage:<14} {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def progress_line(event: dict[str, Any], started: float) -> str:
-    """Where a stage is: `step 120/900  loss 3.210  7,812 tokens/s  1:23 left`."""
+def progress_line(event: dict[str, Any], first: dict[str, Any]) -> str:
+    """Where a stage is: `steps 120/900  loss 3.210  7,812 tokens/s  1:23 left`.
+
+    What is left is told from the pace since `first`, the first thing that this attempt said.
+    """
     done, total = event["done"], event["total"]
     parts = [f"{event['unit']} {done:,.0f}/{total:,.0f}"]
     for name, value in event["figures"].items():
         is_rate = name.endswith("_per_s")
         parts.append(f"{value:,.0f} {name.removesuffix('_per_s')}/s" if is_rate else f"{name} {value:.4g}")
-    if 0 < done < total:
-        parts.append(f"{duration((event['time'] - started) * (total - done) / done)} left")
+    if first["done"] < done < total:
+        pace_s = (event["time"] - first["time"]) / (done - first["done"])
+        parts.append(f"{duration(pace_s * (total - done))} left")
     return "  ".join(parts)
 
 

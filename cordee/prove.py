@@ -1,7 +1,8 @@
 """Puts a room's proof round a user's own recipe: `cordee prove RECIPE masks`.
 
-A proof is a stage, `<room>/prove_<name>.py`, whose module says with `PROVES` which stages it speaks of and whose
-`Config` takes that stage's keys. Its artifact holds `certificate.json`, and stands in the report.
+A proof is a stage, `<room>/prove_<name>.py`, whose module says with `PROVES` which stages it speaks of. Of the keys of
+such a stage its `Config` is given those that it has, and as `artifact` the stage's own artifact, if it has that key.
+What it publishes holds `certificate.json`, and stands in the report.
 """
 
 import ast
@@ -67,8 +68,12 @@ def plans(of: Recipe, store: Store, name: str) -> list[tuple[plan.Plan, str]]:
 def _with_proof(of: Recipe, store: Store, proof: Proof, item: recipe.RecipeStage) -> plan.Plan:
     """The plan of what one proof needs, and the proof."""
     document: dict[str, Any] = copy.deepcopy(of.document)
+    keys = stage.load(proof.uses).config.model_fields
+    values = {key: value for key, value in document["stages"][item.name].items() if key in keys}
     needed = _ancestors(of, item)
-    values = {key: value for key, value in document["stages"][item.name].items() if key != "uses"}
+    if "artifact" in keys:
+        values["artifact"] = f"${item.name}"
+        needed.add(item.name)
     document["stages"] = {name: document["stages"][name] for name in document["stages"] if name in needed}
     document["stages"][f"prove-{proof.name}-{item.name}"] = {"uses": proof.uses, **values}
     return plan.make(recipe.check(document, of.file), store)

@@ -131,7 +131,6 @@ def _watch(process: subprocess.Popen[bytes], work: Work, display: Display) -> in
     Raises:
         CordeeError: it failed or was stopped.
     """
-    started = time.time()
     tail = begin_events(work)
     stop_at: float | None = None
     with _signals():
@@ -139,7 +138,7 @@ def _watch(process: subprocess.Popen[bytes], work: Work, display: Display) -> in
             try:
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
                 for event in tail.read():
-                    display.event(event, started)
+                    display.event(event)
                 if pid:
                     process.returncode = os.waitstatus_to_exitcode(status)
                     break

@@ -124,9 +124,10 @@ def _status(plan: Plan, planned: Planned) -> tuple[str, str]:
     events = files.read_json_lines(work.logs / "events.jsonl") if work.out.exists() else []
     if not events:
         return planned.state, "; ".join(planned.why)
-    start = next(event["time"] for event in reversed(events) if event["event"] == "start")
+    start = max(index for index, event in enumerate(events) if event["event"] == "start")
+    first = next((event for event in events[start:] if event["event"] == "progress"), None)
     last = events[-1]
-    said = last.get("text") or (progress_line(last, start) if last["event"] == "progress" else "starts")
+    said = last.get("text") or (progress_line(last, first) if first and last["event"] == "progress" else "starts")
     if last["event"] == "error":
         return ("stopped" if last["exit_code"] == 130 else "failed"), said
     lock = plan.store.root / plan.recipe.name / f".{planned.name}.lock"

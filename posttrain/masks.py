@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from transformers import PreTrainedModel
 
 from posttrain.rows import IGNORED, Row, Stops
@@ -106,6 +107,19 @@ def audit(batches: Iterable[Batch], rows: Sequence[Row], stops: Stops, pad_token
             if len(entry.examples) < EXAMPLES:
                 entry.examples.append((ids[~has_loss].tolist(), ids[has_loss].tolist()))
     return found
+
+
+def gather(found: dict[str, Audit]) -> dict[str, Audit]:
+    """What all processes found in their shares of the batches, added up."""
+    if not torch.distributed.is_initialized():
+        return found
+    shares: list[dict[str, Audit]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(shares, found)
+    return {
+        file: Audit(**{name: sum((getattr(share[file], name) for share in shares if file in share), start)
+                       for name, start in vars(Audit()).items()})
+        for file in sorted({file for share in shares for file in share})
+    }  # fmt: skip
 
 
 def _compare(entry: Audit, ids: np.ndarray, has_loss: np.ndarray, row: Row | None, stops: Stops) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from cordee import worker
+from cordee.config import Config as Keys
 from cordee.config import Input, Library
 from cordee.cost import Cost, training_flops
 from cordee.stage import Context
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
     from trl import DPOTrainer
 
 
+class Source(Keys):
+    """One file of preference pairs."""
+
+    path: Input
+    """A .parquet or .jsonl file with `prompt`, `chosen` and `rejected`, each a list of messages."""
+
+
 class Config(TrlConfig):
     """What is aligned, with which pairs, how."""
 
-    data: Input | Annotated[list[Input], Field(min_length=1)]
-    """Preference pairs, one .parquet or .jsonl file or several: prompt, chosen, rejected, each a list of messages."""
+    data: list[Source] = Field(min_length=1)
+    """The pairs to learn from; at least one file."""
     lora: Annotated[
         dict[str, Any] | None,
         Library(
@@ -76,8 +84,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     settings = training.arguments(DPOConfig, config, context, logging_first_step=True)
     dpo.check_settings(settings, config.lora)
     tokenizer, model = open_tokenizer(config.model, key="model"), _open(config)
-    paths = config.data if isinstance(config.data, list) else [config.data]
-    rows = [row for path in paths for row in pairs.read(path, pairs.COLUMNS, "data")]
+    rows = [row for source in config.data for row in pairs.read(source.path, pairs.COLUMNS, "data")]
     longest = model.config.max_position_embeddings
     stops = Stops.of(model, tokenizer)
     checked = pairs.tokenize(rows, tokenizer, stops, min(settings.max_length or longest, longest))

@@ -50,22 +50,24 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         for done, batch in enumerate(loader):
             if context.stop_requested():
                 context.stop(f"batch {done} of {len(loader)}")
-            if not moved and (leak := masks.leak(trainer.model, batch, pad)):
+            if context.is_main and not moved and (leak := masks.leak(trainer.model, batch, pad)):
                 moved.append(leak)
             context.progress(done + 1, len(loader), "batches")
             yield batch
 
-    found = masks.audit(batches(), chats, stops, pad)
+    found = masks.gather(masks.audit(batches(), chats, stops, pad))
     checks = list(_mask_checks(found))
     if trainer.accelerator.num_processes == 1:
         seen = sum(audit.chats for audit in found.values())
         checks.append(_check("chats in one epoch", seen, str(len(chats)), passed=seen == len(chats)))
-    checks += _attention_checks(moved, packing=trainer.args.packing)
+    if context.is_main:
+        checks += _attention_checks(moved, packing=trainer.args.packing)
     for check in checks:
         if not check["passed"]:
             raise Fault(f"not proven: {check['name']} is {check['value']}, and must be {check['limit']}")
     tokens, loss_tokens = (sum(getattr(audit, name) for audit in found.values()) for name in ("tokens", "loss_tokens"))
     if context.is_main:
+        (context.out / "resume").rmdir()  # the trainer makes it; nothing was trained
         files.write_json(
             context.out / "certificate.json",
             {

@@ -47,6 +47,8 @@ class TrlConfig(TrainingConfig):
     """Rows in one optimizer step, over all processes and accumulation steps; at least 1."""
     per_device_train_batch_size: Execution[int] = Field(default=8, ge=1)
     """Rows that one process works on at once; divides the global batch, and the result does not depend on it."""
+    logging_steps: Execution[int] = Field(default=1, ge=1)
+    """Optimizer steps from one line of `metrics.jsonl` to the next; a line speaks of its own step, not of a mean."""
     save_steps: Execution[int] = Field(default=100, ge=1)
     """Optimizer steps from one resume point to the next."""
     trainer: dict[str, Any] = Field(default_factory=dict)

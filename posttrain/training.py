@@ -72,7 +72,7 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
         "data_seed": context.seed,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // at_once,
-        "logging_steps": 1,  # a mean over several steps would be another one after a resume in their middle
+        "logging_steps": 1,  # `Watch` thins them out; a mean over steps would change with a resume in their middle
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
@@ -120,13 +120,14 @@ def open_model(path: Path, trainer: Mapping[str, Any]) -> tuple[PreTrainedModel,
     return transformers.AutoModelForCausalLM.from_pretrained(path, **settings), tokenizer
 
 
-def train(trainer: Trainer, context: Context, tokens_per_epoch: float) -> dict[str, float]:
+def train(trainer: Trainer, context: Context, tokens_per_epoch: float, logging_steps: int = 1) -> dict[str, float]:
     """Train from the newest whole resume point, or from the start, to the end.
 
     Args:
         trainer: a trainer whose arguments come from `arguments`.
         context: where to write and whom to tell.
         tokens_per_epoch: tokens of one pass over the data, all processes together; for the tokens per second.
+        logging_steps: every how many steps a line goes to `metrics.jsonl`; the last step always has one.
 
     Returns:
         `steps`, `loss` (the last one logged), `parameters` (all) and what TRL logged last, such as
@@ -141,7 +142,7 @@ def train(trainer: Trainer, context: Context, tokens_per_epoch: float) -> dict[s
     context.rewind(start)
     if start:
         context.note(f"goes on from step {start}")
-    watch = Watch(trainer, context, tokens_per_epoch)
+    watch = Watch(trainer, context, tokens_per_epoch, logging_steps)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(point) if point else None)
@@ -157,6 +158,7 @@ def train(trainer: Trainer, context: Context, tokens_per_epoch: float) -> dict[s
 def save(trainer: Trainer, context: Context) -> None:
     """Write the trained model, or its adapter, with its tokenizer into the artifact, and drop the resume points."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # as torch.compile names them
     if context.is_main:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(context.out, state_dict=state)
         trainer.processing_class.save_pretrained(context.out)
@@ -189,8 +191,9 @@ def _is_whole(checkpoint: Path) -> bool:
 class Watch(TrainerCallback):
     """Tells the run how far it is, marks resume points, and ends training where a stop was asked for."""
 
-    def __init__(self, trainer: Trainer, context: Context, tokens_per_epoch: float) -> None:
-        self.trainer, self.context, self.tokens_per_epoch = trainer, context, tokens_per_epoch
+    def __init__(self, trainer: Trainer, context: Context, tokens_per_epoch: float, logging_steps: int) -> None:
+        self.trainer, self.context = trainer, context
+        self.tokens_per_epoch, self.logging_steps = tokens_per_epoch, logging_steps
         self.stopping = False
         self.first_step, self.began_s, self.told_s = 0, 0.0, 0.0
         self.figures: dict[str, float] = {}
@@ -213,7 +216,6 @@ class Watch(TrainerCallback):
                 "steps",
                 **self.figures,
                 tokens_per_s=round(steps_per_s * tokens_per_step),
-                eta_s=round((state.max_steps - state.global_step) / max(steps_per_s, 1e-9)),
             )
         if state.global_step >= state.max_steps:
             control.should_save = False  # resumed from its last step, `Trainer` would take one more
@@ -233,7 +235,8 @@ class Watch(TrainerCallback):
                 file=self.context.out,
                 hint="lower trainer.learning_rate, or look at the data of this step",
             )
-        self.context.log(state.global_step, **values, tokens=round(self.tokens_per_epoch * (state.epoch or 0)))
+        if state.global_step % self.logging_steps == 0 or state.global_step == state.max_steps:
+            self.context.log(state.global_step, **values, tokens=round(self.tokens_per_epoch * (state.epoch or 0)))
         self.figures = {"loss": values["loss"]}
 
     def on_save(self, args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:

@@ -132,7 +132,7 @@ def dry_run(training: Training) -> None:
     except TorchDynamoException as error:
         raise Fault(f"the model can't be compiled: {error}", key="compile", hint='say "off"') from error
     training.optimizer.zero_grad()
-    if is_compiled(training):
+    if training.objective.is_compiled:
         training.context.note(f"compiled in {time.perf_counter() - began:.0f} s")
 
 
@@ -153,17 +153,12 @@ def metrics(training: Training, state: State) -> dict[str, Any]:
         "parameters": _parameters(training),
         "loss": state.loss,
         "precision": training.objective.precision,
-        "compiled": is_compiled(training),
+        "compiled": training.objective.is_compiled,
         "tokens_per_s": tokens / state.seconds,
         "model_flops_per_s": flops / state.seconds,
         "padding_share": 1 - tokens / _planned_tokens(settings),
         **by_source,
     }
-
-
-def is_compiled(training: Training) -> bool:
-    """Whether the objective runs compiled."""
-    return training.objective._compiled_call_impl is not None  # noqa: SLF001 - torch has no public word for it
 
 
 def _parameters(training: Training) -> int:

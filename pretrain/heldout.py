@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from cordee import files
+from cordee.compute.device import is_sharded
 from cordee.errors import Fault
 from pretrain.loader import Row, Split, assemble
 from pretrain.model import Objective
@@ -57,8 +58,9 @@ def measure(
 ) -> dict[str, Any] | None:
     """Held-out nats by document, summed to bits per byte by language; None where a stop was asked for.
 
-    Documents are packed as in training, and batches have its shape, so that compiled code serves both. Where the
-    objective is compiled, gradients stay on though none is taken: without, torch would compile a second time.
+    Documents are packed as in training, and batches have its shape, so that compiled code serves both: gradients stay
+    on then though none is taken, and so does the training mode, unless it draws random numbers. Turning either off
+    would compile a second time.
 
     Args:
         heldout: the documents.
@@ -73,17 +75,19 @@ def measure(
     at_once = batch_shape[0] * accelerator.num_processes
     nats = [np.zeros(len(sizes)) for sizes in heldout.sizes]
     pad_token_id = objective.model.config.pad_token_id or 0
-    compiled = objective._compiled_call_impl is not None  # noqa: SLF001 - torch has no public word for it
+    objective.train(objective.is_compiled and not objective.is_random)
     for start in range(0, len(heldout.rows), at_once):
         if stopping():
+            objective.train()
             return None
         rows = heldout.rows[start : start + at_once][accelerator.process_index :: accelerator.num_processes]
         batch = assemble([(heldout.splits[source], row) for source, row in rows], *batch_shape, pad_token_id)
-        with torch.set_grad_enabled(compiled):
+        with torch.set_grad_enabled(objective.is_compiled and not is_sharded(objective)):
             by_token = objective(*batch.to(accelerator.device)).detach().double().cpu()
         for (source, row), line in zip(rows, by_token.numpy(), strict=False):
             begins = np.cumsum(heldout.splits[source].lengths[row]) - heldout.splits[source].lengths[row]
             np.add.at(nats[source], heldout.splits[source].documents[row], np.add.reduceat(line, begins))
+    objective.train()
     summed = torch.from_numpy(np.concatenate(nats)).to(accelerator.device)
     return _by_language(heldout, accelerator.reduce(summed, "sum").cpu().numpy())
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -24,6 +25,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.precision = precision
+        self._no_split_modules = model._no_split_modules  # noqa: SLF001 - accelerate shards the class named here
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Nats of each label, `[rows, sequence_length]` in float32; 0 where there is none to predict."""
@@ -31,6 +33,17 @@ class Objective(nn.Module):
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         nats = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
         return nats.view_as(labels)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the model draws random numbers while it trains."""
+        fields = self.model.config.to_dict()
+        return any(value for name, value in fields.items() if "dropout" in name or "jitter" in name)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it runs compiled."""
+        return self._compiled_call_impl is not None
 
 
 def build(source: Path, tokens: Path, sequence_length: int, seed: int) -> PreTrainedModel:
@@ -60,8 +73,7 @@ def build(source: Path, tokens: Path, sequence_length: int, seed: int) -> PreTra
         _require_fit(config, source, tokens, sequence_length)
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.train()
-    return model
+    return model.train()
 
 
 def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
@@ -83,7 +95,7 @@ def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
     fields.setdefault("vocab_size", files.read_json(tokens / "tokens.json")["vocab_size"])
     try:
         return CONFIG_MAPPING[kind](**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{kind} refuses it: {error}", file=source, key="model") from error
 
 
@@ -104,6 +116,7 @@ def require_documents_apart(model: PreTrainedModel) -> None:
     Raises:
         Fault: the architecture does not take documents packed by their positions.
     """
+    model.eval()  # no dropout
     first, second = torch.arange(5, 12), torch.arange(3, 14)  # any ids: what is seen of the other is what matters
     documents = [ids.remainder(model.config.vocab_size).unsqueeze(0) for ids in (first, second)]
     positions = [torch.arange(ids.shape[1]).unsqueeze(0) for ids in documents]
@@ -116,6 +129,7 @@ def require_documents_apart(model: PreTrainedModel) -> None:
     if not difference <= LEAK:
         problem = f"{type(model).__name__} lets documents of one row see each other: logits differ by {difference:.1e}"
         raise Fault(problem, key="model")
+    model.train()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

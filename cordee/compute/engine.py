@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cordee import files
-from cordee.compute.logprobs import score
+from cordee.compute.logprobs import Scores, score
 from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
 from cordee.errors import Fault, UserError
 
@@ -134,9 +134,9 @@ class Engine:
     def check(self, folder: Path) -> float:
         """Compare the engine's log-probabilities on a probe with those that transformers computes from a folder."""
         ids = open_tokenizer(folder)(PROBE)["input_ids"]
-        (own,) = self.logprobs([ids])
+        (own,) = self.score([ids])
         (reference,) = score(open_model(folder, dtype=torch.float32).eval(), [ids])
-        difference = float((torch.tensor(own) - reference.logprobs).abs().max())
+        difference = float((own.logprobs - reference.logprobs).abs().max())
         if not difference <= PROBE_TOLERANCE:
             raise Fault(
                 f"vLLM's log-probabilities differ by up to {difference:.3g} nats from transformers', above "
@@ -145,16 +145,19 @@ class Engine:
             )
         return difference
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The log-probability of each token but the first, given those before it, in nats."""
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+        """What the engine says of each token but the first, given those before it."""
         from vllm import SamplingParams
 
-        asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in sequences], asked, use_tqdm=False)
-        return [
-            [output.prompt_logprobs[index][ids[index]].logprob for index in range(1, len(ids))]
-            for ids, output in zip(sequences, outputs, strict=True)
-        ]
+        scores = []
+        for ids, output in zip(sequences, outputs, strict=True):
+            said = output.prompt_logprobs[1:]
+            logprobs = torch.tensor([held[token].logprob for held, token in zip(said, ids[1:], strict=True)])
+            top1 = torch.tensor([min(held, key=lambda token: held[token].rank) for held in said])
+            scores.append(Scores(logprobs, top1))
+        return scores
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int) -> list[str]:
         """Continue each prompt of token ids until an end token or `max_tokens`; greedy at temperature 0."""

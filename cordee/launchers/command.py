@@ -23,10 +23,10 @@ def of_stage(uses: str, config: Config, job_file: Path) -> tuple[str, ...]:
 def _settings(launch: Launch, path: Path) -> Path:
     """Write an accelerate configuration for this machine, so that no default of the user's home is read."""
     gpu = provenance.has_gpu()
-    several = ("MULTI_GPU" if gpu else "MULTI_CPU") if launch.num_processes > 1 else "NO"
     settings = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": several,
+        # With MULTI_CPU accelerate 1.15 silently starts one process; its launcher for GPUs starts several anywhere.
+        "distributed_type": "MULTI_GPU" if launch.num_processes > 1 else "NO",
         "num_machines": 1,
         "machine_rank": 0,
         "num_processes": launch.num_processes,

@@ -1,5 +1,6 @@
-"""The made-up store that the report's tests read, and a report of it."""
+"""The made-up store that the report's tests read, a report of it, and small real checkpoints with held-out data."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,3 +42,39 @@ def report(store: dict[str, Path], tmp_path: Path) -> Report:
         return out
 
     return call
+
+
+PROMPTS = [
+    {"prompt": f"Which language is this?\n\n{text}", "answer": answer, "choices": ["German", "French"],
+     "kind": "language", "language": tag}
+    for text, answer, tag in [
+        ("Alle Menschen sind frei und gleich geboren.", "German", "de"),
+        ("Tous les hommes naissent libres et égaux.", "French", "fr"),
+        ("Jeder hat das Recht auf Leben.", "German", "de"),
+        ("Tout individu a droit à la vie.", "French", "fr"),
+    ]
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two checkpoints of one shape with different random weights, as the training stages write them."""
+    import torch
+    from chat_models import make_model
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    return {name: make_model(root / name) for name in ("first", "second")}
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Held-out prompts and documents."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tmp_path_factory.mktemp("heldout")
+    (root / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS), encoding="utf-8")
+    rows = [{"text": row["prompt"].partition("\n\n")[2], "language": row["language"]} for row in PROMPTS]
+    pq.write_table(pa.Table.from_pylist(rows), root / "heldout.parquet")
+    return {"language": root / "heldout.jsonl", "documents": root / "heldout.parquet"}

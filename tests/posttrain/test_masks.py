@@ -1,6 +1,10 @@
 """What carries loss: every guard over chats, batches and attention is shown the fault that it guards against."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +283,25 @@ def test_the_certificate_says_what_carries_loss_per_source(
         assert example["with_loss"].endswith("<|assistant_end|>")
         assert "<|assistant_start|>" in example["prompt"]
     assert {example["source"] for example in certificate["evidence"]} == {"one.parquet", "two.jsonl"}
+
+
+def test_two_processes_prove_the_batches_of_both(tmp_path: Path, model_folder: Path, context: Context) -> None:
+    file = write_parquet(tmp_path / "m.parquet", some_chats(16))
+    job = {
+        "config": config(model_folder, file, packing=True).model_dump(mode="json"),
+        "out": str(context.out),
+        "seed": 1,
+    }
+    (tmp_path / "job.json").write_text(json.dumps({**job, "events": str(context.events)}), encoding="utf-8")
+    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    stage = ["-m", "posttrain.prove_masks", "--job", str(tmp_path / "job.json")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), *stage]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    checks = {check["name"]: check["value"] for check in read_json(context.out / "certificate.json")["checks"]}
+    assert checks["chats seen of m.parquet"] == 16
+    assert [path.name for path in context.out.iterdir()] == ["certificate.json"]
 
 
 def test_a_failed_proof_is_a_fault_that_names_the_check(

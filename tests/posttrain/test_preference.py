@@ -57,7 +57,7 @@ def config(model: Path, data: Path, **changes: Any) -> preference.Config:
     trainer = {"learning_rate": 5e-3, "num_train_epochs": 2, "max_length": 128, "bf16": False}
     values = {
         "model": str(model),
-        "data": str(data),
+        "data": [{"path": str(data)}],
         "global_batch_size": 8,
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
@@ -343,7 +343,7 @@ def test_a_row_that_the_trainer_dropped_or_cut_is_a_fault() -> None:
 def test_the_cost_counts_two_sequences_a_pair_and_less_memory_for_an_adapter(
     model_folder: Path, pairs_file: Path
 ) -> None:
-    given = {"model": Cost(parameters=1e6, vocab_size=400), "data": Cost(rows=100)}
+    given = {"model": Cost(parameters=1e6, vocab_size=400), "data.0.path": Cost(rows=100)}
     adapter = preference.cost(config(model_folder, pairs_file), given)
     full = preference.cost(config(model_folder, pairs_file, lora=None), given)
     assert adapter.tokens == full.tokens == 2 * 100 * 2 * 128

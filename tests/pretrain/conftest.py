@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 512
 BOS, EOS, PAD = 0, 1, 2
 LANGUAGES = ("de-CH", "rm", "fr-CH")
@@ -38,7 +39,12 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens(special)
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
 
@@ -47,3 +53,48 @@ def _write_tokenizer(folder: Path) -> None:
 def make_tokens(tmp_path: Path) -> Callable[..., Path]:
     """Writes a tokens artifact: `make_tokens("a", [5, 9])`."""
     return lambda name, lengths, **options: write_tokens(tmp_path / name, lengths, **options)
+
+
+@pytest.fixture
+def job(tmp_path: Path, make_tokens: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes a job file for `pretrain.train` on the micro model: `job("a", max_steps=6)`; its folder is `<tmp>/a`."""
+    lengths = np.random.default_rng(1).integers(4, 60, 150).tolist()
+    tokens = make_tokens("tokens", lengths)
+
+    def write(name: str, **keys: object) -> Path:
+        folder = tmp_path / name
+        (folder / "out").mkdir(parents=True, exist_ok=True)
+        config = {
+            **{"model": str(ROOT / "configs/models/apertus-micro.yaml"), "data": [{"tokens": str(tokens)}]},
+            **{"max_steps": 6, "global_batch_size": 8, "per_device_train_batch_size": 2, "sequence_length": 64},
+            **{"learning_rate": 3e-3, "warmup_steps": 2, "decay_steps": 2, "precision": "float32"},
+            **{"logging_steps": 1, "resume_steps": 2, "compile": "off"},
+            **keys,
+        }
+        told = {"config": config, "seed": 17, "out": str(folder / "out"), "events": str(folder / "events.jsonl")}
+        (folder / "job.json").write_text(json.dumps(told))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def trained(job: Callable[..., Path]) -> Callable[..., tuple[Path, dict[str, object]]]:
+    """Trains in this process: `out, metrics = trained("a", max_steps=6)`; called again it goes on."""
+    from cordee import worker
+    from cordee.stage import Context
+    from pretrain import train
+
+    def call(name: str, **keys: object) -> tuple[Path, dict[str, object]]:
+        folder = job(name, **keys)
+        told = json.loads((folder / "job.json").read_text())
+        context = Context(out=folder / "out", seed=told["seed"], events=folder / "events.jsonl")
+        return context.out, worker.run_stage(train.Config.model_validate(told["config"]), context, train.run)
+
+    return call
+
+
+def metrics_of(out: Path) -> list[dict[str, float]]:
+    """The training's lines of `metrics.jsonl`, without what the clock says."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]

@@ -35,7 +35,9 @@ def test_best_fit_takes_the_fullest_row_that_has_room():
 
 def test_the_order_is_drawn_anew_for_each_epoch_seed_and_source_and_the_same_for_the_same(make_tokens):
     split = open_split(make_tokens("a", LENGTHS), "train", 64, "error", "data.0.tokens")
-    shown = [[row.tolist() for row in rows_of(split, key)] for key in ((1, 0, 0), (1, 0, 1), (2, 0, 0), (1, 1, 0), (1, 0, 0))]
+    shown = [
+        [row.tolist() for row in rows_of(split, key)] for key in ((1, 0, 0), (1, 0, 1), (2, 0, 0), (1, 1, 0), (1, 0, 0))
+    ]
     assert shown[0] == shown[4]
     assert all(shown[0] != other for other in shown[1:4])
 
@@ -50,11 +52,13 @@ def test_a_row_far_ahead_is_found_without_those_before_it(make_tokens):
 
 def test_the_order_is_the_same_on_every_machine(make_tokens):
     split = open_split(make_tokens("a", [5, 9, 9, 7, 5, 5]), "train", 16, "error", "data.0.tokens")
-    assert [row.tolist() for row in rows_of(split, (17, 0, 0))] == [[1, 3], [5, 0, 4], [2]] or True
+    assert [row.tolist() for row in rows_of(split, (17, 0, 0))] == [[1, 4], [2, 3], [5, 0]]
 
 
 def test_a_long_document_is_an_error_that_names_it(make_tokens):
-    with pytest.raises(UserError, match=r"data\.0\.tokens: train document 1 has 70 tokens, more than sequence_length 64"):
+    with pytest.raises(
+        UserError, match=r"data\.0\.tokens: train document 1 has 70 tokens, more than sequence_length 64"
+    ):
         open_split(make_tokens("a", [10, 70]), "train", 64, "error", "data.0.tokens")
 
 
@@ -94,7 +98,10 @@ def test_a_folder_without_tokens_is_named(tmp_path):
 
 @pytest.fixture
 def mixture(make_tokens):
-    splits = [open_split(make_tokens(name, LENGTHS[:n]), "train", 64, "error", name) for name, n in (("a", 300), ("b", 90), ("c", 30))]
+    splits = [
+        open_split(make_tokens(name, LENGTHS[:n]), "train", 64, "error", name)
+        for name, n in (("a", 300), ("b", 90), ("c", 30))
+    ]
     return Mixture(splits, [6, 3, 1], seed=1)
 
 

@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from cordee.compute import device
+from cordee.config import Launch
+from cordee.errors import Fault, UserError
+
+ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
+CPU = torch.device("cpu")
+
+
+def test_auto_precision_is_bfloat16_where_the_processor_computes_in_it(monkeypatch):
+    for capabilities, expected in (
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({}, "float32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert device.resolve_precision("auto", CPU) == expected
+    assert device.resolve_precision("bfloat16", CPU) == "bfloat16"
+
+
+def test_auto_compiles_a_long_training_and_not_a_short_one():
+    assert device.resolve_compile("auto", 1e15, CPU)[0]
+    assert not device.resolve_compile("auto", 1e9, CPU)[0]
+    assert device.resolve_compile("on", 1e9, CPU) == (True, "as asked")
+    assert device.resolve_compile("off", 1e15, CPU) == (False, "as asked")
+
+
+def test_without_a_compiler_on_is_an_error_and_auto_says_why_not(monkeypatch):
+    monkeypatch.setattr(device.shutil, "which", lambda _name: None)
+    assert device.resolve_compile("auto", 1e15, CPU) == (False, "this machine has no C++ compiler")
+    with pytest.raises(UserError, match=r"compile: this machine has no C\+\+ compiler"):
+        device.resolve_compile("on", 1e15, CPU)
+
+
+@pytest.mark.parametrize(
+    ("setting", "own"),
+    [({"mixed_precision": "bf16"}, "precision"), ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "compile")],
+)
+def test_what_is_the_stages_own_is_refused_in_an_accelerate_configuration(tmp_path, setting, own):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"use_cpu": True, **setting}))
+    with pytest.raises(UserError, match=f"is the stage's own key '{own}'"):
+        device.open_accelerator(Launch(config_file=str(tmp_path / "a.yaml")))
+
+
+def test_processes_that_do_not_run_are_noticed():
+    with pytest.raises(Fault, match=r"launch\.num_processes: 3 processes were asked for, and 1 run"):
+        device.open_accelerator(Launch(num_processes=3))
+
+
+def test_a_sharding_that_was_asked_for_and_does_not_run_is_noticed(tmp_path):
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump({"use_cpu": True, "distributed_type": "FSDP"}))
+    launch = Launch(config_file=str(tmp_path / "fsdp.yaml"))
+    accelerator = device.open_accelerator(launch)
+    with pytest.raises(Fault, match="FSDP was asked for: True, and Linear runs"):
+        device.require_wrapped(accelerator.prepare(nn.Linear(2, 2)), accelerator, launch)
+
+
+def test_a_model_left_unwrapped_beside_other_processes_is_noticed():
+    class Two:
+        num_processes = 2
+
+    with pytest.raises(Fault, match="2 processes run, each with a Linear of its own"):
+        device.require_wrapped(nn.Linear(2, 2), Two(), Launch(num_processes=2))
+
+
+def test_the_configurations_that_are_shipped_leave_the_stages_keys_to_the_stage():
+    found = sorted(ACCELERATE.glob("*.yaml"))
+    assert [file.name for file in found] == ["cpu-2.yaml", "cpu.yaml", "fsdp2.yaml", "gpu.yaml"]
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for file in found:
+        asked = device._asked(Launch(config_file=str(file)))
+        assert (asked.cpu, asked.sharded) == (file.name.startswith("cpu"), file.name == "fsdp2.yaml")
+        load_config_from_file(str(file))  # accelerate itself refuses a key that it does not know

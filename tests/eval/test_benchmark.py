@@ -1,0 +1,117 @@
+"""What benchmarks and samples are told, and what they do when they are killed; transformers measures here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cordee.errors import Stopped, UserError
+from cordee.stage import Context
+from eval import benchmark, generate
+
+TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
+
+
+@pytest.fixture
+def context(tmp_path):
+    (tmp_path / "out").mkdir()
+    return Context(out=tmp_path / "out", seed=3, events=tmp_path / "events.jsonl")
+
+
+def settings(checkpoints, held_out, **changes):
+    return benchmark.Config.model_validate(
+        {
+            "models": {name: str(path) for name, path in checkpoints.items()},
+            "tasks": [str(TASKS / "language_choice.yaml")],
+            "data": {name: str(path) for name, path in held_out.items()},
+            "engine": "transformers",
+            "max_length": 256,
+            **changes,
+        }
+    )
+
+
+def test_models_that_were_measured_before_a_stop_are_not_measured_again(checkpoints, held_out, context):
+    only_first = settings({"first": checkpoints["first"]}, held_out)
+    benchmark.run(only_first, context)
+    before = json.loads((context.out / "results.json").read_text())["models"][0]
+    files = sorted(path.name for path in (context.out / "lm_eval" / "first").iterdir())
+    (context.events.parent / "stop").touch()
+    with pytest.raises(Stopped, match="model 1 of 2"):
+        benchmark.run(settings(checkpoints, held_out), context)
+    (context.events.parent / "stop").unlink()
+    metrics = benchmark.run(settings(checkpoints, held_out), context)
+    table = json.loads((context.out / "results.json").read_text())
+    assert [row["name"] for row in table["models"]] == ["first", "second"]
+    assert table["models"][0] == before
+    assert sorted(path.name for path in (context.out / "lm_eval" / "first").iterdir()) == files
+    assert table["engine"]["name"] == metrics["engine"] == "transformers"
+    assert table["tasks"]["language_choice"]["chance"] == 0.25
+    assert metrics["rows"] == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: x", "tasks: is no task file"),
+        ("[1", "tasks: is no task file"),
+        (
+            (TASKS / "language_choice.yaml").read_text().replace("test: language", "test: langauge"),
+            "did you mean 'language'?",
+        ),
+    ],
+)
+def test_a_task_file_that_is_wrong_is_one_line(text, message, checkpoints, held_out, context, tmp_path):
+    path = tmp_path / "task.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        benchmark.run(settings(checkpoints, held_out, tasks=[str(path)]), context)
+    assert message in str(caught.value)
+    assert "task.yaml" in str(caught.value)
+
+
+def sampling(checkpoints, held_out, **changes):
+    return generate.Config.model_validate(
+        {
+            "models": {name: str(path) for name, path in checkpoints.items()},
+            "prompts": str(held_out["language"]),
+            "max_prompts": 2,
+            "max_tokens": 6,
+            "engine": "transformers",
+            **changes,
+        }
+    )
+
+
+def test_all_models_answer_the_same_prompts_spread_over_the_file(checkpoints, held_out, context):
+    assert generate.run(sampling(checkpoints, held_out), context) == {"rows": 2, "engine": "transformers"}
+    rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
+    assert [row["reference"] for row in rows] == ["German", "German"]
+    assert all(set(row["outputs"]) == {"first", "second"} for row in rows)
+    assert rows[0]["outputs"]["first"] != rows[0]["outputs"]["second"]
+    assert json.loads((context.out / "engine.json").read_text())["name"] == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "line 1 is no JSON"), ('{"prompt": "x"}', "line 1 has no 'answer'"), ("", "holds no prompt")],
+)
+def test_prompts_that_are_none_are_one_line(line, message, checkpoints, context, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match=message):
+        generate.run(sampling(checkpoints, {"language": path}), context)
+
+
+def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(checkpoints, held_out, context):
+    with pytest.raises(UserError, match=r"max_length: prompt 1 has \d+ tokens, and 14 have room"):
+        generate.run(sampling(checkpoints, held_out, max_length=20), context)
+
+
+def test_vllm_where_there_is_none_is_an_error(monkeypatch):
+    from cordee.compute import engine
+
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _name: None)
+    assert engine.choose("auto") == "transformers"
+    with pytest.raises(UserError, match="engine: vLLM is not installed"):
+        engine.choose("vllm")

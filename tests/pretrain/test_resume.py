@@ -1,0 +1,149 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from cordee.compute import resume
+from pretrain import checkpoint, loop
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = {"max_steps": 9, "save_steps": [3, 6], "eval_steps": 3, "resume_steps": 2}
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as a kill does: nothing catches it."""
+
+
+def files_of(out):
+    """What a run leaves, but for what the clock says."""
+    contents = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    contents[Path("metrics.jsonl")] = [
+        {name: value for name, value in json.loads(line).items() if name != "tokens_per_s"}
+        for line in contents[Path("metrics.jsonl")].splitlines()
+    ]
+    contents[Path("training.json")] = {
+        name: value for name, value in json.loads(contents[Path("training.json")]).items() if "_per_s" not in name
+    }
+    return contents
+
+
+def notes(folder):
+    return [
+        event["text"]
+        for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+        if "text" in event
+    ]
+
+
+def start(folder):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pretrain.train", "--job", str(folder / "job.json")], env=environment, cwd=ROOT
+    )
+
+
+def test_killed_with_sigkill_and_continued_it_leaves_the_same_files(trained, job):
+    whole, _ = trained("whole", **KEYS)
+    folder = job("killed", **KEYS)
+    for step in (3, 7):  # twice: the second kill hits a run that went on itself
+        process = start(folder)
+        metrics = folder / "out" / "metrics.jsonl"
+        while not metrics.exists() or f'"step": {step}' not in metrics.read_text():
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "out" / "training.json").exists()
+    assert start(folder).wait() == 0
+    assert any(note.startswith("goes on from step") for note in notes(folder))
+    assert files_of(folder / "out") == files_of(whole)
+
+
+PLACES = [
+    (resume, "save_file", 1), (resume, "save_file", 4), (resume.files, "write_json", 2), (resume.files, "sync_tree", 5),
+    (resume.shutil, "rmtree", 3), (checkpoint, "save_model", 1), (checkpoint, "save_model", 2), (checkpoint, "save_model", 3),
+    (loop, "_log", 5), (loop, "save_state", 2), (loop, "measure_heldout", 2), (loop, "measure_heldout", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name", "call"), PLACES, ids=[f"{name}-{call}" for _, name, call in PLACES])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_wherever_it_dies_the_next_run_leaves_the_same_files(trained, monkeypatch, module, name, call, after):
+    whole, _ = trained("whole", **KEYS)
+    calls, real = [], getattr(module, name)
+
+    def dies(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call and not after:
+            raise Killed
+        result = real(*arguments, **options)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(module, name, dies)
+    with pytest.raises(Killed):
+        trained("a", **KEYS)
+    monkeypatch.setattr(module, name, real)
+    out, _ = trained("a", **KEYS)
+    assert files_of(out) == files_of(whole)
+
+
+def stopped_at_five(trained, monkeypatch):
+    """A training that died after step 5, with resume points at 2 and 4."""
+    real = loop._log
+
+    def dies(training, state, grad_norm):
+        real(training, state, grad_norm)
+        if state.step == 5:
+            raise Killed
+
+    monkeypatch.setattr(loop, "_log", dies)
+    with pytest.raises(Killed):
+        trained("a", **KEYS)
+    monkeypatch.setattr(loop, "_log", real)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_state_is_noticed_and_the_one_before_it_is_used(trained, monkeypatch, tmp_path, name):
+    whole, _ = trained("whole", **KEYS)
+    stopped_at_five(trained, monkeypatch)
+    file = tmp_path / "a" / "out" / "resume" / "4" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    out, _ = trained("a", **KEYS)
+    said = notes(tmp_path / "a")
+    assert any(note.startswith("the state at step 4 is damaged") for note in said)
+    assert "goes on from step 2" in said
+    assert files_of(out) == files_of(whole)
+
+
+def test_the_state_holds_weights_and_moments_and_nothing_pickled_and_two_are_kept(trained, monkeypatch, tmp_path):
+    stopped_at_five(trained, monkeypatch)
+    folder = tmp_path / "a" / "out" / "resume"
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        f"{step}/{name}" for step in (2, 4) for name in ("weights.safetensors", "optimizer.safetensors", "state.json")
+    }
+    moments = load_file(folder / "4" / "optimizer.safetensors")
+    assert {name.rpartition("/")[2] for name in moments} == {"exp_avg", "exp_avg_sq", "step"}
+    assert float(moments["model.lm_head.weight/step"]) == 4.0
+
+
+def test_dropout_does_not_break_the_same_bits(trained, monkeypatch, tmp_path):
+    model = (ROOT / "configs/models/apertus-micro.yaml").read_text() + "attention_dropout: 0.1\n"
+    (tmp_path / "dropout.yaml").write_text(model)
+    keys = {**KEYS, "model": str(tmp_path / "dropout.yaml")}
+    whole, _ = trained("whole", **keys)
+    plain, _ = trained("plain", **KEYS)
+    assert (whole / "model.safetensors").read_bytes() != (plain / "model.safetensors").read_bytes()
+    monkeypatch.setitem(KEYS, "model", keys["model"])
+    stopped_at_five(trained, monkeypatch)
+    out, _ = trained("a", **keys)
+    assert files_of(out) == files_of(whole)
