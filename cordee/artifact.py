@@ -127,6 +127,8 @@ def publish(work: Work, manifest: dict[str, Any]) -> Artifact:
     if final.exists():
         raise Fault("was published by another run meanwhile", file=final)
     (work.out / MANIFEST).unlink(missing_ok=True)
+    for left in work.out.rglob(".*.tmp"):  # what a kill left in the midst of `files.write_text`
+        left.unlink()
     listed = [
         {"path": path.relative_to(work.out).as_posix(), "bytes": path.stat().st_size, "sha256": files.sha256(path)}
         for path in files.walk(work.out)

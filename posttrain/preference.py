@@ -19,7 +19,6 @@ from cordee.stage import Context
 from posttrain.settings import OWNED, TrlConfig, training_cost
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from trl import DPOTrainer
 
 
@@ -77,13 +76,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Check the pairs, train, and write the adapter or the model."""
     from trl import DPOConfig
 
-    from cordee.compute.model import open_tokenizer
     from posttrain import adapters, dpo, pairs, training
     from posttrain.rows import Stops
 
     settings = training.arguments(DPOConfig, config, context, logging_first_step=True)
     dpo.check_settings(settings, config.lora)
-    tokenizer, model = open_tokenizer(config.model, key="model"), _open(config)
+    model, tokenizer = training.open_model(config)
     rows = [row for source in config.data for row in pairs.read(source.path, pairs.COLUMNS, "data")]
     longest = model.config.max_position_embeddings
     stops = Stops.of(model, tokenizer)
@@ -96,7 +94,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     per_epoch = sum(pair.tokens for pair in checked)
     figures = training.train(trainer, context, per_epoch)
-    _save(trainer, config, context)
+    if config.lora is None:
+        training.save(trainer, config, context)
+    else:
+        _save_adapter(trainer, config, context)
     tokens = dpo.trained_tokens(settings, per_epoch, len(rows), int(figures["steps"]))
     shape = model.config
     work = (shape.num_hidden_layers, shape.hidden_size, per_epoch // (2 * len(rows)))
@@ -110,31 +111,16 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     }
 
 
-def _open(config: Config) -> "PreTrainedModel":
-    """The model, in float32 unless `trainer: {model_init_kwargs: {dtype: …}}` says otherwise."""
-    import torch
-
-    from cordee.compute.model import open_model
-
-    options = {"dtype": "float32", **(config.trainer.get("model_init_kwargs") or {})}
-    dtype = options.pop("dtype")
-    return open_model(config.model, dtype=None if dtype == "auto" else getattr(torch, dtype), key="model", **options)
-
-
-def _save(trainer: "DPOTrainer", config: Config, context: Context) -> None:
-    """Write the adapter, or the model, with its tokenizer; then the resume points have served."""
+def _save_adapter(trainer: "DPOTrainer", config: Config, context: Context) -> None:
+    """Write the adapter with its base's tokenizer; then the resume points have served."""
     import shutil
 
-    from cordee.compute.model import save_model
-    from posttrain import adapters
+    from posttrain import adapters, training
 
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers shards: every process takes part
+    weights = training.gather_weights(trainer)
     if context.is_main:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if config.lora is None:
-            save_model(model, context.out, tokenizer=config.model, state_dict=state_dict)
-        else:
-            adapters.save(model, context.out, base=config.model, state_dict=state_dict)
+        adapters.save(model, context.out, base=config.model, state_dict=weights)
         shutil.rmtree(context.out / "resume", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 

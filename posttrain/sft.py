@@ -70,7 +70,7 @@ def build(config: Config, context: Context) -> tuple["SFTTrainer", "list[Row]", 
     arguments = training.arguments(SFTConfig, config, context)
     if not arguments.max_length:
         raise UserError("must be a number of tokens: no chat is ever cut", key="trainer.max_length")
-    model, tokenizer = training.open_model(config.model, config.trainer)
+    model, tokenizer = training.open_model(config)
     stops = rows.Stops.of(model, tokenizer)
     chats: list[rows.Row] = []
     for place, source in enumerate(config.data):
@@ -118,7 +118,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     context.note(f"{len(chats)} chats, {per_epoch} tokens, {loss_per_epoch / per_epoch:.1%} of them with loss")
     figures = training.train(trainer, context, per_epoch, config.logging_steps)
     epochs = trainer.state.epoch or 0.0
-    training.save(trainer, context)
+    training.save(trainer, config, context)
     shape = trainer.model.config.get_text_config()
     tokens = round(per_epoch * epochs)
     return {

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from cordee import files
+from cordee.compute import model as compute
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain.settings import TrlConfig
@@ -102,22 +102,24 @@ def _set_up_libraries() -> None:
     trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")  # noqa: SLF001 - the only handle
 
 
-def open_model(path: Path, trainer: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(config: TrlConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in float32 unless `trainer: {model_init_kwargs: {dtype: …}}` says otherwise, and its tokenizer.
 
     Raises:
-        UserError: the folder holds no model or no tokenizer with a chat template.
+        UserError: the folder holds no model, or no tokenizer with a chat template and a padding token.
+        Fault: it is damaged.
     """
-    for name in ("config.json", "tokenizer.json"):
-        if not (path / name).is_file():
-            raise UserError(f"no model: it has no {name}", file=path, key="model")
-    settings = {"dtype": "float32", **(trainer.get("model_init_kwargs") or {}), "trust_remote_code": False}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    options = {"dtype": "float32", **(config.trainer.get("model_init_kwargs") or {})}
+    dtype = options.pop("dtype")
+    model = compute.open_model(
+        config.model, dtype=None if dtype == "auto" else getattr(torch, dtype), key="model", **options
+    )
+    tokenizer = compute.open_tokenizer(config.model, key="model")
     if not tokenizer.chat_template:
-        raise UserError("its tokenizer has no chat template", file=path, key="model")
+        raise UserError("its tokenizer has no chat template", file=config.model, key="model")
     if tokenizer.pad_token_id is None:
-        raise UserError("its tokenizer has no padding token", file=path, key="model")
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **settings), tokenizer
+        raise UserError("its tokenizer has no padding token", file=config.model, key="model")
+    return model, tokenizer
 
 
 def train(trainer: Trainer, context: Context, tokens_per_epoch: float, logging_steps: int = 1) -> dict[str, float]:
@@ -155,14 +157,18 @@ def train(trainer: Trainer, context: Context, tokens_per_epoch: float, logging_s
     return {**figures, "steps": state.global_step, "parameters": parameters}
 
 
-def save(trainer: Trainer, context: Context) -> None:
-    """Write the trained model, or its adapter, with its tokenizer into the artifact, and drop the resume points."""
+def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The trained weights by their own names, gathered from all shards: every process takes part."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # as torch.compile names them
+    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # as torch.compile names them
+
+
+def save(trainer: Trainer, config: TrlConfig, context: Context) -> None:
+    """Write the trained model with the tokenizer that it came with into the artifact, and drop the resume points."""
+    weights = gather_weights(trainer)
     if context.is_main:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(context.out, state_dict=state)
-        trainer.processing_class.save_pretrained(context.out)
-        files.sync_tree(context.out)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        compute.save_model(model, context.out, tokenizer=config.model, state_dict=weights)
         shutil.rmtree(context.out / "resume", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cordee import worker
+from cordee.errors import Fault, UserError
+from cordee.stage import Context
+from pretrain import prove_resume, trials
+
+
+@pytest.fixture
+def proven(job):
+    """Runs the proof on the micro model: `out, metrics = proven("a", kill_at_step=4)`."""
+
+    def call(name, **keys):
+        folder = job(name, **keys)
+        told = json.loads((folder / "job.json").read_text())
+        context = Context(out=folder / "out", seed=17, events=folder / "events.jsonl")
+        config = prove_resume.Config.model_validate(told["config"])
+        return context.out, worker.run_stage(config, context, prove_resume.run)
+
+    return call
+
+
+def test_resume_is_proven_with_real_processes_and_a_real_kill(proven, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out, metrics = proven("a", steps=12, kill_at_step=4, max_steps=500, global_batch_size=64)
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert (certificate["proof"], certificate["of"], certificate["passed"]) == ("resume", "pretrain.train", True)
+    assert [check["passed"] for check in certificate["checks"]] == [True] * 6
+    evidence = certificate["evidence"]
+    assert evidence["uninterrupted"]["weights_sha256"] == evidence["killed"]["weights_sha256"]
+    assert evidence["killed"]["resumed_from_step"] >= 2
+    assert evidence["other"]["samples"] == evidence["uninterrupted"]["samples"]
+    assert evidence["other_num_processes"] == 2
+    assert metrics["passed"]
+    assert [path.name for path in out.iterdir()] == ["certificate.json"]
+
+
+def test_a_kill_after_the_end_is_refused(proven):
+    with pytest.raises(UserError, match="kill_at_step: is not before the last of 6 steps"):
+        proven("a", steps=6, kill_at_step=6)
+
+
+def test_a_training_that_fails_fails_the_proof_with_its_own_words(proven, tmp_path):
+    model = tmp_path / "m.yaml"
+    model.write_text("hiden_size: 3")
+    with pytest.raises(Fault, match="the training of the proof failed: .*apertus has no field 'hiden_size'"):
+        proven("a", model=str(model))
+
+
+@pytest.fixture
+def ended(trained):
+    """Two equal trainings of which the second looks continued."""
+    one, other = (trained(name, save_steps=[1])[0] for name in ("one", "other"))
+    with (other.parent / "events.jsonl").open("a") as file:
+        file.write('{"event": "note", "text": "goes on from step 2"}\n')
+    return trials.Ended(one), trials.Ended(other)
+
+
+def failed(checks):
+    return [check["name"] for check in checks if not check["passed"]]
+
+
+def test_equal_trainings_pass(ended):
+    assert failed(trials.same_bits(*ended) + trials.same_within_rounding(*ended)) == []
+
+
+def test_one_bit_in_the_weights_is_seen(ended):
+    file = ended[1].out / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"][0, 0] *= 1 + 2**-23
+    save_file(weights, file)
+    assert failed(trials.same_bits(*ended)) == ["weight tensors that differ in any bit"]
+
+
+def test_another_sample_is_seen(ended):
+    file = ended[1].out / "metrics.jsonl"
+    file.write_text(file.read_text().replace(ended[1].rows()[3]["samples"], "abc"))
+    assert failed(trials.same_bits(*ended)) == ["steps whose samples differ"]
+    assert failed(trials.same_within_rounding(*ended)) == ["steps whose samples differ at another number of processes"]
+
+
+def test_a_training_that_began_anew_proves_nothing(ended):
+    assert failed(trials.same_bits(ended[0], ended[0])) == ["went on from a resume point (its step)"]
+
+
+def test_weights_that_went_elsewhere_are_seen(ended, trained):
+    elsewhere, _ = trained("elsewhere", learning_rate=2.9e-3)
+    assert len(failed(trials.same_within_rounding(ended[0], trials.Ended(elsewhere)))) == 1
