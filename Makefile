@@ -6,20 +6,27 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test check setup clean
+.PHONY: quickstart test check browser setup clean
 
 quickstart: setup
 	$(BIN)/cordee run configs/recipes/quickstart.yaml
 	$(BIN)/cordee prove configs/recipes/quickstart.yaml
 
-test: check
-	$(BIN)/python -m pytest
+test: check browser
+	$(BIN)/python -m pytest --ignore=tests/house
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/house
+
+# The report's page is tested in Debian's Chromium.
+browser:
+	@command -v chromium > /dev/null \
+	  || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium > /dev/null; } \
+	  || { echo "the report's tests need Chromium: sudo apt install chromium"; exit 2; }
 
 setup: $(VENV)/installed
 

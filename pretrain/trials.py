@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cordee import files
-from cordee.config import Launch, TrainingConfig
 from cordee.errors import Fault
-from cordee.launchers import command
 from cordee.stage import Context
 
 POLL_S = 0.01
@@ -114,19 +113,28 @@ class Trial:
 
 
 def start(settings: dict[str, Any], folder: Path, context: Context) -> Trial:
-    """Start `pretrain.train` with these settings as the runner would, in a session of its own."""
+    """Start `pretrain.train` with these settings, in a session of its own."""
     folder.joinpath("out").mkdir(parents=True, exist_ok=True)
     events = folder / "events.jsonl"
     told = {"config": settings, "seed": context.seed, "out": str(folder / "out"), "events": str(events)}
     files.write_text(folder / "job.json", json.dumps(told))
-    launch = TrainingConfig(launch=Launch(**settings["launch"]))
-    argv = command.of_stage("pretrain.train", launch, folder / "job.json")
+    argv = [*_launcher(**settings["launch"]), "-m", "pretrain.train", "--job", str(folder / "job.json")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(INHERITED)}
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - the argument vector is our own
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
     return Trial(process, folder, context)
+
+
+def _launcher(num_processes: int, config_file: str | None) -> list[str]:
+    """How a training is started: by accelerate where a configuration asks for more than processes."""
+    if config_file:
+        accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        return [*accelerate, "--config_file", config_file, "--num_processes", f"{num_processes}"]
+    if num_processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
 
 
 def other_processes(processes: int) -> int | None:

@@ -65,10 +65,19 @@ def job(tmp_path: Path, make_tokens: Callable[..., Path]) -> Callable[..., Path]
         folder = tmp_path / name
         (folder / "out").mkdir(parents=True, exist_ok=True)
         config = {
-            **{"model": str(ROOT / "configs/models/apertus-micro.yaml"), "data": [{"tokens": str(tokens)}]},
-            **{"max_steps": 6, "global_batch_size": 8, "per_device_train_batch_size": 2, "sequence_length": 64},
-            **{"learning_rate": 3e-3, "warmup_steps": 2, "decay_steps": 2, "precision": "float32"},
-            **{"logging_steps": 1, "resume_steps": 2, "compile": "off"},
+            "model": str(ROOT / "configs/models/apertus-micro.yaml"),
+            "data": [{"tokens": str(tokens)}],
+            "max_steps": 6,
+            "global_batch_size": 8,
+            "per_device_train_batch_size": 2,
+            "sequence_length": 64,
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+            "decay_steps": 2,
+            "precision": "float32",
+            "logging_steps": 1,
+            "resume_steps": 2,
+            "compile": "off",
             **keys,
         }
         told = {"config": config, "seed": 17, "out": str(folder / "out"), "events": str(folder / "events.jsonl")}

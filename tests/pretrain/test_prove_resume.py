@@ -46,7 +46,7 @@ def test_a_kill_after_the_end_is_refused(proven):
 def test_a_training_that_fails_fails_the_proof_with_its_own_words(proven, tmp_path):
     model = tmp_path / "m.yaml"
     model.write_text("hiden_size: 3")
-    with pytest.raises(Fault, match="the training of the proof failed: .*apertus has no field 'hiden_size'"):
+    with pytest.raises(Fault, match=r"the training of the proof failed: .*apertus has no field 'hiden_size'"):
         proven("a", model=str(model))
 
 

@@ -67,8 +67,8 @@ def test_killed_with_sigkill_and_continued_it_leaves_the_same_files(trained, job
 
 PLACES = [
     (resume, "save_file", 1), (resume, "save_file", 4), (resume.files, "write_json", 2), (resume.files, "sync_tree", 5),
-    (resume.shutil, "rmtree", 3), (checkpoint, "save_model", 1), (checkpoint, "save_model", 2), (checkpoint, "save_model", 3),
-    (loop, "_log", 5), (loop, "save_state", 2), (loop, "measure_heldout", 2), (loop, "measure_heldout", 3),
+    (resume.shutil, "rmtree", 3), (checkpoint, "save_model", 1), (checkpoint, "save_model", 2),
+    (checkpoint, "save_model", 3), (loop, "_log", 5), (loop, "save_state", 2), (loop, "measure_heldout", 2), (loop, "measure_heldout", 3),
 ]  # fmt: skip
 
 

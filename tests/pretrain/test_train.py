@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cordee.cost import Cost
 from cordee.errors import Fault, Stopped, UserError
-from cordee.stage import Context
 from pretrain import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +153,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_the_weights_are_touch
         return sums
 
     monkeypatch.setattr(loop, "_accumulate", broken)
-    with pytest.raises(Fault, match="step 3: the loss is .* and the gradient's norm nan"):
+    with pytest.raises(Fault, match=r"step 3: the loss is .* and the gradient's norm nan"):
         trained("a")
 
 
