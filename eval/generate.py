@@ -26,13 +26,13 @@ class Config(Keys):
     prompts: Input
     """Held-out prompts: JSON lines with `prompt` and `answer` (`$chats/heldout.jsonl`)."""
     max_prompts: int = Field(default=48, ge=1)
-    """How many of them are answered; spread evenly over the file."""
+    """How many of them are answered; spread evenly over the languages."""
     max_tokens: int = Field(default=32, ge=1)
     """Longest answer, in tokens."""
     temperature: float = Field(default=0.0, ge=0.0)
     """0 is greedy."""
-    max_length: int = Field(default=1024, ge=2)
-    """Longest prompt and answer together, in tokens."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest prompt and answer together, in tokens; without it, all positions of the model."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """`auto` takes vLLM where it is installed; which one answered stands beside the samples."""
     batch_size: Execution[int] = Field(default=16, ge=1)
@@ -56,9 +56,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     engine.require_one_shape(dict(config.models))
     rows = prompts.spread(prompts.read(config.prompts), config.max_prompts)
     first = next(iter(config.models.values()))
-    ids = prompts.encode(first, [row["prompt"] for row in rows], config.max_length - config.max_tokens, config.prompts)
+    length = engine.room(first, config.max_length)
+    ids = prompts.encode(first, [row["prompt"] for row in rows], length - config.max_tokens, config.prompts)
     name = engine.choose(config.engine)
-    generate = _with_vllm(config, context, first) if name == "vllm" else _with_transformers(config, context)
+    generate = _with_vllm(config, context, first, length) if name == "vllm" else _with_transformers(config, context)
     samples: list[dict[str, Any]] = [
         {"prompt": row["prompt"], "reference": row["answer"], "kind": row.get("kind", ""),
          "language": row.get("language", ""), "outputs": {}}
@@ -77,10 +78,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     return {"rows": len(samples), "engine": name}
 
 
-def _with_vllm(config: Config, context: Context, first: Path) -> Generate:
+def _with_vllm(config: Config, context: Context, first: Path, length: int) -> Generate:
     from cordee.compute import engine
 
-    running = engine.start(first, config.max_length, context.seed)
+    running = engine.start(first, length, context.seed)
 
     def generate(folder: Path, ids: Sequence[Sequence[int]]) -> list[str]:
         running.load(folder)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from cordee.compute import engine
 from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
 from cordee.errors import UserError
 
@@ -34,10 +35,21 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` rows spread evenly over a file, or all of them if there are fewer."""
-    if count >= len(rows):
-        return rows
-    return [rows[index * len(rows) // count] for index in range(count)]
+    """`count` rows spread evenly over the languages, in the order of the file; all of them if there are fewer.
+
+    Round by round, each language gives one row more; a round that is not needed in full is thinned evenly. The
+    languages begin at different rows, so that not all give the same passage.
+    """
+    by_language: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        by_language.setdefault(row.get("language", ""), []).append(at)
+    turned = [[own[(turn + at) % len(own)] for at in range(len(own))] for turn, own in enumerate(by_language.values())]
+    chosen: list[int] = []
+    for turn in range(max(map(len, turned))):
+        coming = [own[turn] for own in turned if turn < len(own)]
+        needed = min(count - len(chosen), len(coming))
+        chosen += [coming[at * len(coming) // needed] for at in range(needed)]
+    return [rows[at] for at in sorted(chosen)]
 
 
 def encode(folder: Path, prompts: Sequence[str], longest: int, path: Path) -> list[list[int]]:
@@ -66,7 +78,7 @@ def generate(
 ) -> list[str]:
     """Continue prompts of token ids with transformers; greedy at temperature 0."""
     transformers.set_seed(seed)
-    model, tokenizer = open_model(folder, dtype=torch.float32).eval(), open_tokenizer(folder)
+    model, tokenizer = open_model(folder, dtype=torch.float32).eval().to(engine.device()), open_tokenizer(folder)
     chosen: dict[str, Any] = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     texts = []
     for start in range(0, len(prompts), batch_size):
@@ -76,7 +88,7 @@ def generate(
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch])
         with torch.no_grad():
             output = model.generate(
-                input_ids=padded, attention_mask=mask, max_new_tokens=max_tokens,
+                input_ids=padded.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_tokens,
                 eos_token_id=stop_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, **chosen,
             )  # fmt: skip
         texts += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)

@@ -1,7 +1,8 @@
 """One vLLM engine that serves all checkpoints of one shape, by reloading weights instead of starting again.
 
 The worst fault here is silent: weights that were not replaced give plausible figures of the wrong model. So after
-each load, the log-probabilities of a probe are compared with those that transformers computes from the same folder.
+each load, every parameter that vLLM holds as it is stored is compared with the file, and the log-probabilities of a
+probe with those that transformers computes from the same folder: on a CPU, vLLM packs the large matrices away.
 """
 
 import importlib.metadata
@@ -13,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch.nn.functional import softplus
+from transformers import AutoConfig, PreTrainedModel
+from transformers.activations import XIELUActivation
 
-from cordee import files
 from cordee.compute.logprobs import Scores, score
-from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
+from cordee.compute.model import open_model, open_tokenizer, require_model, stop_token_ids
 from cordee.errors import Fault, UserError
 
-PROBE_TOLERANCE = 0.05
-"""Nats. In float32 the two agree to about 1e-3; vLLM holds xIELU's scalars in bfloat16 (docs/decisions.md)."""
+PROBE_LIMIT = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+"""Largest difference of a log-probability from transformers', in nats, by the type that vLLM computes in."""
 PROBE = "Article 1. All human beings are born free and equal in dignity and rights."
 # What may differ between two checkpoints that one engine serves: it says who wrote them, not what they are.
-_FREE_KEYS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
+_FREE_KEYS = ("transformers_version", "_name_or_path", "architectures", "use_cache")
 
 
 def choose(asked: str) -> str:
@@ -46,8 +50,13 @@ def describe(name: str) -> dict[str, str]:
     return {
         "name": name,
         "version": _version("vllm" if name == "vllm" else "transformers"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device().type,
     }
+
+
+def device() -> torch.device:
+    """Where transformers works: the accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _version(package: str) -> str:
@@ -75,11 +84,12 @@ def prepare() -> None:
     importlib.metadata.version = version
 
 
-def settings(folder: Path, max_length: int, seed: int) -> dict[str, Any]:
-    """Arguments for `vllm.LLM`: float32 on the CPU, the dtype of the checkpoint elsewhere."""
+def settings(folder: Path, max_length: int, seed: int, dtype: str = "auto") -> dict[str, Any]:
+    """Arguments for `vllm.LLM`: float32 on the CPU, elsewhere `dtype` (`auto`: as vLLM reads the checkpoint)."""
     return {
         "tokenizer": str(folder),
-        "dtype": "auto" if torch.cuda.is_available() else "float32",
+        "dtype": dtype if torch.cuda.is_available() else "float32",
+        "generation_config": "vllm",  # the first checkpoint's own would hold for all that follow
         "max_model_len": max_length,
         "max_num_seqs": 64,
         "enforce_eager": not torch.cuda.is_available(),
@@ -93,28 +103,60 @@ def require_one_shape(models: dict[str, Path]) -> None:
     """Check that one engine can serve all these folders: same config, same tokenizer, same chat template.
 
     Raises:
-        UserError: one differs from the first; names the file.
+        UserError: one is no model, or differs from the first; names it.
     """
+    for name, path in models.items():
+        require_model(path, f"models.{name}")
     (first, folder), *others = models.items()
+    one, tokenizer = AutoConfig.from_pretrained(folder).to_dict(), open_tokenizer(folder, key=f"models.{first}")
     for name, other in others:
-        one, two = (files.read_json(path / "config.json") for path in (folder, other))
-        differing = [key for key in sorted({*one, *two} - {*_FREE_KEYS}) if one.get(key) != two.get(key)]
+        two = AutoConfig.from_pretrained(other).to_dict()
+        differing = sorted(key for key in {*one, *two} - {*_FREE_KEYS} if one.get(key) != two.get(key))
         if differing:
             problem = (
                 f"has another {differing[0]} than {first}: {two.get(differing[0])} instead of {one.get(differing[0])}"
             )
             raise UserError(problem, key=f"models.{name}", hint="measure other shapes in a stage of their own")
-        for file in ("tokenizer.json", "chat_template.jinja"):
-            if (folder / file).read_bytes() != (other / file).read_bytes():
-                raise UserError(f"has another {file} than {first}", file=other, key=f"models.{name}")
+        if open_tokenizer(other, key=f"models.{name}").chat_template != tokenizer.chat_template:
+            raise UserError(f"has another chat template than {first}", file=other, key=f"models.{name}")
+        if (folder / "tokenizer.json").read_bytes() != (other / "tokenizer.json").read_bytes():
+            raise UserError(f"has another tokenizer.json than {first}", file=other, key=f"models.{name}")
+
+
+def room(folder: Path, asked: int | None) -> int:
+    """The longest request in tokens: what was asked for, or all the positions that the model has.
+
+    Raises:
+        UserError: the model has fewer.
+    """
+    positions = int(AutoConfig.from_pretrained(folder).max_position_embeddings)
+    if asked is not None and asked > positions:
+        raise UserError(f"{asked} tokens were asked for, and {folder} has {positions} positions", key="max_length")
+    return asked or positions
+
+
+def as_served(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model xIELU's two slopes as vLLM has them, computed in bfloat16 whatever the model's type; in place."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, XIELUActivation):
+                beta = module.beta.bfloat16()
+                positive = softplus(module.alpha_p.bfloat16()).double()
+                negative = (beta + softplus(module.alpha_n.bfloat16())).double() - beta.double()
+                # the inverse of the softplus that transformers will take of them
+                module.alpha_p.copy_(positive.expm1().log())
+                module.alpha_n.copy_(negative.expm1().log())
+                module.beta.copy_(beta)
+                module.eps.copy_(module.eps.bfloat16())
+    return model
 
 
 @dataclass
 class Engine:
-    """A running vLLM and the folder whose weights it holds."""
+    """A running vLLM and the folder whose weights it holds, once they are proven to be that folder's."""
 
     llm: Any
-    folder: Path
+    folder: Path | None = None
 
     def load(self, folder: Path) -> float:
         """Replace the weights by those of another checkpoint of the same shape, and make sure of it.
@@ -123,26 +165,31 @@ class Engine:
             The largest difference to transformers' log-probabilities on the probe, in nats.
 
         Raises:
-            Fault: the engine does not give the checkpoint's own log-probabilities.
+            Fault: the engine does not hold the checkpoint's own weights.
         """
         if folder != self.folder:
+            self.folder = None
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            self.llm.reset_prefix_cache()
-            self.folder = folder
+            if not self.llm.reset_prefix_cache():
+                raise Fault("vLLM kept its prefix cache, which is of other weights", file=folder)
         return self.check(folder)
 
     def check(self, folder: Path) -> float:
-        """Compare the engine's log-probabilities on a probe with those that transformers computes from a folder."""
+        """Compare what the engine holds and says with a folder's weights and what transformers says of them."""
+        self.llm.apply_model(lambda model: _require_held(model, folder))
         ids = open_tokenizer(folder)(PROBE)["input_ids"]
         (own,) = self.score([ids])
-        (reference,) = score(open_model(folder, dtype=torch.float32).eval(), [ids])
+        dtype = torch.float32 if not torch.cuda.is_available() else None
+        (reference,) = score(as_served(open_model(folder, dtype=dtype).eval()), [ids])
         difference = float((own.logprobs - reference.logprobs).abs().max())
-        if not difference <= PROBE_TOLERANCE:
+        limit = PROBE_LIMIT[str(self.llm.llm_engine.model_config.dtype).removeprefix("torch.")]
+        if not difference <= limit:
             raise Fault(
-                f"vLLM's log-probabilities differ by up to {difference:.3g} nats from transformers', above "
-                f"{PROBE_TOLERANCE}: it holds other weights",
+                f"vLLM's log-probabilities differ by up to {difference:.3g} nats from transformers', above {limit}: it "
+                "holds other weights",
                 file=folder,
             )
+        self.folder = folder
         return difference
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
@@ -178,6 +225,17 @@ def start(folder: Path, max_length: int, seed: int) -> Engine:
     prepare()
     from vllm import LLM
 
-    engine = Engine(LLM(model=str(folder), **settings(folder, max_length, seed)), folder)
+    engine = Engine(LLM(model=str(folder), **settings(folder, max_length, seed)))
     engine.check(folder)
     return engine
+
+
+def _require_held(model: torch.nn.Module, folder: Path) -> None:
+    """Compare each parameter that vLLM holds under its stored name and shape with the file, bit by bit."""
+    held = dict(model.named_parameters())
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+                value, own = stored.get_tensor(name), held.get(name)
+                if own is not None and own.shape == value.shape and not own.data.cpu().equal(value.to(own.dtype)):
+                    raise Fault(f"vLLM holds another {name}", file=file)

@@ -38,7 +38,7 @@ def open_model(
         UserError: the folder is no model.
         Fault: it is one, and it is damaged, incomplete or does not fit its own config.
     """
-    _require_model(folder, key)
+    require_model(folder, key)
     require_undamaged(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -141,8 +141,12 @@ def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> Non
             raise Fault("is damaged: its content differs from what was published", file=path)
 
 
-def _require_model(folder: Path, key: str | None) -> None:
-    """Say what a folder is instead, if it is no model."""
+def require_model(folder: Path, key: str | None = None) -> None:
+    """Check that a folder is a model with weights.
+
+    Raises:
+        UserError: it is something else; says what.
+    """
     if not folder.is_dir():
         raise UserError("is no folder", file=folder, key=key)
     if not (folder / "config.json").is_file():

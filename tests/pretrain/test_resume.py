@@ -66,10 +66,15 @@ def test_killed_with_sigkill_and_continued_it_leaves_the_same_files(trained, job
 
 
 PLACES = [
-    (resume, "save_file", 1), (resume, "save_file", 4), (resume.files, "write_json", 2), (resume.files, "sync_tree", 5),
-    (resume.shutil, "rmtree", 3), (checkpoint, "save_model", 1), (checkpoint, "save_model", 2),
-    (checkpoint, "save_model", 3), (loop, "_log", 5), (loop, "save_state", 2), (loop, "measure_heldout", 2), (loop, "measure_heldout", 3),
-]  # fmt: skip
+    *[(resume, "save_file", call) for call in (1, 4)],
+    *[(checkpoint, "save_model", call) for call in (1, 2, 3)],
+    *[(loop, "measure_heldout", call) for call in (2, 3)],
+    (resume.files, "write_json", 2),
+    (resume.files, "sync_tree", 5),
+    (resume.shutil, "rmtree", 3),
+    (loop, "_log", 5),
+    (loop, "save_state", 2),
+]
 
 
 @pytest.mark.parametrize(("module", "name", "call"), PLACES, ids=[f"{name}-{call}" for _, name, call in PLACES])

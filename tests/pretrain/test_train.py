@@ -67,8 +67,11 @@ def test_a_training_publishes_models_that_transformers_opens_and_says_what_it_di
     assert (metrics["precision"], metrics["compiled"], metrics["data.0.token_share"]) == ("float32", False, 1.0)
 
 
-def test_held_out_bits_per_byte_are_those_of_each_document_alone_in_float64(trained):
-    out, metrics = trained("a")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_held_out_bits_per_byte_are_those_of_each_document_alone_in_float64(trained, tmp_path, dropout):
+    model = (ROOT / "configs/models/apertus-micro.yaml").read_text() + f"attention_dropout: {dropout}\n"
+    (tmp_path / "m.yaml").write_text(model)
+    out, metrics = trained("a", model=str(tmp_path / "m.yaml"))
     told = json.loads((out / "heldout.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
     tokens = out.parents[1] / "tokens"
