@@ -71,7 +71,7 @@ def measure(lm: Any, model: str, tasks: list[Task], limit: int | None, context: 
     """
     folder = context.out / "lm_eval"
     shutil.rmtree(folder / model, ignore_errors=True)
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstrap must not fork a process that holds an engine
     measured: dict[str, Any] = {"results": {}, "by_language": {}, "headline": {}, "documents": 0}
     for is_chat in (True, False):
         chosen = [task for task in tasks if task.is_chat == is_chat]

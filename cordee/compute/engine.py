@@ -168,6 +168,9 @@ class Engine:
             Fault: the engine does not hold the checkpoint's own weights.
         """
         if folder != self.folder:
+            if not torch.cuda.is_available() and AutoConfig.from_pretrained(folder).tie_word_embeddings:
+                problem = "has tied embeddings, whose output head vLLM's build for CPUs keeps when weights are reloaded"
+                raise UserError(problem, file=folder, key="engine", hint="set engine: transformers")
             self.folder = None
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             if not self.llm.reset_prefix_cache():

@@ -86,7 +86,7 @@ def sampling(checkpoints, held_out, **changes):
 def test_all_models_answer_the_same_prompts_spread_over_the_file(checkpoints, held_out, context):
     assert generate.run(sampling(checkpoints, held_out), context) == {"rows": 2, "engine": "transformers"}
     rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
-    assert [row["reference"] for row in rows] == ["German", "German"]
+    assert [row["reference"] for row in rows] == ["German", "French"]
     assert all(set(row["outputs"]) == {"first", "second"} for row in rows)
     assert rows[0]["outputs"]["first"] != rows[0]["outputs"]["second"]
     assert json.loads((context.out / "engine.json").read_text())["name"] == "transformers"
@@ -106,6 +106,65 @@ def test_prompts_that_are_none_are_one_line(line, message, checkpoints, context,
 def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(checkpoints, held_out, context):
     with pytest.raises(UserError, match=r"max_length: prompt 1 has \d+ tokens, and 14 have room"):
         generate.run(sampling(checkpoints, held_out, max_length=20), context)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 20])
+def test_prompts_are_spread_over_languages_and_passages_whatever_their_order(count):
+    from eval import prompts
+
+    by_article = [{"language": tag, "article": article} for article in range(4) for tag in ("de", "fr", "it")]
+    by_language = sorted(by_article, key=lambda row: row["language"])
+    for rows in (by_article, by_language):
+        chosen = prompts.spread(rows, count)
+        assert len(chosen) == min(count, len(rows))
+        assert chosen == [row for row in rows if row in chosen]
+        counts = [sum(row["language"] == tag for row in chosen) for tag in ("de", "fr", "it")]
+        assert max(counts) - min(counts) <= 1
+        if count == 5:
+            assert len({row["article"] for row in chosen}) > 2
+    assert prompts.spread(by_article, count) == prompts.spread(by_article, count)
+
+
+def test_a_name_that_is_no_folders_is_refused(checkpoints, held_out):
+    for name in ("../first", "a/b", ""):
+        with pytest.raises(ValueError, match="should match pattern"):
+            settings({name: checkpoints["first"]}, held_out)
+
+
+def test_a_model_whose_files_of_lm_eval_are_gone_is_measured_again(checkpoints, held_out, context):
+    import shutil
+
+    only_first = settings({"first": checkpoints["first"]}, held_out)
+    benchmark.run(only_first, context)
+    shutil.rmtree(context.out / "lm_eval" / "first")
+    benchmark.run(only_first, context)
+    assert len(list((context.out / "lm_eval" / "first").glob("samples_language_choice_*.jsonl"))) == 1
+
+
+def test_a_chat_task_on_a_model_without_a_template_is_one_line(checkpoints, held_out, context, tmp_path):
+    import shutil
+
+    bare = shutil.copytree(checkpoints["first"], tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"models\.bare: has no chat template, and language_choice asks in chats"):
+        benchmark.run(settings({"bare": bare}, held_out), context)
+
+
+def test_the_error_of_bits_per_byte_is_that_of_a_bootstrap():
+    import math
+
+    import numpy as np
+
+    from eval.harness import _ratio_error
+
+    chance = np.random.default_rng(0)
+    sizes = chance.integers(50, 400, size=200)
+    nats = -sizes * chance.normal(1.5, 0.3, size=200)
+    drawn = chance.integers(200, size=(2000, 200))
+    draws = -nats[drawn].sum(axis=1) / sizes[drawn].sum(axis=1) / math.log(2)
+    values = list(zip(nats.tolist(), sizes.tolist(), strict=True))
+    assert _ratio_error(values) == pytest.approx(draws.std(), rel=0.06)
+    assert _ratio_error(values[:1]) is None
 
 
 def test_vllm_where_there_is_none_is_an_error(monkeypatch):

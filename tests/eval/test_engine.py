@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cordee.errors import Fault, UserError
+from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
 
 pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
@@ -17,11 +18,18 @@ LENGTH = 256
 @pytest.fixture(scope="module")
 def models(checkpoints):
     """lm-eval around the one engine, opened on the first checkpoint."""
-    from eval import harness
+    from eval import backends
 
-    opened = harness.Models("vllm", LENGTH, 4, seed=0)
+    opened = backends.Models("vllm", LENGTH, 4, seed=0)
     opened.open(checkpoints["first"])
     return opened
+
+
+@pytest.fixture
+def tasks(held_out, tmp_path):
+    from eval import harness
+
+    return [harness.read_task(Path(path), held_out, tmp_path / "cache") for path in TASKS]
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +43,63 @@ def test_after_a_reload_it_gives_the_new_checkpoints_logprobs(engine, checkpoint
     ids = open_tokenizer(checkpoints["first"])("Alle Menschen")["input_ids"]
     engine.load(checkpoints["first"])
     first = engine.score([ids])[0].logprobs
-    assert engine.load(checkpoints["second"]) < 0.01
+    assert engine.load(checkpoints["second"]) < 1e-4
     second = engine.score([ids])[0].logprobs
     assert (first - second).abs().max() > 0.1
     engine.load(checkpoints["first"])
     assert (engine.score([ids])[0].logprobs - first).abs().max() < 1e-6
 
 
+def test_all_that_differs_from_transformers_is_xielus_slopes(engine, checkpoints):
+    import torch
+
+    from cordee.compute.engine import as_served
+    from cordee.compute.logprobs import score
+    from cordee.compute.model import open_model, open_tokenizer
+
+    engine.load(checkpoints["second"])
+    ids = [open_tokenizer(checkpoints["second"])("Tous les hommes naissent libres et égaux. " * 4)["input_ids"]]
+    model = open_model(checkpoints["second"], dtype=torch.float32).eval()
+    served = engine.score(ids)[0].logprobs
+    plain = float((score(model, ids)[0].logprobs - served).abs().max())
+    rounded = float((score(as_served(model), ids)[0].logprobs - served).abs().max())
+    assert rounded < 5e-5
+    assert plain > 4 * rounded
+
+
 def test_weights_that_were_not_replaced_are_a_fault(engine, checkpoints, monkeypatch):
     engine.load(checkpoints["first"])
-    monkeypatch.setattr(engine.llm, "collective_rpc", lambda *_arguments, **_options: None)
-    with pytest.raises(Fault, match="it holds other weights"):
-        engine.load(checkpoints["second"])
-    monkeypatch.undo()
-    engine.folder = Path()
+    with monkeypatch.context() as planted:
+        planted.setattr(engine.llm, "collective_rpc", lambda *_arguments, **_options: None)
+        with pytest.raises(Fault, match="vLLM holds another "):
+            engine.load(checkpoints["second"])
     engine.load(checkpoints["first"])
+
+
+def test_one_matrix_that_was_not_replaced_is_a_fault(engine, checkpoints, monkeypatch, tmp_path):
+    """vLLM packs it away on a CPU, so that only what the model says can show it."""
+    from safetensors.torch import load_file, save_file
+
+    changed = shutil.copytree(checkpoints["first"], tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    engine.load(checkpoints["first"])
+    with monkeypatch.context() as planted:
+        planted.setattr(engine.llm, "collective_rpc", lambda *_arguments, **_options: None)
+        with pytest.raises(Fault, match=r"it holds other weights|vLLM holds another"):
+            engine.load(changed)
+    engine.load(changed)
+    engine.load(checkpoints["first"])
+
+
+def test_a_prefix_cache_of_other_weights_is_a_fault(engine, checkpoints, monkeypatch):
+    engine.load(checkpoints["first"])
+    with monkeypatch.context() as planted:
+        planted.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+        with pytest.raises(Fault, match="kept its prefix cache"):
+            engine.load(checkpoints["second"])
+    engine.load(checkpoints["second"])
 
 
 def test_it_generates_what_transformers_generates(engine, checkpoints):
@@ -60,23 +110,23 @@ def test_it_generates_what_transformers_generates(engine, checkpoints):
     assert engine.generate(ids, 12, 0.0, 0) == prompts.generate(checkpoints["second"], ids, 12, 0.0, 0, 2)
 
 
-def test_lm_eval_measures_with_vllm_what_it_measures_with_transformers(models, checkpoints, held_out, tmp_path):
-    from eval import harness
+def test_lm_eval_measures_with_vllm_what_it_measures_with_transformers(models, checkpoints, tasks, tmp_path):
+    from eval import backends, harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    tasks = [harness.read_task(Path(path), held_out) for path in TASKS]
     by_engine = {}
-    for name, opened in (("vllm", models), ("transformers", harness.Models("transformers", LENGTH, 4, seed=0))):
+    for name, opened in (("vllm", models), ("transformers", backends.Models("transformers", LENGTH, 4, seed=0))):
         by_engine[name] = harness.measure(opened.open(checkpoints["second"]), name, tasks, None, context)
         assert len(list((tmp_path / "lm_eval" / name).glob("results_*.json"))) == 2
     one, other = by_engine["vllm"]["results"], by_engine["transformers"]["results"]
     assert one["language_choice"]["acc"] == other["language_choice"]["acc"]
     assert one["language_answer"]["exact_match"] == other["language_answer"]["exact_match"]
-    bits = [result["heldout_bits_per_byte"]["bits_per_byte"] for result in (one, other)]
-    assert bits[0] == pytest.approx(bits[1], rel=2e-3)
+    for figure in ("bits_per_byte", "bits_per_byte_stderr"):
+        values = [result["heldout_bits_per_byte"][figure] for result in (one, other)]
+        assert values[0] == pytest.approx(values[1], rel=2e-3)
 
 
-def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_out, tmp_path):
+def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_out, tasks, tmp_path):
     import math
 
     import pyarrow.parquet as pq
@@ -87,7 +137,7 @@ def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_ou
     from eval import harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    task = next(task for task in (harness.read_task(Path(path), held_out) for path in TASKS) if not task.is_chat)
+    task = next(task for task in tasks if not task.is_chat)
     measured = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
     texts = pq.read_table(held_out["documents"])["text"].to_pylist()
     tokenizer, model = open_tokenizer(checkpoints["first"]), open_model(checkpoints["first"], dtype=torch.float64)
@@ -100,28 +150,82 @@ def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_ou
     assert set(measured["by_language"][task.name]) == {"de", "fr"}
 
 
-def test_a_request_that_lm_eval_would_cut_is_an_error(models, checkpoints, held_out, tmp_path):
+def long_prompts(held_out, folder):
+    """The held-out file with one prompt that is too long, in its second row."""
+    rows = [json.loads(line) for line in held_out["language"].read_text().splitlines()]
+    rows[1]["prompt"] = "Menschen " * LENGTH
+    path = folder / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {**held_out, "language": path}
+
+
+@pytest.mark.parametrize("name", ["language_choice", "language_answer"])
+def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints, held_out, tmp_path):
     from eval import harness
 
-    long = tmp_path / "long.jsonl"
-    row = json.loads(held_out["language"].read_text().splitlines()[0])
-    long.write_text(json.dumps(row | {"prompt": "Menschen " * LENGTH}) + "\n")
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    for path in TASKS:
-        task = harness.read_task(Path(path), {**held_out, "language": long})
-        if task.is_chat:
-            with pytest.raises(UserError, match=r"max_length: a request has \d+ tokens, and \d+ have room"):
-                harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
+    path = next(path for path in TASKS if name in path)
+    task = harness.read_task(Path(path), long_prompts(held_out, tmp_path), tmp_path / "cache")
+    with pytest.raises(UserError, match=rf"max_length: document 1 of {name} has \d+ tokens, and \d+ have room"):
+        harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
 
 
-def test_results_that_lm_eval_could_not_write_are_a_fault(models, checkpoints, held_out, tmp_path):
+def test_a_start_that_stands_twice_is_a_fault(models, checkpoints, tasks, tmp_path, monkeypatch):
     from eval import harness
 
-    task = harness.read_task(Path(TASKS[0]), held_out)
+    context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
+    for task in tasks:
+        lm = models.open(checkpoints["first"])
+        doubled = partial(_doubled, lm.tok_encode)
+        monkeypatch.setattr(lm, "tok_encode", doubled)
+        with pytest.raises(Fault, match="begin-of-text token twice"):
+            harness.measure(lm, "m", [task], None, context)
+        monkeypatch.undo()
+
+
+def _doubled(encode, text, *_arguments, **_options):
+    """What a tokenizer that adds its own begin-of-text token would give."""
+    ids = encode(text)
+    return [0, *ids] if isinstance(text, str) else [[0, *row] for row in ids]
+
+
+def test_long_documents_are_read_in_windows_and_every_token_counts(models, checkpoints, held_out, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from eval import harness
+
+    text = "Alle Menschen sind frei. " * 40
+    pq.write_table(pa.Table.from_pylist([{"text": text, "language": "de"}]), tmp_path / "long.parquet")
+    context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
+    path = next(path for path in TASKS if "bits_per_byte" in path)
+    task = harness.read_task(Path(path), {**held_out, "documents": tmp_path / "long.parquet"}, tmp_path / "cache")
+    measured = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)["results"][task.name]
+    assert 1 < measured["bits_per_byte"] < 20
+    assert measured["bits_per_byte_stderr"] is None  # one document has none
+
+
+def test_a_stop_is_heard_between_requests(models, checkpoints, tasks, tmp_path):
+    from eval import harness
+
+    context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
+    lm = models.open(checkpoints["first"])
+
+    def stop(requests):
+        raise Stopped(f"before {requests} requests")
+
+    lm.watch = stop
+    with pytest.raises(Stopped, match=r"before \d+ requests"):
+        harness.measure(lm, "m", tasks, None, context)
+
+
+def test_results_that_lm_eval_could_not_write_are_a_fault(models, checkpoints, tasks, tmp_path):
+    from eval import harness
+
     (tmp_path / "lm_eval").write_text("a file where a folder should be")
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     with pytest.raises(Fault, match="lm-eval did not write samples_"):
-        harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
+        harness.measure(models.open(checkpoints["first"]), "m", tasks[:1], None, context)
 
 
 def test_a_template_that_lm_eval_would_send_otherwise_is_a_fault(models, checkpoints, monkeypatch):
@@ -129,6 +233,25 @@ def test_a_template_that_lm_eval_would_send_otherwise_is_a_fault(models, checkpo
     monkeypatch.setattr(lm, "apply_chat_template", lambda turns: "<s><s>" + turns[0]["content"])
     with pytest.raises(Fault, match="lm-eval sends other ids"):
         models.open(checkpoints["first"])
+
+
+def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monkeypatch):
+    from cordee.compute.model import open_tokenizer
+    from eval import parity
+
+    lm = models.open(checkpoints["first"])
+    chats = [
+        [{"role": "user", "content": f"Which language is this?\n\n{text}"}, {"role": "assistant", "content": "German"}]
+        for text in ("Jeder hat das Recht auf Leben.", "Alle Menschen")
+    ]
+    ids = parity.encode(open_tokenizer(checkpoints["first"]), chats, LENGTH, Path("p"))
+    assert parity.otherwise_in_vllm(lm.model, chats, ids) == 0
+    assert parity.otherwise_in_lm_eval(lm, chats, ids) == 0
+    changed = [ids[0], [ids[1][0], *ids[1]]]
+    assert parity.otherwise_in_vllm(lm.model, chats, changed) == 1
+    assert parity.otherwise_in_lm_eval(lm, chats, changed) == 1
+    monkeypatch.setattr(lm, "apply_chat_template", lambda turns: turns[0]["content"])
+    assert parity.otherwise_in_lm_eval(lm, chats, ids) == 2
 
 
 def test_two_shapes_are_refused(checkpoints, tmp_path):
@@ -140,5 +263,22 @@ def test_two_shapes_are_refused(checkpoints, tmp_path):
         engine.require_one_shape({"first": checkpoints["first"], "wide": make_model(tmp_path / "wide", 128)})
     shutil.copytree(checkpoints["second"], tmp_path / "other")
     (tmp_path / "other" / "chat_template.jinja").write_text("{{ bos_token }}")
-    with pytest.raises(UserError, match=r"has another chat_template\.jinja than first"):
+    with pytest.raises(UserError, match="has another chat template than first"):
         engine.require_one_shape({"first": checkpoints["first"], "other": tmp_path / "other"})
+
+
+def test_what_is_no_model_is_named_before_anything_starts(checkpoints, tmp_path):
+    from cordee.compute import engine
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"models\.dpo: is an adapter, not a model"):
+        engine.require_one_shape({"first": checkpoints["first"], "dpo": tmp_path})
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints):
+    from cordee.compute import engine
+
+    assert engine.room(checkpoints["first"], None) == 512
+    assert engine.room(checkpoints["first"], 128) == 128
+    with pytest.raises(UserError, match=r"max_length: 1024 tokens were asked for, and .* has 512 positions"):
+        engine.room(checkpoints["first"], 1024)
