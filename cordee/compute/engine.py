@@ -168,11 +168,9 @@ class Engine:
             Fault: the engine does not hold the checkpoint's own weights.
         """
         if folder != self.folder:
-            if not torch.cuda.is_available() and AutoConfig.from_pretrained(folder).tie_word_embeddings:
-                problem = "has tied embeddings, whose output head vLLM's build for CPUs keeps when weights are reloaded"
-                raise UserError(problem, file=folder, key="engine", hint="set engine: transformers")
             self.folder = None
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            self.llm.apply_model(_tie)
             if not self.llm.reset_prefix_cache():
                 raise Fault("vLLM kept its prefix cache, which is of other weights", file=folder)
         return self.check(folder)
@@ -233,12 +231,21 @@ def start(folder: Path, max_length: int, seed: int) -> Engine:
     return engine
 
 
+def _tie(model: torch.nn.Module) -> None:
+    """Give tied embeddings' head the weights that were reloaded: vLLM leaves it those from before."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.tie_weights(model.model.embed_tokens)
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
 def _require_held(model: torch.nn.Module, folder: Path) -> None:
-    """Compare each parameter that vLLM holds under its stored name and shape with the file, bit by bit."""
+    """Compare each parameter that vLLM holds as it is stored, or padded at the end, with the file, bit by bit."""
     held = dict(model.named_parameters())
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - it is no mapping
                 value, own = stored.get_tensor(name), held.get(name)
-                if own is not None and own.shape == value.shape and not own.data.cpu().equal(value.to(own.dtype)):
+                if own is None or any(have < want for have, want in zip(own.shape, value.shape, strict=False)):
+                    continue  # fused with others, or packed away
+                if not own.data[tuple(slice(want) for want in value.shape)].cpu().equal(value.to(own.dtype)):
                     raise Fault(f"vLLM holds another {name}", file=file)

@@ -37,7 +37,7 @@ def make_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def make_model(folder: Path, hidden_size: int = 64) -> Path:
+def make_model(folder: Path, hidden_size: int = 64, *, tied: bool = False) -> Path:
     """A checkpoint with random weights, large enough that two of them differ at every token."""
     tokenizer = make_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
     vocabulary = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
@@ -46,6 +46,7 @@ def make_model(folder: Path, hidden_size: int = 64) -> Path:
             vocab_size=len(vocabulary), hidden_size=hidden_size, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
             pad_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=tied,
         )
     )  # fmt: skip
     with torch.no_grad():

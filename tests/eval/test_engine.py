@@ -282,3 +282,32 @@ def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints):
     assert engine.room(checkpoints["first"], 128) == 128
     with pytest.raises(UserError, match=r"max_length: 1024 tokens were asked for, and .* has 512 positions"):
         engine.room(checkpoints["first"], 1024)
+
+
+def test_tied_embeddings_are_replaced_in_the_head_too(held_out, tmp_path):
+    """By the stage's own door: vLLM measures of each model what transformers measures."""
+    import subprocess
+    import sys
+
+    import torch
+    from chat_models import make_model
+
+    torch.manual_seed(5)
+    models = {name: str(make_model(tmp_path / name, tied=True)) for name in ("one", "two")}
+    bits = {}
+    for name in ("vllm", "transformers"):
+        config = {
+            "models": models,
+            "tasks": [next(path for path in TASKS if "bits_per_byte" in path)],
+            "data": {"documents": str(held_out["documents"])},
+            "engine": name,
+        }
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(config))
+        command = ["-m", "eval.benchmark", "--config", str(tmp_path / f"{name}.yaml"), "--runs", str(tmp_path / name)]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (file,) = (tmp_path / name).rglob("results.json")
+        rows = json.loads(file.read_text())["models"]
+        bits[name] = [row["results"]["heldout_bits_per_byte"]["bits_per_byte"] for row in rows]
+    assert bits["vllm"] == pytest.approx(bits["transformers"], rel=1e-3)
+    assert abs(bits["vllm"][0] - bits["vllm"][1]) > 0.01 * bits["vllm"][0]
