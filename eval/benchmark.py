@@ -36,7 +36,7 @@ class Config(Keys):
     data: dict[str, Input] = Field(default={})
     """The files that the tasks read, by the names that stand in their `data_files`."""
     limit: int | None = Field(default=None, ge=1)
-    """Documents per task; all of them if not given."""
+    """Documents per task, spread evenly over the languages; all of them if not given."""
     max_length: int | None = Field(default=None, ge=2)
     """Longest request, in tokens: a longer one is an error, never cut; without it, all positions of the model. Longer
     documents, where a task scores whole documents, are read in windows of this length."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import load_dataset
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
@@ -20,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from cordee import files
 from cordee.errors import Fault, UserError, nearest
 from cordee.stage import Context
+from eval.prompts import spread
 
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -85,7 +87,7 @@ def measure(lm: Any, model: str, tasks: list[Task], limit: int | None, context: 
             model_args={"pretrained": model},
             tasks=[task.config for task in chosen],
             task_manager=TaskManager(include_defaults=False),
-            limit=limit,
+            samples={task.name: _chosen(task, limit) for task in chosen} if limit else None,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
             apply_chat_template=is_chat,
             evaluation_tracker=tracker,
@@ -105,6 +107,16 @@ def measure(lm: Any, model: str, tasks: list[Task], limit: int | None, context: 
         _require_written(folder / model, f"results_{written}.json", 1)
     files.sync_tree(folder / model)
     return measured
+
+
+def _chosen(task: Task, limit: int) -> list[int]:
+    """Which documents of a task are measured: lm-eval's own limit takes the first, which are often of one language."""
+    documents = load_dataset(
+        task.config["dataset_path"], split=task.config["test_split"], **task.config["dataset_kwargs"]
+    )
+    named = documents["language"] if "language" in documents.column_names else [""] * len(documents)
+    rows = [{"language": language, "index": index} for index, language in enumerate(named)]
+    return [row["index"] for row in spread(rows, limit)]
 
 
 def is_whole(folder: Path, tasks: Iterable[Task]) -> bool:

@@ -86,7 +86,10 @@ def prepare() -> None:
 
 def settings(folder: Path, max_length: int, seed: int, dtype: str = "auto") -> dict[str, Any]:
     """Arguments for `vllm.LLM`: float32 on the CPU, elsewhere `dtype` (`auto`: as vLLM reads the checkpoint)."""
+    # So few that a layer's activations stay in a CPU's cache.
+    batched = {} if torch.cuda.is_available() else {"max_num_batched_tokens": 512}
     return {
+        **batched,
         "tokenizer": str(folder),
         "dtype": dtype if torch.cuda.is_available() else "float32",
         "generation_config": "vllm",  # the first checkpoint's own would hold for all that follow

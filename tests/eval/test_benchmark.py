@@ -125,6 +125,16 @@ def test_prompts_are_spread_over_languages_and_passages_whatever_their_order(cou
     assert prompts.spread(by_article, count) == prompts.spread(by_article, count)
 
 
+def test_a_limit_is_spread_over_the_languages(checkpoints, held_out, context, tmp_path):
+    lines = held_out["language"].read_text().splitlines(keepends=True)
+    by_language = tmp_path / "sorted.jsonl"
+    by_language.write_text("".join(sorted(lines, key=lambda line: json.loads(line)["language"])))
+    benchmark.run(settings({"first": checkpoints["first"]}, {"language": by_language}, limit=2), context)
+    (row,) = json.loads((context.out / "results.json").read_text())["models"]
+    assert set(row["by_language"]["language_choice"]) == {"de", "fr"}
+    assert row["documents"] == 2
+
+
 def test_a_name_that_is_no_folders_is_refused(checkpoints, held_out):
     for name in ("../first", "a/b", ""):
         with pytest.raises(ValueError, match="should match pattern"):

@@ -196,7 +196,7 @@ def test_a_folder_without_model_or_chat_template_is_named(
     import shutil
 
     bare = tmp_path / "bare"
-    with pytest.raises(UserError, match=r"model: no model: it has no config\.json"):
+    with pytest.raises(UserError, match=r"model: is no Hugging Face model: it has no config\.json"):
         sft.run(sft.Config.model_validate(keys(tmp_path, reference["data"])), context)
     shutil.copytree(model_folder, bare)
     (bare / "chat_template.jinja").unlink()
@@ -235,9 +235,10 @@ def test_the_stages_can_be_imported_without_torch() -> None:
 
 
 def test_float32_is_the_default_and_model_init_kwargs_are_heard(model_folder: Path) -> None:
-    assert training.open_model(model_folder, {})[0].dtype == torch.float32
-    model, _ = training.open_model(
-        model_folder, {"model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"}}
-    )
+    config = sft.Config.model_validate(keys(model_folder, model_folder))
+    assert training.open_model(config)[0].dtype == torch.float32
+    chosen = {"dtype": "bfloat16", "attn_implementation": "eager"}
+    config = sft.Config.model_validate(keys(model_folder, model_folder, model_init_kwargs=chosen))
+    model, _ = training.open_model(config)
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"

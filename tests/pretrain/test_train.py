@@ -252,7 +252,7 @@ def test_the_cost_is_known_before_anything_is_there(tmp_path):
     )
     cost = train.cost(config, {"data.0.tokens": Cost(vocab_size=8192)})
     assert cost.tokens == 10 * 32 * 256
-    assert cost.parameters == 5_376_776
+    assert cost.parameters == 5_376_776 + 8192 * 256
     assert cost.flops == cost.tokens * (6 * cost.parameters + 12 * 4 * 256 * 256)
     assert train.cost(config, {}).parameters is None
 
