@@ -1,6 +1,7 @@
 """lm-eval's own vLLM and transformers backends, with what they do silently made an error.
 
-A request that they would cut at the left, a begin-of-text token that would stand twice, other ids than training saw.
+A request that they would cut at the left, a begin-of-text token that would stand twice, a special token spelled out in
+a document, other ids than training saw.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from cordee.compute import engine
-from cordee.compute.model import open_model, open_tokenizer
+from cordee.compute.model import open_model, open_tokenizer, special_tokens
 from cordee.errors import Fault, UserError
 
 REQUESTS_AT_ONCE = 256
@@ -28,11 +29,16 @@ class _Guarded:
     # The requests whose tokens are scored; none for rolling log-likelihoods, which read long documents in windows.
 
     def loglikelihood(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
+        self._require_plain(requests)
         self.asked = requests
         try:
             return super().loglikelihood(requests, *arguments, **options)
         finally:
             self.asked = ()
+
+    def loglikelihood_rolling(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
+        self._require_plain(requests)
+        return super().loglikelihood_rolling(requests, *arguments, **options)
 
     def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
         for request, (_, context, continuation) in zip(self.asked, requests, strict=bool(self.asked)):
@@ -42,12 +48,21 @@ class _Guarded:
         return super()._loglikelihood_tokens(requests, *arguments, **options)
 
     def generate_until(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
+        self._require_plain(requests)
         for request in requests:
             text, wanted = request.args
             ids = self.tok_encode(text)
             self._require_room(request, len(ids), wanted.get("max_gen_toks", self.max_gen_toks))
             self._require_one_start(ids)
         return super().generate_until(requests, *arguments, **options)
+
+    def _require_plain(self, requests: list[Any]) -> None:
+        pattern = special_tokens(self.tokenizer)
+        for request in requests:
+            for name, value in request.doc.items():
+                if isinstance(value, str) and (found := pattern.search(value)):
+                    document = f"document {request.doc_id} of {request.task_name}"
+                    raise UserError(f"{document} spells out the special token {found.group()!r}: {name}", key="data")
 
     def _require_room(self, request: Any, tokens: int, generated: int) -> None:
         # vLLM wants room for one token that it generates, even where only log-probabilities are asked for.

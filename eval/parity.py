@@ -1,6 +1,6 @@
 """What the parity proof compares: the token ids of the same chats, and the log-probabilities of the same ids."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from cordee import files
 from cordee.compute.logprobs import Scores
-from cordee.compute.model import stop_token_ids
 from cordee.errors import UserError
 
 Chat = list[dict[str, str]]
@@ -60,9 +59,8 @@ def otherwise_in_vllm(llm: Any, chats: Sequence[Chat], trained: Sequence[list[in
     return sum(ids[: len(own)] != own for own, ids in zip(sent, trained, strict=True))
 
 
-def otherwise_in_lm_eval(lm: Any, chats: Sequence[Chat], trained: Sequence[list[int]]) -> int:
-    """How many chats and answers lm-eval encodes as other ids than training saw up to the end of the turn."""
-    ends = stop_token_ids(lm.tokenizer)
+def otherwise_in_lm_eval(lm: Any, chats: Sequence[Chat], trained: Sequence[list[int]], ends: Collection[int]) -> int:
+    """How many chats and answers lm-eval encodes as other ids than training saw up to one of the `ends` of a turn."""
     differing = 0
     for chat, ids in zip(chats, trained, strict=True):
         own = list(lm.tok_encode(lm.apply_chat_template(chat[:-1]) + chat[-1]["content"]))

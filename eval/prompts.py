@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from cordee.compute import engine
-from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
+from cordee.compute.model import open_model, open_tokenizer, special_tokens, stop_token_ids
 from cordee.errors import UserError
 
 
@@ -56,11 +56,14 @@ def encode(folder: Path, prompts: Sequence[str], longest: int, path: Path) -> li
     """The token ids of each prompt as one user's turn, up to where the assistant's turn begins.
 
     Raises:
-        UserError: one is longer than `longest` tokens.
+        UserError: one is longer than `longest` tokens, or spells out a special token.
     """
     tokenizer = open_tokenizer(folder, key="models")
+    pattern = special_tokens(tokenizer)
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
+        if found := pattern.search(prompt):
+            raise UserError(f"prompt {number} spells out the special token {found.group()!r}", file=path, key="prompts")
         turns = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)[
             "input_ids"
@@ -89,7 +92,7 @@ def generate(
         with torch.no_grad():
             output = model.generate(
                 input_ids=padded.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_tokens,
-                eos_token_id=stop_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, **chosen,
+                eos_token_id=stop_token_ids(folder), pad_token_id=tokenizer.pad_token_id, **chosen,
             )  # fmt: skip
         texts += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return texts

@@ -57,7 +57,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     from cordee.compute import engine
     from cordee.compute.logprobs import score
-    from cordee.compute.model import open_model, open_tokenizer
+    from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
     from eval import backends, parity
 
     engine.choose("vllm")
@@ -85,9 +85,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     models.open(config.model)
     lm = models.open(config.artifact)
     served = engine.Engine(lm.model).score(ids)
+    otherwise = parity.otherwise_in_lm_eval(lm, chats, ids, stop_token_ids(config.artifact))
     checks = [
         _check("chats that vLLM encodes otherwise than training", parity.otherwise_in_vllm(lm.model, chats, ids), 0),
-        _check("chats that lm-eval encodes otherwise than training", parity.otherwise_in_lm_eval(lm, chats, ids), 0),
+        _check("chats that lm-eval encodes otherwise than training", otherwise, 0),
         _check("adapter and merged: max |Δlogprob| in nats", parity.apart(unmerged, merged), MERGE_LIMIT[dtype]),
         _check("transformers and vLLM: max |Δlogprob| in nats", parity.apart(merged, served), ENGINE_LIMIT),
         _check("the same, with the slopes of xIELU that vLLM has", parity.apart(as_served, served), SERVED_LIMIT),

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DPOConfig, DPOTrainer
 
 from cordee.errors import Fault, UserError, nearest
-from posttrain.pairs import COLUMNS, Row
+from posttrain.pairs import COLUMNS
+from posttrain.reading import Record
 
 
 def check_settings(settings: DPOConfig, lora: dict[str, Any] | None) -> None:
@@ -39,7 +40,7 @@ def check_settings(settings: DPOConfig, lora: dict[str, Any] | None) -> None:
         raise UserError("the reference is the model with the adapter off, which stays", key="trainer.sync_ref_model")
 
 
-def dataset(rows: Sequence[Row], settings: DPOConfig, out: Path) -> Dataset:
+def dataset(rows: Sequence[Record], settings: DPOConfig, out: Path) -> Dataset:
     """The rows as TRL reads them.
 
     Log-probabilities computed beforehand are passed from process to process by a file beside the dataset's own, so

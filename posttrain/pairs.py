@@ -4,36 +4,19 @@ A *pair* is a prompt with a chosen and a rejected side, each a list of messages.
 assistant begins to speak; each side's ids go from there to the end of its turn.
 """
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from cordee.errors import Fault, UserError, nearest
+from cordee.compute.model import special_tokens
+from cordee.errors import Fault, UserError
+from posttrain.reading import Messages, Record, read
 from posttrain.rows import Stops
 
 COLUMNS = ("prompt", "chosen", "rejected")
-Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a data file and where it stands."""
-
-    file: Path
-    number: int
-    """From 0."""
-    values: dict[str, Any]
-
-    def wrong(self, problem: str, hint: str = "") -> UserError:
-        """The error that says what is wrong with this row."""
-        return UserError(problem, file=self.file, key=f"row {self.number}", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -55,46 +38,7 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def read(path: Path, columns: Sequence[str], key: str) -> list[Row]:
-    """The rows of a parquet or JSON lines file, with the columns asked for.
-
-    Raises:
-        UserError: the file is neither, can't be read, is empty, or lacks a column.
-    """
-    if path.suffix == ".parquet":
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"can't be read as parquet: {error}", file=path, key=key) from error
-        values = table.to_pylist()
-    elif path.suffix in (".jsonl", ".json"):
-        values = _json_lines(path)
-    else:
-        raise UserError("is neither .parquet nor .jsonl", file=path, key=key)
-    if not values:
-        raise UserError("holds no rows", file=path, key=key)
-    rows = [Row(path, number, value) for number, value in enumerate(values)]
-    for row in rows:
-        for column in columns:
-            if column not in row.values:
-                raise row.wrong(f"has no column {column!r}", nearest(column, row.values))
-    return rows
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    values = []
-    for number, line in enumerate(path.read_bytes().splitlines()):
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"is no JSON: {error}", file=path, key=f"row {number}") from error
-        if not isinstance(value, dict):
-            raise UserError("is no JSON object", file=path, key=f"row {number}")
-        values.append(value)
-    return values
-
-
-def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, stops: Stops, max_length: int) -> list[Pair]:
+def tokenize(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, stops: Stops, max_length: int) -> list[Pair]:
     """Turn rows into pairs of token ids.
 
     Raises:
@@ -103,15 +47,16 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, stops: Sto
     """
     if not tokenizer.chat_template:
         raise UserError("its tokenizer has no chat template", key="model")
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    forged = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+    specials = special_tokens(tokenizer)
     pairs = []
     for row in rows:
-        for column in COLUMNS:
-            check_messages(row, column, forged)
-        if row.values["prompt"][-1]["role"] == "assistant":
+        prompt, chosen, rejected = (row.messages(column, specials) for column in COLUMNS)
+        if prompt[-1]["role"] == "assistant":
             raise row.wrong("the prompt's last message is the assistant's: there is nothing to answer")
-        if row.values["chosen"] == row.values["rejected"]:
+        for column, side in (("chosen", chosen), ("rejected", rejected)):
+            if side[-1]["role"] != "assistant":
+                raise row.wrong(f"{column} ends with {side[-1]['role']!r}, not with the assistant")
+        if chosen == rejected:
             raise row.wrong("chosen and rejected are equal: there is nothing to prefer")
         for extra in ("tools", "chat_template_kwargs"):
             if row.values.get(extra):
@@ -132,15 +77,13 @@ def conversations(path: Path, count: int, tokenizer: PreTrainedTokenizerBase, ma
     Raises:
         UserError: the file holds neither, or one is longer than `max_length` tokens.
     """
-    rows = read(path, (), "prompts")[:count]
+    specials = special_tokens(tokenizer)
     sequences = []
-    for row in rows:
-        if "messages" in row.values:
-            messages = row.values["messages"]
-        elif {"prompt", "chosen"} <= set(row.values):
-            messages = [*row.values["prompt"], *row.values["chosen"]]
-        else:
+    for row in read(path, ())[:count]:
+        columns = ["messages"] if "messages" in row.values else ["prompt", "chosen"]
+        if not row.values.keys() >= set(columns):
             raise row.wrong("has neither `messages` nor `prompt` and `chosen`")
+        messages = [message for column in columns for message in row.messages(column, specials)]
         ids = render(row, tokenizer, messages)
         if not 2 <= len(ids) <= max_length:
             raise row.wrong(f"is {len(ids)} tokens long: it needs 2 to {max_length}")
@@ -148,27 +91,7 @@ def conversations(path: Path, count: int, tokenizer: PreTrainedTokenizerBase, ma
     return sequences
 
 
-def check_messages(row: Row, column: str, forged: re.Pattern[str]) -> None:
-    """Check one list of messages: roles and text; `forged` finds special tokens, which no text may spell out.
-
-    Raises:
-        UserError: it is no list of messages, says nothing, or holds a special token.
-    """
-    messages = row.values[column]
-    if not isinstance(messages, list) or not messages:
-        raise row.wrong(f"{column} is no list of messages" if messages else f"{column} is empty")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
-            raise row.wrong(f"{column} holds a message without a role or without text")
-        if not message["content"].strip():
-            raise row.wrong(f"{column} holds an empty message")
-        if found := forged.search(message["content"]):
-            raise row.wrong(f"{column} spells out the special token {found.group()!r}")
-    if column in ("chosen", "rejected") and messages[-1]["role"] != "assistant":
-        raise row.wrong(f"{column} ends with {messages[-1]['role']!r}, not with the assistant")
-
-
-def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, stops: Stops) -> Pair:
+def _pair(row: Record, tokenizer: PreTrainedTokenizerBase, stops: Stops) -> Pair:
     """Render a row and check what was rendered: one start, the prompt unchanged, an end to each side."""
     prompt = render(row, tokenizer, row.values["prompt"], add_generation_prompt=True)
     sides = {}
@@ -192,7 +115,7 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, stops: Stops) -> Pair:
     return Pair(prompt, sides["chosen"], sides["rejected"])
 
 
-def render(row: Row, tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> list[int]:
+def render(row: Record, tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> list[int]:
     """The token ids of a list of messages.
 
     Raises:

@@ -76,13 +76,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Check the pairs, train, and write the adapter or the model."""
     from trl import DPOConfig
 
-    from posttrain import adapters, dpo, pairs, training
+    from posttrain import adapters, dpo, pairs, reading, training
     from posttrain.rows import Stops
 
     settings = training.arguments(DPOConfig, config, context, logging_first_step=True)
     dpo.check_settings(settings, config.lora)
     model, tokenizer = training.open_model(config)
-    rows = [row for source in config.data for row in pairs.read(source.path, pairs.COLUMNS, "data")]
+    rows = [row for source in config.data for row in reading.read(source.path, pairs.COLUMNS)]
     longest = model.config.max_position_embeddings
     stops = Stops.of(model, tokenizer)
     checked = pairs.tokenize(rows, tokenizer, stops, min(settings.max_length or longest, longest))

@@ -4,8 +4,6 @@ Where loss stands is found twice: by transformers from the template's `{% genera
 and by rendering each chat up to each of its answers (that is what it must be). The two must agree in every row.
 """
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cordee.errors import UserError, nearest
+from cordee.compute.model import special_tokens
+from cordee.errors import UserError
+from posttrain import reading
 
-ROLES = ("system", "user", "assistant")
 IGNORED = -100
 BATCH_ROWS = 1000
-Chat = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -70,59 +67,6 @@ class Stops:
         return cls(tokenizer.bos_token_id, frozenset({*ends, tokenizer.eos_token_id} - {None}))
 
 
-def read_chats(file: Path) -> list[Chat]:
-    """The chats of a Parquet or JSON-lines file with a column `messages`.
-
-    Raises:
-        UserError: the file is none of the two, has no such column or no row, or a row is no chat with an answer.
-    """
-    if file.suffix == ".parquet":
-        names = pq.read_schema(file).names
-        if "messages" not in names:
-            raise UserError("no column 'messages'", file=file, hint=nearest("messages", names))
-        chats = pq.read_table(file, columns=["messages"])["messages"].to_pylist()
-    elif file.suffix in (".jsonl", ".json"):
-        chats = list(_json_lines(file))
-    else:
-        raise UserError("chats are read from .parquet and .jsonl", file=file)
-    if not chats:
-        raise UserError("holds no chat", file=file)
-    for number, chat in enumerate(chats):
-        if problem := _problem_of(chat):
-            raise UserError(problem, file=file, key=f"row {number}")
-    return chats
-
-
-def _json_lines(file: Path) -> Iterator[Any]:
-    """The `messages` of each line."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"no JSON: {error}", file=file, key=f"row {number}") from error
-            if not isinstance(row, dict) or "messages" not in row:
-                hint = nearest("messages", row) if isinstance(row, dict) else ""
-                raise UserError("no key 'messages'", file=file, key=f"row {number}", hint=hint)
-            yield row["messages"]
-
-
-def _problem_of(chat: Any) -> str:
-    """What is wrong with a chat before a tokenizer sees it; empty if nothing."""
-    if not isinstance(chat, list) or not chat:
-        return "no message"
-    for place, message in enumerate(chat):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {place} has no role"
-        if message["role"] not in ROLES:
-            return f"unknown role {message['role']!r} in message {place}; {nearest(message['role'], ROLES)}"
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            return f"message {place} has no content"
-    if all(message["role"] != "assistant" for message in chat):
-        return "no assistant turn: nothing in it would be trained on"
-    return ""
-
-
 def tokenize(file: Path, tokenizer: PreTrainedTokenizerBase, stops: Stops, max_length: int) -> list[Row]:
     """Read a file's chats, turn them into tokens and check every one.
 
@@ -130,17 +74,15 @@ def tokenize(file: Path, tokenizer: PreTrainedTokenizerBase, stops: Stops, max_l
         UserError: naming file and row, where what would be trained is not each answer with its end-of-turn and
             nothing else, or where a chat is longer than `max_length` tokens.
     """
-    chats = read_chats(file)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(map(re.escape, special))) if special else None
+    specials = special_tokens(tokenizer)
+    chats = []
+    for row in reading.read(file, ["messages"]):
+        chats.append(row.messages("messages", specials))
+        if all(message["role"] != "assistant" for message in chats[-1]):
+            raise row.wrong("no assistant turn: nothing in it would be trained on")
     rows: list[Row] = []
     for start in range(0, len(chats), BATCH_ROWS):
-        batch = chats[start : start + BATCH_ROWS]
-        for number, chat in enumerate(batch, start):
-            found = pattern and next(filter(None, (pattern.search(message["content"]) for message in chat)), None)
-            if found:
-                raise UserError(f"the text holds the special token {found.group()}", file=file, key=f"row {number}")
-        rows += _tokenize_batch(batch, start, file, tokenizer, stops)
+        rows += _tokenize_batch(chats[start : start + BATCH_ROWS], start, file, tokenizer, stops)
     for row in rows:
         if problem := next(problems(row, stops, max_length), ""):
             raise UserError(problem, file=row.file, key=f"row {row.number}")
@@ -148,7 +90,7 @@ def tokenize(file: Path, tokenizer: PreTrainedTokenizerBase, stops: Stops, max_l
 
 
 def _tokenize_batch(
-    chats: Sequence[Chat], start: int, file: Path, tokenizer: PreTrainedTokenizerBase, stops: Stops
+    chats: Sequence[reading.Messages], start: int, file: Path, tokenizer: PreTrainedTokenizerBase, stops: Stops
 ) -> Iterator[Row]:
     """Rows of some chats; their `turns` come from rendering each chat up to each of its answers."""
     trained = tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -169,7 +111,7 @@ def _tokenize_batch(
         yield Row(file, start + n, np.array(ids, dtype=np.int32), mask, tuple(turns[n]))
 
 
-def _ids(chats: list[Chat], tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[list[int]]:
+def _ids(chats: list[reading.Messages], tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[list[int]]:
     """The token ids of chats."""
     return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **how)["input_ids"]
 

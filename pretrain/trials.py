@@ -24,8 +24,12 @@ CHANGE_LIMIT = {"float32": 1e-2, "bfloat16": 1e-1}
 Sums are then rounded in another order; AdamW divides each gradient by its own size and so makes the rounding of
 those near zero as large as any step.
 """
-INHERITED = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "MASTER_", "GROUP_", "ROLE_", "RANK", "LOCAL_", "WORLD_SIZE")
-"""Beginnings of the variables by which a launcher tells a process which one it is: not these processes' own."""
+INHERITED = (
+    *("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "MASTER_", "GROUP_", "ROLE_", "RANK", "LOCAL_", "WORLD_SIZE"),
+    "OMP_NUM_THREADS",
+)
+"""Beginnings of the variables by which a launcher tells a process which one it is, and how many cores it has: not
+these processes' own."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def start(settings: dict[str, Any], folder: Path, context: Context) -> Trial:
 def _launcher(num_processes: int, config_file: str | None) -> list[str]:
     """How a training is started: by accelerate where a configuration asks for more than processes."""
     if config_file:
-        accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
         return [*accelerate, "--config_file", config_file, "--num_processes", f"{num_processes}"]
     if num_processes == 1:
         return [sys.executable]

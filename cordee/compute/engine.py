@@ -211,15 +211,17 @@ class Engine:
         return scores
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int) -> list[str]:
-        """Continue each prompt of token ids until an end token or `max_tokens`; greedy at temperature 0."""
+        """Continue each prompt of token ids until an end token or `max_tokens`; greedy at temperature 0.
+
+        Raises:
+            Fault: the last load failed.
+        """
         from vllm import SamplingParams
 
-        asked = SamplingParams(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed,
-            stop_token_ids=stop_token_ids(self.llm.get_tokenizer()),
-        )
+        if self.folder is None:
+            raise Fault("the engine holds no checkpoint's weights")
+        ends = stop_token_ids(self.folder)
+        asked = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_token_ids=ends)
         outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], asked, use_tqdm=False)
         return [str(output.outputs[0].text) for output in outputs]
 

@@ -4,7 +4,9 @@
 """
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +117,17 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a generation: the end of the text, and of the assistant's turn where there is one."""
-    ends = [tokenizer.eos_token_id]
-    if END_OF_TURN in tokenizer.get_vocab():
-        ends.append(tokenizer.convert_tokens_to_ids(END_OF_TURN))
-    return [int(end) for end in dict.fromkeys(ends) if end is not None]
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds a special token spelled out in a text, where it would become the token itself."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+def stop_token_ids(folder: Path) -> list[int]:
+    """The ids that end a generation of the model in a folder: its own, the end of the text, and of a turn."""
+    config = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    own = config.eos_token_id if config else None
+    return _ends(open_tokenizer(folder), own if isinstance(own, list) else [own])
 
 
 def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> None:
@@ -166,10 +173,18 @@ def require_model(folder: Path, key: str | None = None) -> None:
 def _generation_config(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """The model's own settings with the tokenizer's special tokens; every end stops a generation."""
     own = config.to_diff_dict() if config else {}
-    ends = own.get("eos_token_id")
+    ends = own.get("eos_token_id")  # a single one may be its architecture's default, of another tokenizer
     return GenerationConfig(
         **{name: value for name, value in own.items() if name not in _NOT_OWN},
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=list(dict.fromkeys([*stop_token_ids(tokenizer), *(ends if isinstance(ends, list) else [])])),
+        eos_token_id=_ends(tokenizer, ends if isinstance(ends, list) else []),
     )
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, more: Sequence[int | None]) -> list[int]:
+    """The end of the text, of the assistant's turn where there is one, and `more`, each once."""
+    ends = [tokenizer.eos_token_id]
+    if END_OF_TURN in tokenizer.get_vocab():
+        ends.append(tokenizer.convert_tokens_to_ids(END_OF_TURN))
+    return [int(end) for end in dict.fromkeys([*ends, *more]) if end is not None]

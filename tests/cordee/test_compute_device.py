@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from cordee.compute import device
@@ -11,6 +12,12 @@ from cordee.errors import Fault, UserError
 
 ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_yet():
+    """accelerate's state is one for the process, and tests of trainers leave theirs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_auto_precision_is_bfloat16_where_the_processor_computes_in_it(monkeypatch):

@@ -69,7 +69,7 @@ def test_a_saved_model_is_a_plain_folder_that_stops_at_every_end(folder: Path, t
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [1, 6] == stop_token_ids(open_tokenizer(folder))
+    assert generation["eos_token_id"] == [1, 6] == stop_token_ids(folder)
     assert (generation["bos_token_id"], generation["pad_token_id"]) == (0, 2)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (tokenizer_folder / name).read_bytes()

@@ -108,6 +108,14 @@ def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(checkpoints, held_out
         generate.run(sampling(checkpoints, held_out, max_length=20), context)
 
 
+def test_a_prompt_that_spells_out_a_special_token_is_an_error(checkpoints, held_out, context, tmp_path):
+    row = json.loads(held_out["language"].read_text().splitlines()[0])
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({**row, "prompt": "<|assistant_start|>deu"}) + "\n")
+    with pytest.raises(UserError, match=r"prompts: prompt 1 spells out the special token '<\|assistant_start\|>'"):
+        generate.run(sampling(checkpoints, {"language": path}), context)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 20])
 def test_prompts_are_spread_over_languages_and_passages_whatever_their_order(count):
     from eval import prompts

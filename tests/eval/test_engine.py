@@ -5,6 +5,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cordee.errors import Fault, Stopped, UserError
@@ -129,7 +131,6 @@ def test_lm_eval_measures_with_vllm_what_it_measures_with_transformers(models, c
 def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_out, tasks, tmp_path):
     import math
 
-    import pyarrow.parquet as pq
     import torch
 
     from cordee.compute.logprobs import score
@@ -150,11 +151,11 @@ def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_ou
     assert set(measured["by_language"][task.name]) == {"de", "fr"}
 
 
-def long_prompts(held_out, folder):
-    """The held-out file with one prompt that is too long, in its second row."""
+def with_prompt(text, held_out, folder):
+    """The held-out file with another prompt in its second row."""
     rows = [json.loads(line) for line in held_out["language"].read_text().splitlines()]
-    rows[1]["prompt"] = "Menschen " * LENGTH
-    path = folder / "long.jsonl"
+    rows[1]["prompt"] = text
+    path = folder / "other.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {**held_out, "language": path}
 
@@ -165,8 +166,20 @@ def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints,
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     path = next(path for path in TASKS if name in path)
-    task = harness.read_task(Path(path), long_prompts(held_out, tmp_path), tmp_path / "cache")
+    task = harness.read_task(Path(path), with_prompt("Menschen " * LENGTH, held_out, tmp_path), tmp_path / "cache")
     with pytest.raises(UserError, match=rf"max_length: document 1 of {name} has \d+ tokens, and \d+ have room"):
+        harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
+
+
+@pytest.mark.parametrize("path", TASKS)
+def test_a_document_that_spells_out_a_special_token_is_an_error(path, models, checkpoints, held_out, tmp_path):
+    from eval import harness
+
+    pq.write_table(pa.table({"text": ["frei", "</s>"], "language": ["de", "de"]}), tmp_path / "documents.parquet")
+    data = {**with_prompt("frei</s>", held_out, tmp_path), "documents": tmp_path / "documents.parquet"}
+    context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
+    task = harness.read_task(Path(path), data, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"data: document 1 of \w+ spells out the special token '</s>': (prompt|text)"):
         harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
 
 
@@ -190,9 +203,6 @@ def _doubled(encode, text, *_arguments, **_options):
 
 
 def test_long_documents_are_read_in_windows_and_every_token_counts(models, checkpoints, held_out, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from eval import harness
 
     text = "Alle Menschen sind frei. " * 40
@@ -236,7 +246,7 @@ def test_a_template_that_lm_eval_would_send_otherwise_is_a_fault(models, checkpo
 
 
 def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monkeypatch):
-    from cordee.compute.model import open_tokenizer
+    from cordee.compute.model import open_tokenizer, stop_token_ids
     from eval import parity
 
     lm = models.open(checkpoints["first"])
@@ -245,13 +255,14 @@ def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monke
         for text in ("Jeder hat das Recht auf Leben.", "Alle Menschen")
     ]
     ids = parity.encode(open_tokenizer(checkpoints["first"]), chats, LENGTH, Path("p"))
+    ends = stop_token_ids(checkpoints["first"])
     assert parity.otherwise_in_vllm(lm.model, chats, ids) == 0
-    assert parity.otherwise_in_lm_eval(lm, chats, ids) == 0
+    assert parity.otherwise_in_lm_eval(lm, chats, ids, ends) == 0
     changed = [ids[0], [ids[1][0], *ids[1]]]
     assert parity.otherwise_in_vllm(lm.model, chats, changed) == 1
-    assert parity.otherwise_in_lm_eval(lm, chats, changed) == 1
+    assert parity.otherwise_in_lm_eval(lm, chats, changed, ends) == 1
     monkeypatch.setattr(lm, "apply_chat_template", lambda turns: turns[0]["content"])
-    assert parity.otherwise_in_lm_eval(lm, chats, ids) == 2
+    assert parity.otherwise_in_lm_eval(lm, chats, ids, ends) == 2
 
 
 def test_two_shapes_are_refused(checkpoints, tmp_path):

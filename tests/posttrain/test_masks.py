@@ -71,10 +71,10 @@ def test_parquet_and_json_lines_give_the_same_rows(tmp_path: Path, tokenizer, st
     [
         ([{"role": "user", "content": "hello"}], "no assistant turn"),
         ([{"role": "usr", "content": "hello"}], "unknown role 'usr' in message 0; did you mean 'user'"),
-        ([], "no message"),
+        ([], "messages is empty"),
         (chat("hello", ""), "message 1 has no content"),
-        (chat("hello <s> there", "German"), "holds the special token <s>"),
-        (chat("hello", "German<|assistant_end|>"), r"holds the special token <\|assistant_end\|>"),
+        (chat("hello <s> there", "German"), "spells out the special token '<s>'"),
+        (chat("hello", "German<|assistant_end|>"), r"spells out the special token '<\|assistant_end\|>'"),
         (chat("long " * 200, "German"), "more than trainer.max_length=128"),
         ([{"role": "user"}], "message 0 has no content"),
     ],
@@ -91,27 +91,27 @@ def test_a_chat_that_would_train_the_wrong_thing_is_named_with_file_and_row(
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("", "holds no chat"),
-        ('{"messages": [\n', "row 0: no JSON"),
-        ('{"message": []}\n', "row 0: no key 'messages'"),
-        ('{"messages": "hello"}\n', "row 0: no message"),
+        ("", "holds no rows"),
+        ('{"messages": [\n', "row 0: is no JSON"),
+        ('{"message": []}\n', "row 0: has no column 'messages'; did you mean 'message'"),
+        ('{"messages": "hello"}\n', "row 0: messages is no list"),
     ],
 )
-def test_a_file_that_holds_no_chats_is_named(tmp_path: Path, content: str, problem: str) -> None:
+def test_a_file_that_holds_no_chats_is_named(tmp_path: Path, tokenizer, stops, content: str, problem: str) -> None:
     (tmp_path / "m.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=problem):
-        rows.read_chats(tmp_path / "m.jsonl")
+        rows.tokenize(tmp_path / "m.jsonl", tokenizer, stops, 256)
 
 
-def test_a_parquet_file_without_messages_is_named(tmp_path: Path) -> None:
+def test_a_parquet_file_without_messages_is_named(tmp_path: Path, tokenizer, stops) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"message": ["x"]}), tmp_path / "m.parquet")
-    with pytest.raises(UserError, match="no column 'messages'"):
-        rows.read_chats(tmp_path / "m.parquet")
-    with pytest.raises(UserError, match=r"read from \.parquet and \.jsonl"):
-        rows.read_chats(tmp_path / "m.csv")
+    with pytest.raises(UserError, match="has no column 'messages'"):
+        rows.tokenize(tmp_path / "m.parquet", tokenizer, stops, 256)
+    with pytest.raises(UserError, match=r"neither \.parquet nor \.jsonl"):
+        rows.tokenize(tmp_path / "m.csv", tokenizer, stops, 256)
 
 
 @pytest.mark.parametrize(

@@ -191,12 +191,12 @@ def test_trl_computes_the_loss_that_was_asked_for(
 
     from cordee.compute.logprobs import score
     from cordee.compute.model import open_model, open_tokenizer
-    from posttrain import adapters, dpo, pairs, training
+    from posttrain import adapters, dpo, pairs, reading, training
 
     asked = config(model_folder, pairs_file, trainer={"loss_type": [loss_type], "beta": beta})
     settings = training.arguments(DPOConfig, asked, context)
     model, tokenizer = open_model(model_folder), open_tokenizer(model_folder)
-    rows = pairs.read(pairs_file, pairs.COLUMNS, "data")
+    rows = reading.read(pairs_file, pairs.COLUMNS)
     data = dpo.dataset(rows, settings, context.out)
     trainer = dpo.build(model, settings, data, tokenizer, adapters.lora_config({"r": 4}, model))
     generator = torch.Generator().manual_seed(5)
@@ -283,7 +283,7 @@ def broken(column: str, content: str) -> dict[str, Any]:
     [
         ({**pair(1), "rejected": pair(1)["chosen"]}, "are equal"),
         ({**pair(1), "chosen": []}, "chosen is empty"),
-        (broken("rejected", "  "), "rejected holds an empty message"),
+        (broken("rejected", "  "), "rejected: message 0 has no content"),
         ({name: value for name, value in pair(1).items() if name != "rejected"} | {"rejectd": 1}, "mean 'rejectd'"),
         (broken("prompt", "word " * 300), "tokens long, more than 128"),
         (broken("chosen", "German<|assistant_end|>"), "spells out the special token"),
@@ -316,7 +316,7 @@ def test_a_template_that_renders_pairs_wrongly_is_refused(
     model_folder: Path, pairs_file: Path, template: str, old: str, new: str, message: str
 ) -> None:
     from cordee.compute.model import open_model, open_tokenizer
-    from posttrain import pairs
+    from posttrain import pairs, reading
     from posttrain.rows import Stops
 
     tokenizer = open_tokenizer(model_folder)
@@ -324,7 +324,7 @@ def test_a_template_that_renders_pairs_wrongly_is_refused(
     tokenizer.chat_template = template.replace(old, new)
     with pytest.raises(UserError, match=message):
         pairs.tokenize(
-            pairs.read(pairs_file, pairs.COLUMNS, "data"), tokenizer, Stops.of(open_model(model_folder), tokenizer), 512
+            reading.read(pairs_file, pairs.COLUMNS), tokenizer, Stops.of(open_model(model_folder), tokenizer), 512
         )
 
 

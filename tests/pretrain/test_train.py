@@ -27,7 +27,7 @@ def rows(out, key):
 def launch(folder, config_file=None, processes=1):
     """Start the job as the runner does."""
     settings = ["--config_file", str(config_file), "--num_processes", str(processes)]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *settings]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *settings]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
