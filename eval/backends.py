@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from cordee.compute import engine
+from cordee.compute import device, engine
 from cordee.compute.model import open_model, open_tokenizer, special_tokens
 from cordee.errors import Fault, UserError
 
@@ -102,7 +102,7 @@ class Models:
         """The lm-eval model for a checkpoint; vLLM is started once and then given other weights."""
         if self.name == "transformers":
             lm: Any = _TransformersLM(
-                pretrained=open_model(folder, dtype=torch.float32).eval().to(engine.device()),
+                pretrained=open_model(folder, dtype=torch.float32).eval().to(device.default()),
                 tokenizer=open_tokenizer(folder), batch_size=self.batch_size, max_length=self.max_length,
                 add_bos_token=False,
             )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from cordee.compute import engine
+from cordee.compute import device
 from cordee.compute.model import open_model, open_tokenizer, special_tokens, stop_token_ids
 from cordee.errors import UserError
 
@@ -81,7 +81,7 @@ def generate(
 ) -> list[str]:
     """Continue prompts of token ids with transformers; greedy at temperature 0."""
     transformers.set_seed(seed)
-    model, tokenizer = open_model(folder, dtype=torch.float32).eval().to(engine.device()), open_tokenizer(folder)
+    model, tokenizer = open_model(folder, dtype=torch.float32).eval().to(device.default()), open_tokenizer(folder)
     chosen: dict[str, Any] = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     texts = []
     for start in range(0, len(prompts), batch_size):

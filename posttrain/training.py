@@ -31,6 +31,7 @@ from transformers import (
 
 from cordee import files
 from cordee.compute import model as compute
+from cordee.compute.device import require_determinism
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain.settings import TrlConfig
@@ -89,11 +90,12 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
 
 
 def _set_up_libraries() -> None:
-    """No progress bars beside our own; and on a CPU, too, only positions with loss go through the LM head.
+    """Same bits twice, no progress bars beside our own; and on a CPU, too, only positions with loss go through the LM head.
 
     TRL leaves the masked positions out only where Triton runs, since their number changes from batch to batch. On a
     CPU that costs nothing, and with short answers the head is most of a small model's work.
     """
+    require_determinism()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

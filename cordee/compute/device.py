@@ -33,6 +33,21 @@ class Asked:
     sharded: bool
 
 
+def default() -> torch.device:
+    """The accelerator of this machine, or its CPU where it has none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def require_determinism() -> None:
+    """Let torch run only what gives the same bits twice; to be called before anything is computed.
+
+    A resume can't be exact otherwise: a compiled embedding's gradient, say, is added up in whatever order threads come.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has to be told beforehand
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers reads it for its flash attention
+    torch.use_deterministic_algorithms(True)
+
+
 def open_accelerator(
     launch: Launch, *, report_to: list[str] | None = None, logging_dir: Path | None = None
 ) -> Accelerator:
@@ -42,6 +57,7 @@ def open_accelerator(
         UserError: the configuration sets what is the stage's, or a tracker is not installed.
         Fault: what runs is not what was asked for.
     """
+    require_determinism()
     asked = _asked(launch)
     accelerator = Accelerator(
         cpu=asked.cpu, mixed_precision="no", log_with=report_to or None, project_dir=logging_dir and str(logging_dir)

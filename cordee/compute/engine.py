@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import XIELUActivation
 
+from cordee.compute.device import default
 from cordee.compute.logprobs import Scores, score
 from cordee.compute.model import open_model, open_tokenizer, require_model, stop_token_ids
 from cordee.errors import Fault, UserError
@@ -50,13 +51,8 @@ def describe(name: str) -> dict[str, str]:
     return {
         "name": name,
         "version": _version("vllm" if name == "vllm" else "transformers"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device().type,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else default().type,
     }
-
-
-def device() -> torch.device:
-    """Where transformers works: the accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _version(package: str) -> str:
