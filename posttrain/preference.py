@@ -73,7 +73,13 @@ def _passes(config: Config) -> float:
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Check the pairs, train, and write the adapter or the model."""
+    """Check the pairs, train or go on training, and write the adapter or the model; returns the manifest's metrics."""
+    from posttrain import training
+
+    return training.once(context, lambda: _train(config, context))
+
+
+def _train(config: Config, context: Context) -> dict[str, Any]:
     from trl import DPOConfig
 
     from posttrain import adapters, dpo, pairs, reading, training
@@ -93,7 +99,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     context.note(f"{len(rows)} pairs; {trainable:,} parameters to train")
 
     per_epoch = sum(pair.tokens for pair in checked)
-    figures = training.train(trainer, context, per_epoch)
+    figures = training.train(trainer, config, context, per_epoch)
     if config.lora is None:
         training.save(trainer, config, context)
     else:
@@ -112,16 +118,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 
 def _save_adapter(trainer: "DPOTrainer", config: Config, context: Context) -> None:
-    """Write the adapter with its base's tokenizer; then the resume points have served."""
-    import shutil
-
+    """Write the adapter with its base's tokenizer."""
     from posttrain import adapters, training
 
     weights = training.gather_weights(trainer)
     if context.is_main:
         model = trainer.accelerator.unwrap_model(trainer.model)
         adapters.save(model, context.out, base=config.model, state_dict=weights)
-        shutil.rmtree(context.out / "resume", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 

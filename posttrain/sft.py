@@ -109,6 +109,12 @@ def check_batches(trainer: "SFTTrainer", chats: "list[Row]", stops: "Stops") -> 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Check, train or go on training, and write the model; returns the manifest's metrics."""
+    from posttrain import training
+
+    return training.once(context, lambda: _train(config, context))
+
+
+def _train(config: Config, context: Context) -> dict[str, Any]:
     from cordee.cost import training_flops
     from posttrain import training
 
@@ -116,7 +122,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     check_batches(trainer, chats, stops)
     per_epoch, loss_per_epoch = sum(len(row.ids) for row in chats), sum(int(row.has_loss.sum()) for row in chats)
     context.note(f"{len(chats)} chats, {per_epoch} tokens, {loss_per_epoch / per_epoch:.1%} of them with loss")
-    figures = training.train(trainer, context, per_epoch, config.logging_steps)
+    figures = training.train(trainer, config, context, per_epoch)
     epochs = trainer.state.epoch or 0.0
     training.save(trainer, config, context)
     shape = trainer.model.config.get_text_config()

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,6 @@ import torch.distributed
 import transformers
 import trl.trainer.utils
 from accelerate import PartialState
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,8 +29,8 @@ from transformers import (
 )
 
 from cordee import files
+from cordee.compute import device
 from cordee.compute import model as compute
-from cordee.compute.device import require_determinism
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain.settings import TrlConfig
@@ -55,6 +54,7 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
         UserError: the batch can't be divided, or the library refuses a value.
     """
     _set_up_libraries()
+    device.require_own_precision(config.launch)
     given: dict[str, Any] = dict(config.trainer)
     given.pop("model_init_kwargs", None)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -84,18 +84,20 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
         **ours,
     }
     try:
-        return kind(**settings)
+        made = kind(**settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"{kind.__name__} refuses it: {error}", key="trainer") from error
+    device.require_launched(config.launch, made.world_size, made.device)
+    return made
 
 
 def _set_up_libraries() -> None:
-    """Same bits twice, no progress bars beside our own; and on a CPU, too, only positions with loss go through the LM head.
+    """Same bits twice; no progress bars beside our own; on a CPU, too, only positions with loss go through the LM head.
 
     TRL leaves the masked positions out only where Triton runs, since their number changes from batch to batch. On a
     CPU that costs nothing, and with short answers the head is most of a small model's work.
     """
-    require_determinism()
+    device.require_determinism()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -124,14 +126,30 @@ def open_model(config: TrlConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     return model, tokenizer
 
 
-def train(trainer: Trainer, context: Context, tokens_per_epoch: float, logging_steps: int = 1) -> dict[str, float]:
+def once(context: Context, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a training returns, or returned before it was killed between its end and the artifact's publishing.
+
+    `training.json` is written when all the rest is; only then do the resume points go.
+    """
+    finished = context.out / "training.json"
+    if not finished.exists():
+        metrics = train()
+        if context.is_main:
+            files.write_json(finished, metrics)
+        PartialState().wait_for_everyone()
+    if context.is_main:
+        shutil.rmtree(context.out / "resume", ignore_errors=True)
+    return files.read_json(finished)
+
+
+def train(trainer: Trainer, config: TrlConfig, context: Context, tokens_per_epoch: float) -> dict[str, float]:
     """Train from the newest whole resume point, or from the start, to the end.
 
     Args:
         trainer: a trainer whose arguments come from `arguments`.
+        config: the stage's config.
         context: where to write and whom to tell.
         tokens_per_epoch: tokens of one pass over the data, all processes together; for the tokens per second.
-        logging_steps: every how many steps a line goes to `metrics.jsonl`; the last step always has one.
 
     Returns:
         `steps`, `loss` (the last one logged), `parameters` (all) and what TRL logged last, such as
@@ -146,7 +164,7 @@ def train(trainer: Trainer, context: Context, tokens_per_epoch: float, logging_s
     context.rewind(start)
     if start:
         context.note(f"goes on from step {start}")
-    watch = Watch(trainer, context, tokens_per_epoch, logging_steps)
+    watch = Watch(trainer, config, context, tokens_per_epoch)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(point) if point else None)
@@ -166,12 +184,11 @@ def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def save(trainer: Trainer, config: TrlConfig, context: Context) -> None:
-    """Write the trained model with the tokenizer that it came with into the artifact, and drop the resume points."""
+    """Write the trained model with the tokenizer that it came with into the artifact."""
     weights = gather_weights(trainer)
     if context.is_main:
         model = trainer.accelerator.unwrap_model(trainer.model)
         compute.save_model(model, context.out, tokenizer=config.model, state_dict=weights)
-        shutil.rmtree(context.out / "resume", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -199,16 +216,17 @@ def _is_whole(checkpoint: Path) -> bool:
 class Watch(TrainerCallback):
     """Tells the run how far it is, marks resume points, and ends training where a stop was asked for."""
 
-    def __init__(self, trainer: Trainer, context: Context, tokens_per_epoch: float, logging_steps: int) -> None:
-        self.trainer, self.context = trainer, context
-        self.tokens_per_epoch, self.logging_steps = tokens_per_epoch, logging_steps
+    def __init__(self, trainer: Trainer, config: TrlConfig, context: Context, tokens_per_epoch: float) -> None:
+        self.trainer, self.config, self.context = trainer, config, context
+        self.tokens_per_epoch = tokens_per_epoch
         self.stopping = False
         self.first_step, self.began_s, self.told_s = 0, 0.0, 0.0
         self.figures: dict[str, float] = {}
 
     def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         """Check that several processes really train one model; start the clock."""
-        _check_wrapping(self.trainer)
+        wrapped = getattr(self.trainer.model_wrapped, "_orig_mod", self.trainer.model_wrapped)
+        device.require_wrapped(wrapped, self.trainer.accelerator.num_processes, self.config.launch)
         self.first_step, self.began_s = state.global_step, time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -243,7 +261,7 @@ class Watch(TrainerCallback):
                 file=self.context.out,
                 hint="lower trainer.learning_rate, or look at the data of this step",
             )
-        if state.global_step % self.logging_steps == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.config.logging_steps == 0 or state.global_step == state.max_steps:
             self.context.log(state.global_step, **values, tokens=round(self.tokens_per_epoch * (state.epoch or 0)))
         self.figures = {"loss": values["loss"]}
 
@@ -260,23 +278,10 @@ class Watch(TrainerCallback):
         processes.wait_for_everyone()
 
 
-def _check_wrapping(trainer: Trainer) -> None:
-    """Fail where several processes would each train a model of their own, or the asked-for sharding is missing."""
-    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
-    processes, kind = trainer.accelerator.num_processes, type(wrapped).__name__
-    sharded = isinstance(wrapped, FSDPModule | FullyShardedDataParallel)
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not sharded:
-        raise Fault(f"FSDP was asked for, but the model runs as {kind}", key="launch.config_file")
-    if processes > 1 and not (sharded or isinstance(wrapped, DistributedDataParallel)):
-        raise Fault(
-            f"{processes} processes run, but the model is a bare {kind}: each would train its own", key="launch"
-        )
-
-
-def _any_process(flag: bool, device: torch.device) -> bool:
+def _any_process(flag: bool, where: torch.device) -> bool:
     """Whether the flag is up in any process: all must stop at the same step, or one waits for ever."""
     if not torch.distributed.is_initialized():
         return flag
-    highest = torch.tensor(int(flag), device=device)
+    highest = torch.tensor(int(flag), device=where)
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
     return bool(highest.item())

@@ -63,7 +63,7 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
         fused=True,
     )
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    device.require_wrapped(wrapped, accelerator, launch)
+    device.require_wrapped(wrapped, accelerator.num_processes, launch)
     objective = accelerator.unwrap_model(wrapped)
     training = Training(
         settings, context, accelerator, wrapped, objective, optimizer, mixture, heldout, tokens / "tokenizer"
@@ -104,7 +104,7 @@ def restore(training: Training) -> State:
     if step is None:
         context.rewind(-1)
         checkpoint.drop_after(context, -1)
-        return State(source_tokens=[0] * len(training.mixture.splits))
+        return State(source_tokens=[0] * len(training.mixture.splits), precision=training.objective.precision)
     point, _ = resume.newest(context.out / "resume")
     if point is None or point.state["step"] != step:
         raise Fault(f"not every process sees the state at step {step}", file=context.out / "resume")
@@ -112,7 +112,11 @@ def restore(training: Training) -> State:
     context.rewind(step)
     checkpoint.drop_after(context, step)
     context.note(f"goes on from step {step}")
-    return State.of(point.state)
+    state = State.of(point.state)
+    if state.precision != training.objective.precision:
+        training.objective.precision = state.precision
+        context.note(f"computes in {state.precision}, in which it began")
+    return state
 
 
 def dry_run(training: Training) -> None:

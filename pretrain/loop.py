@@ -47,7 +47,10 @@ class State:
     source_tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
     """In training steps; not in compiling, measuring or saving."""
-    loss: float = math.nan
+    loss: float | None = None
+    """The last one logged."""
+    precision: str = ""
+    """What matrices are multiplied in: another machine goes on in the same."""
     window: Window = field(default_factory=Window)
 
     @classmethod

@@ -40,6 +40,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise UserError(f"is not before the last of {config.steps} steps", key="kill_at_step")
     if not context.is_main:  # the trainings start processes of their own
         return {}
+    from cordee.compute import device
     from pretrain import trials
 
     processes = config.launch.num_processes
@@ -47,7 +48,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     work = context.out / "work"
     shutil.rmtree(work, ignore_errors=True)
     total = 3 if other is None else 4
-    settings = _short(config, max(processes, other or 1))
+    # as the training itself is in its full length
+    compiled, _ = device.resolve_compile(config.compile, train.cost(config, {}).flops or 0.0, device.default())
+    settings = _short(config, max(processes, other or 1), compiled)
     context.progress(0, total, "trainings")
     whole = trials.start(settings, work / "uninterrupted", context).to_end()
     context.progress(1, total, "trainings")
@@ -72,7 +75,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if not check["passed"]:
             problem = f"{check['name']}: {check['value']}, and the limit is {check['limit']}"
             raise Fault(f"resume is not proven: {problem}", file=work)
-    claim = "a training that is killed and continued ends in the same weights, bit for bit, and sees the same samples"
+    kind = f"a training in {whole.precision}{', compiled,' if compiled else ''} that is killed and continued"
+    claim = f"{kind} ends in the same weights, bit for bit, and sees the same samples"
     if other is not None:
         claim += f"; {other} process{'es' if other > 1 else ''} see the same samples and end within rounding"
     certificate = {"proof": "resume", "of": PROVES, "claim": claim, "passed": True}
@@ -82,7 +86,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     return {"passed": True, "weights_sha256": shown["weights_sha256"], "resumed_from_step": shown["resumed_from_step"]}
 
 
-def _short(config: Config, most_processes: int) -> dict[str, Any]:
+def _short(config: Config, most_processes: int, compiled: bool) -> dict[str, Any]:
     """The same training, made short: few small steps, yet each with two passes in the largest number of processes."""
     values = config.model_dump(mode="json", include=set(train.Config.model_fields))
     return values | {
@@ -91,7 +95,7 @@ def _short(config: Config, most_processes: int) -> dict[str, Any]:
         "decay_steps": min(config.decay_steps, 2),
         "per_device_train_batch_size": 1,
         "global_batch_size": 2 * most_processes,
-        "compile": "off",
+        "compile": "on" if compiled else "off",
         "eval_steps": 0,
         "save_steps": [1],
         "resume_steps": RESUME_STEPS,

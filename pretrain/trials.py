@@ -43,6 +43,11 @@ class Ended:
         found = files.read_json_lines(self.out / "metrics.jsonl")
         return {row["step"]: row for row in found if "samples" in row}
 
+    @property
+    def precision(self) -> str:
+        """What its matrices were multiplied in."""
+        return str(files.read_json(self.out / "training.json")["precision"])
+
     def weights(self, place: str = ".") -> dict[str, torch.Tensor]:
         """Its weights by name, float32: the last ones, or those of a checkpoint."""
         return load_file(self.out / place / "model.safetensors")
@@ -169,8 +174,7 @@ def same_within_rounding(one: Ended, other: Ended) -> list[dict[str, Any]]:
     begun, first, second = one.weights("checkpoints/1"), one.weights(), other.weights()
     apart = _norm([second[name] - first[name] for name in first])
     moved = _norm([first[name] - begun[name] for name in first])
-    precision = files.read_json(one.out / "training.json")["precision"]
-    share, limit = apart / moved, CHANGE_LIMIT[precision]
+    share, limit = apart / moved, CHANGE_LIMIT[one.precision]
     return [
         _none_differ("steps whose samples differ at another number of processes", _differing_samples(one, other)),
         {

@@ -15,7 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from cordee.config import Launch
@@ -23,6 +23,8 @@ from cordee.errors import Fault, UserError
 
 COMPILING_PAYS_FLOPS = {"cpu": 2e13, "cuda": 5e16}
 """Training FLOPs from which compiling wins back its own time, by device: a minute or two of eager training."""
+
+OWNED = "precision and compilation are the stage's own: say them in the recipe"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ def require_determinism() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def require_own_precision(launch: Launch) -> None:
+    """See that `accelerate launch` was told no precision and no compilation, which the libraries would take up.
+
+    Raises:
+        UserError: it was.
+    """
+    for name in ("mixed_precision", "dynamo_backend"):
+        if os.environ.get(f"ACCELERATE_{name.upper()}", "no").lower() != "no":
+            raise UserError(OWNED, file=launch.config_file, key=name)
+
+
 def open_accelerator(
     launch: Launch, *, report_to: list[str] | None = None, logging_dir: Path | None = None
 ) -> Accelerator:
@@ -58,27 +71,41 @@ def open_accelerator(
         Fault: what runs is not what was asked for.
     """
     require_determinism()
-    asked = _asked(launch)
+    require_own_precision(launch)
     accelerator = Accelerator(
-        cpu=asked.cpu, mixed_precision="no", log_with=report_to or None, project_dir=logging_dir and str(logging_dir)
+        cpu=_asked(launch).cpu,
+        mixed_precision="no",
+        log_with=report_to or None,
+        project_dir=logging_dir and str(logging_dir),
     )
     installed = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     for name in report_to or []:
         if name not in installed:
             raise UserError(f"tracker {name!r} is not installed", key="report_to")
-    if accelerator.num_processes != launch.num_processes:
+    require_launched(launch, accelerator.num_processes, accelerator.device)
+    return accelerator
+
+
+def require_launched(launch: Launch, num_processes: int, device: torch.device) -> None:
+    """See that the processes that run, and where, are those that `launch` asks for.
+
+    Raises:
+        UserError: the accelerate configuration sets what is the stage's.
+        Fault: they are others.
+    """
+    asked = _asked(launch)
+    if num_processes != launch.num_processes:
         raise Fault(
-            f"{launch.num_processes} processes were asked for, and {accelerator.num_processes} run",
+            f"{launch.num_processes} processes were asked for, and {num_processes} run",
             file=launch.config_file,
             key="launch.num_processes",
             hint="on a CPU, several processes take distributed_type: MULTI_GPU with use_cpu: true",
         )
-    if asked.cpu != (accelerator.device.type == "cpu"):
-        raise Fault(f"the CPU was asked for: {asked.cpu}, and {accelerator.device} runs", file=launch.config_file)
-    return accelerator
+    if asked.cpu != (device.type == "cpu"):
+        raise Fault(f"the CPU was asked for: {asked.cpu}, and {device} runs", file=launch.config_file)
 
 
-def require_wrapped(model: nn.Module, accelerator: Accelerator, launch: Launch) -> None:
+def require_wrapped(model: nn.Module, num_processes: int, launch: Launch) -> None:
     """See that a prepared model is wrapped for the processes that run.
 
     Raises:
@@ -87,13 +114,13 @@ def require_wrapped(model: nn.Module, accelerator: Accelerator, launch: Launch) 
     sharded, kind = is_sharded(model), type(model).__name__
     if _asked(launch).sharded != sharded:
         raise Fault(f"FSDP was asked for: {not sharded}, and {kind} runs", file=launch.config_file, key="launch")
-    if accelerator.num_processes > 1 and not sharded and not isinstance(model, DistributedDataParallel):
-        raise Fault(f"{accelerator.num_processes} processes run, each with a {kind} of its own", key="launch")
+    if num_processes > 1 and not sharded and not isinstance(model, DistributedDataParallel):
+        raise Fault(f"{num_processes} processes run, each with a {kind} of its own", key="launch")
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's weights lie in shards over the processes."""
-    return isinstance(model, FSDPModule | FullyShardedDataParallel)
+    return isinstance(model, FSDPModule)
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
@@ -132,16 +159,25 @@ def resolve_compile(asked: str, flops: float, device: torch.device) -> tuple[boo
 
 
 def _asked(launch: Launch) -> Asked:
-    """What the launch's accelerate configuration asks for, or this machine's own devices."""
+    """What the launch's accelerate configuration asks for, or this machine's own devices.
+
+    A person's own `accelerate launch` is known by what it sets in the environment.
+    """
     no_accelerator = not torch.cuda.is_available()
     if launch.config_file is None:
-        return Asked(cpu=no_accelerator, sharded=False)
+        return Asked(
+            os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or no_accelerator,
+            os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
+        )
     file = Path(launch.config_file)
     try:
         settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"can't be read as YAML: {error}", file=file, key="launch.config_file") from error
-    for name, own in (("mixed_precision", "precision"), ("dynamo_config", "compile")):
+    for name in ("mixed_precision", "dynamo_config"):
         if settings.get(name) not in (None, "no", {}):
-            raise UserError(f"is the stage's own key {own!r}", file=file, key=name)
-    return Asked(bool(settings.get("use_cpu", no_accelerator)), settings.get("distributed_type") == "FSDP")
+            raise UserError(OWNED, file=file, key=name)
+    sharded = settings.get("distributed_type") == "FSDP"
+    if sharded and (settings.get("fsdp_config") or {}).get("fsdp_version") != 2:
+        raise UserError("must be 2: FSDP's first version is not supported", file=file, key="fsdp_config.fsdp_version")
+    return Asked(bool(settings.get("use_cpu", no_accelerator)), sharded)

@@ -46,13 +46,31 @@ def test_without_a_compiler_on_is_an_error_and_auto_says_why_not(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("setting", "own"),
-    [({"mixed_precision": "bf16"}, "precision"), ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "compile")],
+    ("name", "value"), [("mixed_precision", "bf16"), ("dynamo_config", {"dynamo_backend": "INDUCTOR"})]
 )
-def test_what_is_the_stages_own_is_refused_in_an_accelerate_configuration(tmp_path, setting, own):
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"use_cpu": True, **setting}))
-    with pytest.raises(UserError, match=f"is the stage's own key '{own}'"):
+def test_what_is_the_stages_own_is_refused_in_an_accelerate_configuration(tmp_path, name, value):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"use_cpu": True, name: value}))
+    with pytest.raises(UserError, match=f"a.yaml: {name}: precision and compilation are the stage's own"):
         device.open_accelerator(Launch(config_file=str(tmp_path / "a.yaml")))
+
+
+@pytest.mark.parametrize(("name", "value"), [("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "INDUCTOR")])
+def test_what_is_the_stages_own_is_refused_of_a_persons_own_launch(monkeypatch, name, value):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=f"{name.lower()}: precision and compilation are the stage's own"):
+        device.open_accelerator(Launch())
+
+
+def test_what_would_give_other_bits_when_run_again_is_refused_by_torch():
+    device.open_accelerator(Launch())
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_the_first_version_of_fsdp_is_refused(tmp_path):
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump({"use_cpu": True, "distributed_type": "FSDP"}))
+    with pytest.raises(UserError, match=r"fsdp_config\.fsdp_version: must be 2"):
+        device.open_accelerator(Launch(config_file=str(tmp_path / "fsdp.yaml")))
 
 
 def test_processes_that_do_not_run_are_noticed():
@@ -61,19 +79,17 @@ def test_processes_that_do_not_run_are_noticed():
 
 
 def test_a_sharding_that_was_asked_for_and_does_not_run_is_noticed(tmp_path):
-    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump({"use_cpu": True, "distributed_type": "FSDP"}))
+    asked = {"use_cpu": True, "distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(asked))
     launch = Launch(config_file=str(tmp_path / "fsdp.yaml"))
     accelerator = device.open_accelerator(launch)
     with pytest.raises(Fault, match="FSDP was asked for: True, and Linear runs"):
-        device.require_wrapped(accelerator.prepare(nn.Linear(2, 2)), accelerator, launch)
+        device.require_wrapped(accelerator.prepare(nn.Linear(2, 2)), 1, launch)
 
 
 def test_a_model_left_unwrapped_beside_other_processes_is_noticed():
-    class Two:
-        num_processes = 2
-
     with pytest.raises(Fault, match="2 processes run, each with a Linear of its own"):
-        device.require_wrapped(nn.Linear(2, 2), Two(), Launch(num_processes=2))
+        device.require_wrapped(nn.Linear(2, 2), 2, Launch(num_processes=2))
 
 
 def test_the_configurations_that_are_shipped_leave_the_stages_keys_to_the_stage():

@@ -93,7 +93,7 @@ def test_an_adapter_starts_at_its_reference_and_learns_to_prefer(
     assert metrics["tokens"] == rows[-1]["tokens"]
     assert sorted(path.name for path in context.out.iterdir()) == [
         *("adapter_config.json", "adapter_model.safetensors", "base_model.json", "chat_template.jinja"),
-        *("metrics.jsonl", "tokenizer.json", "tokenizer_config.json"),
+        *("metrics.jsonl", "tokenizer.json", "tokenizer_config.json", "training.json"),
     ]
     weights = load_file(context.out / "adapter_model.safetensors")
     assert all(weights[name].abs().max() > 0 for name in weights if "lora_B" in name)
@@ -357,7 +357,8 @@ def test_two_processes_train_as_one(
     one, two = new_context("one"), new_context("two")
     asked = config(model_folder, pairs_file)
     preference.run(asked, one)
-    job = {"out": str(two.out), "seed": two.seed, "events": str(two.events), "config": asked.model_dump(mode="json")}
+    keys = {**asked.model_dump(mode="json"), "launch": {"num_processes": 2}}
+    job = {"out": str(two.out), "seed": two.seed, "events": str(two.events), "config": keys}
     (tmp_path / "job.json").write_text(json.dumps(job))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     ended = subprocess.run(

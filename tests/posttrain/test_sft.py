@@ -147,6 +147,7 @@ def test_it_learns_the_answers_and_leaves_a_plain_model(model_folder: Path, tmp_
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training.json",
     ]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(context.out), AutoTokenizer.from_pretrained(context.out)
     assert set(model.generation_config.eos_token_id) == {

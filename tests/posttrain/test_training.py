@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from chat_samples import some_chats, write_parquet
 from transformers import AutoModelForCausalLM
 
 from cordee import files
-from cordee.errors import Fault, Stopped
+from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
 from posttrain import sft, training
 
@@ -202,17 +201,54 @@ def test_a_loss_that_is_no_number_ends_the_run(model_folder: Path, data: Path, t
         sft.run(sft.Config.model_validate(given), at(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("processes", "fsdp", "problem"),
-    [(2, "", "2 processes run, but the model is a bare Linear"), (1, "true", "FSDP was asked for, but")],
-)
-def test_a_model_that_is_not_wrapped_as_asked_is_a_fault(
-    monkeypatch: pytest.MonkeyPatch, processes: int, fsdp: str, problem: str
+def test_a_run_killed_before_it_is_published_does_not_train_again(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
-    bare = SimpleNamespace(model_wrapped=torch.nn.Linear(2, 2), accelerator=SimpleNamespace(num_processes=processes))
-    with pytest.raises(Fault, match=problem):
-        training._check_wrapping(bare)
-    if processes == 1:
-        monkeypatch.delenv("ACCELERATE_USE_FSDP")
-        training._check_wrapping(bare)
+    config, context = sft.Config.model_validate(keys(model_folder, data)), at(tmp_path)
+
+    write = files.write_json
+
+    def write_and_die(path: Path, value: Any) -> None:
+        write(path, value)
+        if path.name == "training.json":
+            raise KeyboardInterrupt
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as planted:
+        planted.setattr(files, "write_json", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(config, context)
+    assert (context.out / "resume").is_dir()
+    written = {name: value for name, value in content(context.out).items() if not name.startswith("resume/")}
+    monkeypatch.setattr(training, "train", never)
+    assert sft.run(config, context)["steps"] == STEPS
+    assert content(context.out) == written
+    assert not (context.out / "resume").exists()
+
+
+def test_processes_that_were_asked_for_and_do_not_run_are_a_fault(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    config = sft.Config.model_validate({**keys(model_folder, data), "launch": {"num_processes": 2}})
+    with pytest.raises(Fault, match=r"launch\.num_processes: 2 processes were asked for, and 1 run"):
+        sft.run(config, at(tmp_path))
+
+
+def test_a_precision_that_only_the_launcher_was_told_is_refused(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match="mixed_precision: precision and compilation are the stage's own"):
+        sft.run(sft.Config.model_validate(keys(model_folder, data)), at(tmp_path))
+
+
+def test_a_sharding_that_was_asked_for_and_does_not_run_is_a_fault(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = tmp_path / "fsdp.yaml"
+    settings.write_text("{use_cpu: true, distributed_type: FSDP, fsdp_config: {fsdp_version: 2}}")
+    config = sft.Config.model_validate({**keys(model_folder, data), "launch": {"config_file": str(settings)}})
+    with pytest.raises(Fault, match="FSDP was asked for: True, and ApertusForCausalLM runs"):
+        sft.run(config, at(tmp_path))

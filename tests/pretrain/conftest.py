@@ -90,11 +90,14 @@ def job(tmp_path: Path, make_tokens: Callable[..., Path]) -> Callable[..., Path]
 @pytest.fixture
 def trained(job: Callable[..., Path]) -> Callable[..., tuple[Path, dict[str, object]]]:
     """Trains in this process: `out, metrics = trained("a", max_steps=6)`; called again it goes on."""
+    from accelerate.state import AcceleratorState
+
     from cordee import worker
     from cordee.stage import Context
     from pretrain import train
 
     def call(name: str, **keys: object) -> tuple[Path, dict[str, object]]:
+        AcceleratorState._reset_state(reset_partial_state=True)  # it is one for the process, and others leave theirs
         folder = job(name, **keys)
         told = json.loads((folder / "job.json").read_text())
         context = Context(out=folder / "out", seed=told["seed"], events=folder / "events.jsonl")

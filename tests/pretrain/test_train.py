@@ -207,6 +207,14 @@ def test_a_compiled_training_in_bfloat16_stays_near_the_eager_one_in_float32(tra
     )
 
 
+def test_a_compiled_training_ends_in_the_same_bits_each_time(trained):
+    """Without deterministic algorithms, threads add up an embedding's gradient in whatever order they come."""
+    keys = {"compile": "on", "max_steps": 3, "per_device_train_batch_size": 16, "global_batch_size": 64}
+    (one, _), (other, _) = trained("one", **keys), trained("other", **keys)
+    assert rows(one, "grad_norm") == rows(other, "grad_norm")
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
 def test_two_processes_train_the_model_that_one_trains(trained, job):
     one, _ = trained("one", max_steps=3, save_steps=[1])
     settings = ROOT / "configs/accelerate/cpu-2.yaml"
@@ -242,6 +250,30 @@ def test_a_stop_is_saved_and_the_next_run_goes_on(trained, tmp_path):
     (tmp_path / "a" / "stop").unlink()
     out, _ = trained("a")
     assert rows(out, "loss") == rows(whole, "loss")
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_stop_before_anything_was_logged_is_saved_and_the_run_goes_on(trained, tmp_path):
+    whole, metrics = trained("whole", logging_steps=10)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "stop").touch()
+    with pytest.raises(Stopped, match="step 1 of 6"):
+        trained("a", logging_steps=10)
+    (tmp_path / "a" / "stop").unlink()
+    out, again = trained("a", logging_steps=10)
+    assert (again["loss"], rows(out, "loss")) == (metrics["loss"], rows(whole, "loss"))
+
+
+def test_a_training_goes_on_in_the_precision_in_which_it_began(trained, tmp_path):
+    """As where `auto` finds another one on the machine that goes on."""
+    whole, _ = trained("whole", precision="bfloat16")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "stop").touch()
+    with pytest.raises(Stopped):
+        trained("a", precision="bfloat16")
+    (tmp_path / "a" / "stop").unlink()
+    out, metrics = trained("a", precision="float32")
+    assert metrics["precision"] == "bfloat16"
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
