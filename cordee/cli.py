@@ -120,22 +120,25 @@ def report(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RU
 @_command
 def prove_(
     recipe_file: RecipeFile,
-    proofs: Annotated[list[str] | None, typer.Argument(help="which ones (all); stage.key=value changes a key")] = None,
+    proofs: Annotated[list[str] | None, typer.Argument(help="which (all that apply); or stage.key=value")] = None,
     runs: Runs = RUNS,
 ) -> None:
     """Prove a claim on your own recipe and machine; each certificate is an artifact and stands in the report."""
     from cordee import plan, prove, recipe, runner, show
     from cordee.artifact import Store
 
-    names = [word for word in proofs or [] if "=" not in word] or sorted(prove.find())
+    names = [word for word in proofs or [] if "=" not in word]
     overrides = [word for word in proofs or [] if "=" in word]
     loaded, store, out = recipe.load(recipe_file, overrides), Store(runs), _console()
+    if not names:
+        apply, others = prove.sort(loaded)
+        names = [proof.name for proof in apply]
+        show.left_out(out, others)
     for name in names:
         for made, proven in prove.plans(loaded, store, name):
             show.certificate(out, runner.run(made, out, proves=proven)[made.stages[-1].name])
     made = plan.make(loaded, store)
-    waiting = {planned.name for planned in made.stages if planned.state != "done"}
-    if waiting and waiting <= made.reports():
+    if {planned.item.stage.uses for planned in made.stages if planned.state != "done"} == {plan.REPORT}:
         show.reports(out, runner.run(made, out).values())
 
 

@@ -11,11 +11,14 @@ Three marks carry the meaning that a plan needs:
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PosixPath
+from pathlib import Path, PosixPath
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
 from pydantic_core import CoreSchema, core_schema
+
+from cordee import yaml12
+from cordee.errors import UserError, nearest
 
 
 class Input(PosixPath):
@@ -49,7 +52,20 @@ class Library:
 class Config(BaseModel):
     """Base of every stage's `Config` and of the mappings nested in it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class MisfitError(UserError):
+    """A value of the right type that doesn't fit the other keys, or this machine.
+
+    A validator raises it; it keeps its parts, so that a recipe can say in which file and stage the key stands.
+    """
+
+    def __init__(self, problem: str, *, key: str, hint: str = "") -> None:
+        super().__init__(problem, key=key, hint=hint)
+        self.problem, self.key, self.hint = problem, key, hint
 
 
 class Launch(Config):
@@ -60,12 +76,44 @@ class Launch(Config):
     config_file: str | None = None
     """An accelerate configuration (FSDP, several machines); `num_processes` above still holds."""
 
+    @field_validator("config_file")
+    @classmethod
+    def _can_be_read(cls, name: str | None) -> str | None:
+        """See that accelerate will find a mapping there: it would end in a stack trace otherwise."""
+        file = Path(name) if name is not None else None
+        if file and not file.is_file():
+            beside = [str(path) for path in file.parent.glob("*.yaml")]
+            hint = nearest(str(file), beside) if beside else f"looked in {Path.cwd()}"
+            raise MisfitError(f"no file {name!r}", key="launch.config_file", hint=hint)
+        if file:
+            yaml12.read(file, key="launch.config_file")
+        return name
+
 
 class TrainingConfig(Config):
     """Base of the stages that train: started by `accelerate launch`."""
 
     launch: Execution[Launch] = Launch()
     """Processes and devices; the result is the same, to tolerance, at any of them."""
+
+
+def require_whole_batches(global_batch_size: int, at_once: int, num_processes: int) -> None:
+    """See that so many processes, each with `at_once` rows, make up a global batch in whole passes.
+
+    Raises:
+        MisfitError: they don't; says what would.
+    """
+    if global_batch_size % (at_once * num_processes) == 0:
+        return
+    each, left = divmod(global_batch_size, num_processes)
+    if left or not each:
+        hint = f"no per_device_train_batch_size does: {num_processes} processes have to divide it"
+    else:
+        fits = next(rows for rows in range(min(at_once, each), 0, -1) if each % rows == 0)
+        hint = f"per_device_train_batch_size={fits} would do"
+    processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
+    problem = f"{global_batch_size} rows can't be divided by {at_once} rows in each of {processes}"
+    raise MisfitError(problem, key="global_batch_size", hint=hint)
 
 
 def is_execution(model: type[Config], field: str) -> bool:

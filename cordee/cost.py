@@ -26,8 +26,12 @@ class Cost:
     """Documents, chats or pairs that the stage hands on."""
 
 
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""The fields of a model's config that its size follows from."""
+
+
 def decoder_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
-    """Parameters of an Apertus decoder from its config.
+    """Parameters of an Apertus decoder from its config, which holds all of `SHAPE`.
 
     Per layer: attention `q, k, v, o`, QK-norms, the two matrices of a non-gated MLP, xIELU's two scalars
     (its `beta` and `eps` are fixed) and two RMSNorms; then the last norm, the embedding, and the output head.

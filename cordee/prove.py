@@ -48,6 +48,23 @@ def _constant(path: Path, name: str) -> str:
     raise TypeError(f"{path} holds no {name}")
 
 
+def sort(of: Recipe) -> tuple[list[Proof], list[Proof]]:
+    """The proofs that speak of a stage of this recipe, and those that don't.
+
+    Raises:
+        UserError: none does.
+    """
+    used = {item.stage.uses for item in of.stages}
+    proofs = [proof for _, proof in sorted(find().items())]
+    apply, others = [one for one in proofs if one.proves in used], [one for one in proofs if one.proves not in used]
+    if not apply:
+        known = ", ".join(proof.proves for proof in others)
+        raise UserError(
+            "has no stage that a proof speaks of", file=of.file, key="stages", hint=f"they speak of {known}"
+        )
+    return apply, others
+
+
 def plans(of: Recipe, store: Store, name: str) -> list[tuple[plan.Plan, str]]:
     """For each stage that a proof speaks of: the recipe up to it with the proof as last stage, and its fingerprint.
 

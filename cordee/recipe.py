@@ -1,9 +1,6 @@
-"""A recipe: a YAML file with a name, a seed, and stages; here it becomes typed, or one line says what is wrong.
+"""A recipe: a YAML file with a name, a seed, and stages; here it becomes typed, or one line says what is wrong."""
 
-YAML is read as version 1.2 has it: `no` is a word (a language's code), `1e-3` is a number, and a key that
-stands twice is an error.
-"""
-
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +10,14 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from cordee import peek, stage
-from cordee.config import Config, inputs, libraries
+from cordee import peek, stage, yaml12
+from cordee.config import Config, MisfitError, inputs, libraries
 from cordee.errors import UserError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 CERTIFICATES = "$certificates"
+SEEDS = 2**32
+"""How many there are: NumPy takes no others."""
 
 
 @dataclass(frozen=True)
@@ -46,70 +45,7 @@ class Recipe:
     """Libraries whose keys could not be checked, since they are not installed here."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, without keys that stand twice."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp", ":int"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), [*"-+0123456789"])
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    [*"-+.0123456789"],
-)
-
-
-def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    keys = [key.value for key, _ in node.value]
-    for key, _ in reversed(node.value):
-        if keys.count(key.value) > 1:
-            raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        UserError: it is not there, is no UTF-8, no YAML or no mapping.
-    """
-    try:
-        value = parse_yaml(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        beside = [path.name for path in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        raise UserError(error.strerror or str(error), file=file, hint=nearest(file.name, beside)) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"no UTF-8 at byte {error.start}", file=file) from error
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"no valid YAML: {error.problem}", file=f"{file}{line}") from error
-    if not isinstance(value, dict):
-        raise UserError("holds no mapping", file=file)
-    return value
-
-
-def parse_yaml(text: str) -> Any:
-    """The value that a piece of YAML spells."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - the loader is a SafeLoader
+read_yaml = yaml12.read
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -118,7 +54,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: anything about it is wrong; nothing was started.
     """
-    document = read_yaml(path)
+    document = yaml12.read(path)
     for override in overrides:
         apply_override(document, override)
     return check(document, path)
@@ -141,7 +77,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
         else:
             raise UserError(f"nothing to set below {part!r}", file="command line", key=key)
     try:
-        value = parse_yaml(text)
+        value = yaml12.parse(text)
     except yaml.YAMLError as error:
         raise UserError(f"{text!r} is no YAML value", file="command line", key=key) from error
     if isinstance(place, list) and parts[-1].isdecimal() and int(parts[-1]) < len(place):
@@ -164,6 +100,8 @@ def check(document: dict[str, Any], file: Path) -> Recipe:
         raise UserError(f"must be a word of letters, digits, '-' and '_', not {name!r}", file=file, key="name")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise UserError(f"must be a whole number, not {seed!r}", file=file, key="seed")
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"must be at least 0 and less than {SEEDS}, not {seed}", file=file, key="seed")
     if not (isinstance(stages, dict) and stages):
         raise UserError("must be a mapping of at least one stage", file=file, key="stages")
     checked = {str(key): _check_stage(str(key), value, stages, file) for key, value in stages.items()}
@@ -194,12 +132,16 @@ def validate(model: type[Config], values: dict[str, Any], file: object, key: str
     """Check a stage's keys against its `Config`, and those for a library against the library's dataclass."""
     try:
         config = model.model_validate(values)
+    except MisfitError as error:
+        raise UserError(error.problem, file=file, key=f"{key}.{error.key}", hint=error.hint) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([key, *map(str, first["loc"])])
         if first["type"] == "extra_forbidden":
             hint = nearest(str(first["loc"][-1]), _fields_at(model, first["loc"][:-1]))
             raise UserError("unknown key", file=file, key=place, hint=hint) from error
+        if first["type"] == "value_error":  # what a validator of ours says is whole, and its input all the keys
+            raise UserError(str(first["ctx"]["error"]), file=file, key=place) from error
         problem = "missing" if first["type"] == "missing" else f"{first['msg']}, not {first['input']!r}"
         raise UserError(problem, file=file, key=place) from error
     for field, mark in libraries(model):
@@ -222,10 +164,15 @@ def _check_library_key(
         )
     if name not in known:
         raise UserError("unknown key", file=file, key=key, hint=nearest(name, set(known) - set(owned)))
-    try:
-        TypeAdapter(known[name]).validate_python(value)
+    try:  # strictly, since the library is given the value as it stands; as JSON, in which a list may be a tuple
+        TypeAdapter(known[name]).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
-        raise UserError(f"{error.errors()[0]['msg']}, not {value!r}", file=file, key=key) from error
+        first = error.errors()[0]
+        hint = "write true or false" if first["type"] == "bool_type" else ""
+        raise UserError(f"{first['msg']}, not {value!r}", file=file, key=key, hint=hint) from error
+    except (TypeError, ValueError) as error:  # .inf and .nan, and what YAML's tags can make: dates, bytes, sets
+        problem = f"must be a finite number, a word, a list or a mapping, not {value!r}"
+        raise UserError(problem, file=file, key=key) from error
 
 
 def _fields_at(model: type[Config], loc: Sequence[int | str]) -> list[str]:

@@ -13,6 +13,7 @@ from cordee.artifact import Artifact
 from cordee.display import duration, progress_line
 from cordee.lineage import Step
 from cordee.plan import Plan, Planned
+from cordee.prove import Proof
 
 # Without a measurement to go by: what one core, or one GPU, reaches in training.
 ROUGH_CORE_FLOPS_PER_S = 5e10
@@ -151,6 +152,12 @@ def lineage_tree(steps: Iterable[Step]) -> Tree:
         branches = branches[: step.depth]
         branches.append(branches[-1].add(text) if branches else Tree(text))
     return branches[0]
+
+
+def left_out(out: Console, proofs: Iterable[Proof]) -> None:
+    """Say which proofs have nothing to speak of in a recipe."""
+    for proof in proofs:
+        out.print(f"{proof.name}: left out, no stage uses {proof.proves}", highlight=False, soft_wrap=True)
 
 
 def certificate(out: Console, made: Artifact) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cordee import files
-from cordee.config import Execution, Input, TrainingConfig
+from cordee.config import Execution, Input, TrainingConfig, require_whole_batches
 from cordee.cost import Cost, training_bytes, training_flops
 
 OWNED = (
@@ -53,6 +53,11 @@ class TrlConfig(TrainingConfig):
     """Optimizer steps from one resume point to the next."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Any field of the library's own config; each stage names the dataclass that checks it."""
+
+    @model_validator(mode="after")
+    def _batches_are_whole(self) -> "TrlConfig":
+        require_whole_batches(self.global_batch_size, self.per_device_train_batch_size, self.launch.num_processes)
+        return self
 
 
 def training_cost(config: TrlConfig, given: Mapping[str, Cost], tokens: float | None, forwards: float = 1.0) -> Cost:

@@ -51,20 +51,14 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
         ours: further fields that the stage sets, over the recipe's.
 
     Raises:
-        UserError: the batch can't be divided, or the library refuses a value.
+        UserError: the library refuses a value, or `accelerate launch` was told what is the stage's own.
+        Fault: other processes run than were asked for.
     """
     _set_up_libraries()
     device.require_own_precision(config.launch)
     given: dict[str, Any] = dict(config.trainer)
     given.pop("model_init_kwargs", None)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    at_once = config.per_device_train_batch_size * processes
-    if config.global_batch_size % at_once:
-        raise UserError(
-            f"{config.global_batch_size} rows can't be divided by {config.per_device_train_batch_size} rows on each of "
-            f"{processes} processes",
-            key="global_batch_size",
-        )
+    at_once = config.per_device_train_batch_size * config.launch.num_processes
     settings = {
         "gradient_checkpointing": False,
         **given,

@@ -46,10 +46,6 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     transformers.utils.logging.disable_progress_bar()
     launch, tokens = settings.launch, data.folders[0]
     accelerator = device.open_accelerator(launch, report_to=settings.report_to, logging_dir=context.out / "logs")
-    at_once = settings.per_device_train_batch_size * accelerator.num_processes
-    if settings.global_batch_size % at_once:
-        problem = f"{settings.global_batch_size} rows are no multiple of the {at_once} that the processes take at once"
-        raise UserError(problem, key="global_batch_size", hint="per_device_train_batch_size can be lowered")
     mixture, heldout = _open_data(data, settings.sequence_length, context.seed)
     built = build(model, tokens, settings.sequence_length, context.seed)
     if accelerator.is_main_process:

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cordee import files
+from cordee import files, yaml12
 from cordee.compute.model import open_model, open_tokenizer
 from cordee.errors import Fault, UserError, nearest
 from pretrain.loader import IGNORED
@@ -78,12 +77,7 @@ def build(source: Path, tokens: Path, sequence_length: int, seed: int) -> PreTra
 
 def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
     """The config that a YAML stands for; its vocabulary is that of the tokens where it names none."""
-    try:
-        fields = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"is no YAML: {error}", file=source, key="model") from error
-    if not isinstance(fields, dict):
-        raise UserError("holds no mapping of config fields", file=source, key="model")
+    fields = yaml12.read(source, key="model")
     kind = fields.pop("model_type", "apertus")
     if kind not in CONFIG_MAPPING:
         raise UserError(f"no architecture {kind!r}", file=source, key="model_type", hint=nearest(kind, CONFIG_MAPPING))

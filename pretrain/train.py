@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
-from cordee import files, worker
+from cordee import files, worker, yaml12
 from cordee.config import Config as BaseConfig
 from cordee.config import Input
-from cordee.cost import Cost, decoder_parameters, training_bytes, training_flops
+from cordee.cost import SHAPE, Cost, decoder_parameters, training_bytes, training_flops
+from cordee.errors import UserError
 from cordee.stage import Context
 from pretrain.settings import Settings
 
@@ -43,13 +43,18 @@ class Config(Settings):
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
-    """Tokens, FLOPs, parameters and memory; padding is counted as tokens."""
+    """Tokens, FLOPs, parameters and memory; padding is counted as tokens.
+
+    Raises:
+        UserError: the model's YAML is none, or a field of its shape is no number.
+    """
     tokens = float(config.max_steps * config.global_batch_size * config.sequence_length)
     fields = _model_fields(config.model)
     vocab_size = fields.get("vocab_size") or given.get("data.0.tokens", Cost()).vocab_size
     if vocab_size is None and (described := config.data[0].tokens / "tokens.json").is_file():
         vocab_size = files.read_json(described)["vocab_size"]
-    if not vocab_size or fields.get("model_type", "apertus") != "apertus" or "hidden_size" not in fields:
+    # what a model's YAML leaves out is transformers' default, which is not known here
+    if not vocab_size or fields.get("model_type", "apertus") != "apertus" or any(name not in fields for name in SHAPE):
         return Cost(tokens=tokens, vocab_size=vocab_size)
     parameters = decoder_parameters(fields, vocab_size)
     layers, width = fields["num_hidden_layers"], fields["hidden_size"]
@@ -67,7 +72,12 @@ def _model_fields(model: Path) -> dict[str, Any]:
     """The fields of a model's config, or none where it is not there yet."""
     if (model / "config.json").is_file():
         return files.read_json(model / "config.json")
-    return yaml.safe_load(model.read_text(encoding="utf-8")) if model.is_file() else {}
+    fields = yaml12.read(model, key="model") if model.is_file() else {}
+    for name in ("vocab_size", *SHAPE):
+        value = fields.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"must be a whole number of at least 1, not {value!r}", file=model, key=name)
+    return fields
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
