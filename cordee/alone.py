@@ -4,7 +4,7 @@ FILE holds the stage's keys; the result is published as `runs/<file's name>/<sta
 this one stage would publish it. The main process opens and publishes; the others wait for its word.
 """
 
-import datetime as dt
+import json
 import os
 import resource
 import threading
@@ -15,13 +15,18 @@ from typing import Any
 
 from rich.console import Console
 
-from cordee import artifact, config, files, lock, plan, recipe, runner
+from cordee import artifact, config, files, lock, plan, recipe, runner, yaml12
 from cordee.artifact import Store, Work
 from cordee.display import Display
 from cordee.errors import Fault
 from cordee.stage import Context
 
 WAIT_S = 600.0
+LAUNCH = (
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_JOB_ID", "SLURM_STEP_ID"),
+)
+"""The variables in which launchers tell one launch from another."""
 
 
 def run(
@@ -49,7 +54,7 @@ def run(
     with lock.hold(root / made.recipe.name / f".{planned.name}.lock"):
         work = made.store.work_folders(made.recipe.name, planned.name, planned.fingerprint)
         work.out.mkdir(parents=True, exist_ok=True)
-        started = dt.datetime.now(dt.UTC)
+        told = runner.manifest(made, planned, {})
         job = runner.write_job(made, planned, work, config.resolved(planned.config, runner.resolve(made, planned, {})))
         files.write_text(work.logs / "launch", _launch())
         with Display(console) as display:
@@ -57,9 +62,9 @@ def run(
             metrics = _shown(
                 work, display, lambda: run_stage(type(planned.config).model_validate(job["config"]), _context(job))
             )
-            manifest = runner.manifest(made, planned, {}, metrics) | {
+            manifest = told | {
+                "metrics": metrics,
                 "proves": None,
-                "started": started.isoformat(timespec="seconds"),
                 "seconds": round(runner.worked_s(work), 3),
                 "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
@@ -68,11 +73,14 @@ def run(
 
 def _recipe(uses: str, file: Path, overrides: Sequence[str]) -> recipe.Recipe:
     """The recipe of one stage that a file of this stage's keys stands for."""
-    values = recipe.read_yaml(file)
+    values = yaml12.read(file)
     name, seed = uses.rpartition(".")[2], values.pop("seed", 0)
     document = {"name": file.stem, "seed": seed, "stages": {name: {"uses": uses, **values}}}
     for override in overrides:
         recipe.apply_override(document, override if override.startswith("seed=") else f"{name}.{override}")
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # the person's own launcher says how many
+        launch = document["stages"][name].setdefault("launch", {})
+        document["stages"][name]["launch"] = {"num_processes": processes, **launch}
     return recipe.check(document, file)
 
 
@@ -81,8 +89,11 @@ def _context(job: dict[str, Any]) -> Context:
 
 
 def _launch() -> str:
-    """What the processes of one launch have in common."""
-    return "/".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+    """What the processes of one launch have in common with each other, and with no earlier launch."""
+    environment = [os.environ.get(name, "") for name in LAUNCH]
+    # By default the variables say the same of every launch; on one machine the launcher's process tells them apart.
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return json.dumps([*environment, lock.owner(os.getppid()) if is_one_machine else None])
 
 
 def _await_job(made: plan.Plan, planned: plan.Planned) -> dict[str, Any]:

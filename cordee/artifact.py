@@ -36,6 +36,22 @@ class Artifact:
         """The SHA-256 of the identity it was made under."""
         return str(self.manifest["fingerprint"])
 
+    def holds(self, place: str) -> bool:
+        """Whether a file or folder is part of it, whatever lies in its folder besides."""
+        return any(_is_below(item["path"], place) for item in self.manifest["files"])
+
+    def at(self, place: str, *, file: object = None, key: str | None = None) -> Path:
+        """The path of a place in it.
+
+        Raises:
+            UserError: it holds no such place.
+        """
+        if not self.holds(place):
+            paths = [Path(item["path"]) for item in self.manifest["files"]]
+            known = {str(parent) for path in paths for parent in [path, *path.parents] if str(parent) != "."}
+            raise UserError(f"{self.name} has no {place!r}", file=file, key=key, hint=nearest(place, known))
+        return self.path / place
+
 
 @dataclass(frozen=True)
 class Store:
@@ -145,6 +161,10 @@ def publish(work: Work, manifest: dict[str, Any]) -> Artifact:
 
 def verify(artifact: Artifact, place: str = "") -> Iterator[str]:
     """Hash an artifact's files again (those below `place`) and say what differs from the manifest, line by line."""
+    root = artifact.path / place
+    if not artifact.holds(place):
+        yield f"{root}: is not in the manifest"
+        return
     listed = {item["path"]: item for item in artifact.manifest["files"] if _is_below(item["path"], place)}
     for name, item in listed.items():
         path = artifact.path / name
@@ -154,11 +174,10 @@ def verify(artifact: Artifact, place: str = "") -> Iterator[str]:
             yield f"{path}: has {path.stat().st_size} bytes, the manifest says {item['bytes']}"
         elif files.sha256(path) != item["sha256"]:
             yield f"{path}: its content differs from the manifest's SHA-256"
-    if not place:
-        for path in files.walk(artifact.path):
-            name = path.relative_to(artifact.path).as_posix()
-            if name not in listed and name != MANIFEST:
-                yield f"{path}: is not in the manifest"
+    for path in files.walk(root):
+        name = path.relative_to(artifact.path).as_posix()
+        if name not in listed and name != MANIFEST:
+            yield f"{path}: is not in the manifest"
 
 
 def _is_below(path: str, place: str) -> bool:

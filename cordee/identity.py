@@ -2,6 +2,9 @@
 
 The *identity* is a JSON value; its SHA-256 is the *fingerprint*. Fields marked `Execution` are left out. An
 `Input` stands in it as what it points to: `artifact <fingerprint>/<place>` or `content <sha256>`.
+
+A config's own fields, and what is handed to a library, have no order and are sorted; in any other mapping the order
+counts too (`models:` are evaluated in theirs), so it is written as it is.
 """
 
 import hashlib
@@ -10,17 +13,35 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cordee.config import Config, Input, is_execution
+from cordee.config import Config, Input, is_execution, libraries
+from cordee.errors import UserError
 
 
-def of_stage(uses: str, seed: int, config: Config, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """The identity of a stage; `inputs` says for each input's key what it points to."""
-    return {"uses": uses, "seed": seed, "config": _identity(config, "", inputs)}
+def of_stage(
+    uses: str, seed: int, config: Config, inputs: Mapping[str, str], place: tuple[object, str] = (None, "config")
+) -> dict[str, Any]:
+    """The identity of a stage.
+
+    Args:
+        uses: its module.
+        seed: the recipe's.
+        config: its keys.
+        inputs: for each input's key what it points to.
+        place: the file and key that an error names.
+
+    Raises:
+        UserError: a number is not finite.
+    """
+    found = _identity(config, "", inputs)
+    for key, leaf in _flat(found):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise UserError(f"must be a finite number, not {leaf}", file=place[0], key=f"{place[1]}.{key}")
+    return {"config": found, "seed": seed, "uses": uses}
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """The SHA-256 of an identity's canonical JSON."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """The SHA-256 of an identity's JSON, with its keys in the order in which `of_stage` writes them."""
+    text = json.dumps(identity, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -33,18 +54,23 @@ def _identity(value: Any, key: str, inputs: Mapping[str, str]) -> Any:
     if isinstance(value, Input):
         return inputs[key]
     if isinstance(value, Config):
-        return {
-            name: _identity(getattr(value, name), f"{key}.{name}".lstrip("."), inputs)
-            for name in type(value).model_fields
-            if not is_execution(type(value), name)
-        }
+        fields = sorted(name for name in type(value).model_fields if not is_execution(type(value), name))
+        found = {name: _identity(getattr(value, name), f"{key}.{name}".lstrip("."), inputs) for name in fields}
+        return found | {name: _sorted(found[name]) for name, _ in libraries(type(value)) if name in found}
     if isinstance(value, dict):
         return {str(name): _identity(item, f"{key}.{name}".lstrip("."), inputs) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_identity(item, f"{key}.{index}".lstrip("."), inputs) for index, item in enumerate(value)]
-    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(f"{key}: {value!r} can't be part of an identity")
+
+
+def _sorted(value: Any) -> Any:
+    """A JSON value with the keys of all its mappings sorted."""
+    if isinstance(value, dict):
+        return {name: _sorted(value[name]) for name in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value
 
 
 def execution(config: Config) -> dict[str, Any]:
@@ -62,6 +88,22 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     for key in sorted(before.keys() | after.keys()):
         if before.get(key, _NONE) != after.get(key, _NONE):
             yield f"{key.removeprefix('config.')} {_show(before.get(key, _NONE))} → {_show(after.get(key, _NONE))}"
+    yield from _orders(old["config"], new["config"])
+
+
+def _orders(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """The mappings whose keys changed places: `models order: base, sft → sft, base`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        before, after = [name for name in old if name in new], [name for name in new if name in old]
+        if before != after:
+            yield f"{key} order: {', '.join(before)} → {', '.join(after)}"
+        pairs = [(name, old[name], new[name]) for name in before]
+    elif isinstance(old, list) and isinstance(new, list):
+        pairs = [(str(index), *both) for index, both in enumerate(zip(old, new, strict=False))]
+    else:
+        return
+    for name, one, other in pairs:
+        yield from _orders(one, other, f"{key}.{name}".lstrip("."))
 
 
 _NONE = object()

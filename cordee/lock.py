@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cordee.errors import Fault
 
@@ -27,72 +28,114 @@ def hold(path: Path) -> Iterator[None]:
         Fault: someone else, alive, holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _create(path)
+    mine = json.dumps(owner(os.getpid()))
+    _create(path, mine)
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    heart = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
     heart.start()
     try:
         yield
     finally:
         ended.set()
         heart.join()
-        path.unlink(missing_ok=True)
+        if _is(path, mine):
+            path.unlink(missing_ok=True)
 
 
-def _create(path: Path) -> None:
+def owner(pid: int) -> dict[str, Any]:
+    """A process, told apart from every other one that had or will have its number."""
+    return {"host": platform.node(), "pid": pid, "started": _started(pid)}
+
+
+def is_gone(process: dict[str, Any]) -> bool:
+    """Whether a process has ended; of another host's this can't be told."""
+    return bool(process["host"] == platform.node() and _started(process["pid"]) != process["started"])
+
+
+def _create(path: Path, mine: str) -> None:
     """Create the lock's file, taking a dead owner's place once."""
-    owner = {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid())}
     for attempt in ("first", "after a dead owner"):
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            if attempt != "first" or not _is_dead(path):
-                raise Fault("another run holds this stage", file=path, hint=_holder(path)) from None
-            # Of several that find it dead, one wins the rename; the others meet the winner's new file.
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(path.with_name(f"{path.name}.dead.{os.getpid()}"))
-            path.with_name(f"{path.name}.dead.{os.getpid()}").unlink(missing_ok=True)
+            try:
+                found = _state(path)
+            except FileNotFoundError:  # its owner has just ended
+                continue
+            if attempt != "first" or not _is_dead(*found):
+                raise _held(path) from None
+            _take_away(path, found)
             continue
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(owner, file)
+            file.write(mine)
             file.flush()
             os.fsync(file.fileno())
         return
+    raise _held(path)
 
 
-def _is_dead(path: Path) -> bool:
+def _state(path: Path) -> tuple[int, str]:
+    """What tells one lock from the next one of the same name: its last heartbeat (ns) and its owner."""
+    return path.stat().st_mtime_ns, path.read_text(encoding="utf-8")
+
+
+def _is_dead(beat_ns: int, text: str) -> bool:
     """Whether a lock's owner is gone."""
+    silent_s = time.time() - beat_ns / 1e9
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        age_s = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return True
+        process = json.loads(text)
     except json.JSONDecodeError:  # created, and killed before its owner was written
-        return time.time() - path.stat().st_mtime > BEAT_S
-    if owner["host"] == platform.node():
-        return bool(_started(owner["pid"]) != owner["started"])
-    return age_s > DEAD_AFTER_S
+        return silent_s > BEAT_S
+    return is_gone(process) or (process["host"] != platform.node() and silent_s > DEAD_AFTER_S)
 
 
-def _holder(path: Path) -> str:
-    """Who holds a lock, for a person."""
+def _take_away(path: Path, dead: tuple[int, str]) -> None:
+    """Remove a dead owner's lock; where another process took its place meanwhile, that one's lock is put back.
+
+    Raises:
+        Fault: another process took it over.
+    """
+    moved = path.with_name(f"{path.name}.dead.{platform.node()}.{os.getpid()}")
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {owner['pid']} on {owner['host']}: wait for it, or stop it"
+        path.rename(moved)
+    except FileNotFoundError:
+        return
+    if _state(moved) != dead:
+        moved.rename(path)
+        raise _held(path)
+    moved.unlink()
+
+
+def _is(path: Path, mine: str) -> bool:
+    """Whether a lock is still this owner's."""
+    try:
+        return path.read_text(encoding="utf-8") == mine
+    except FileNotFoundError:
+        return False
+
+
+def _held(path: Path) -> Fault:
+    """The fault that names who holds a lock."""
+    try:
+        process = json.loads(path.read_text(encoding="utf-8"))
+        who = f"process {process['pid']} on {process['host']}: "
     except (OSError, json.JSONDecodeError):
-        return "wait for it, or stop it"
+        who = ""
+    return Fault("another run holds this stage", file=path, hint=f"{who}wait for it, or stop it")
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host was started (in clock ticks since boot), None if there is none."""
+    """When a process of this host was started (in clock ticks since boot), None if there is none that lives."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
+    return None if state in "ZX" else fields[18]  # a zombie has ended, and waits only to be counted
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _beat(path: Path, mine: str, ended: threading.Event) -> None:
     """Touch the lock's file until the block ends."""
     while not ended.wait(BEAT_S):
         with contextlib.suppress(FileNotFoundError):
-            os.utime(path)
+            if _is(path, mine):
+                os.utime(path)

@@ -7,6 +7,7 @@ identity (the plan says which keys differ), and *ready* when it was never made. 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def _planned(
     """One stage's state and cost."""
     config, sources = read
     pointed = {key: source.identity for key, source in sources.items()}
-    stands_for = identity.of_stage(item.stage.uses, recipe.seed, config, pointed)
+    place = (recipe.file, f"stages.{item.name}")
+    stands_for = identity.of_stage(item.stage.uses, recipe.seed, config, pointed, place)
     fingerprint = identity.fingerprint(stands_for)
     artifact = next((one for one in made if one.fingerprint == fingerprint), None)
     earlier = [one for one in made if (one.manifest["recipe"], one.manifest["stage"]) == (recipe.name, item.name)]
@@ -188,31 +190,37 @@ def _source(
 ) -> Source:
     """Find what an input points to."""
     text, (file, key) = str(value), place
+    match = REFERENCE.fullmatch(text)
+    if (text.startswith("$") or match) and ".." in value.parts:
+        hint = "name another artifact as $stage or recipe/stage@version"
+        raise UserError(f"{text!r} leads out of the artifact", file=file, key=key, hint=hint)
     if text.startswith("$"):
         name, _, inside = text[1:].partition("/")
+        if name not in planned:
+            raise UserError(
+                f"{text} is no single artifact", file=file, key=key, hint="it can stand in a list of inputs"
+            )
         stage = planned[name]
-        path = stage.artifact.path / inside if stage.artifact else None
-        if path and not path.exists():
-            raise UserError(f"{stage.name} has no {inside!r}", file=file, key=key, hint=_inside(stage.artifact, inside))
+        path = stage.artifact.at(inside, file=file, key=key) if stage.artifact else None
         return Source(f"artifact {stage.fingerprint}/{inside}".rstrip("/"), name, stage.artifact, path, inside)
-    if match := REFERENCE.fullmatch(text):
+    if match:
         artifact, inside = store.open(text), match["place"] or ""
-        if not (artifact.path / inside).exists():
-            raise UserError(f"has no {inside!r}", file=file, key=key, hint=_inside(artifact, inside))
-        identified = f"artifact {artifact.fingerprint}/{inside}".rstrip("/")
-        return Source(identified, None, artifact, artifact.path / inside, inside)
+        path = artifact.at(inside, file=file, key=key)
+        return Source(f"artifact {artifact.fingerprint}/{inside}".rstrip("/"), None, artifact, path, inside)
     path = Path(text)
     if not path.exists():
         beside = [str(path.parent / name.name) for name in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(text, beside) if beside else f"looked in {Path.cwd()}"
         raise UserError(f"no file or folder {text!r}", file=file, key=key, hint=hint)
-    return Source(f"content {hashes.of(path)}", path=path.resolve())
+    return Source(f"content {hashes.of(path)}", path=path.absolute())
 
 
-def _inside(artifact: Artifact | None, place: str) -> str:
-    """A hint at what an artifact holds instead of a place that it doesn't."""
-    paths = [Path(item["path"]) for item in artifact.manifest["files"]] if artifact else []
-    return nearest(place, {str(parent) for path in paths for parent in [path, *path.parents] if str(parent) != "."})
+def content(path: Path, of_file: Callable[[Path], str] = files.sha256) -> str:
+    """The SHA-256 of a file, or of a folder's file names and their hashes."""
+    if not path.is_dir():
+        return of_file(path)
+    listed = [[item.relative_to(path).as_posix(), of_file(item)] for item in files.walk(path)]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 class _Hashes:
@@ -227,10 +235,10 @@ class _Hashes:
         self.changed = False
 
     def of(self, path: Path) -> str:
-        """The SHA-256 of a file, or of a folder's file names and their hashes."""
-        if path.is_dir():
-            listed = [[item.relative_to(path).as_posix(), self.of(item)] for item in files.walk(path)]
-            return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        """The hash of a file's or folder's content."""
+        return content(path, self._of_file)
+
+    def _of_file(self, path: Path) -> str:
         state = path.stat()
         key, mark = str(path.resolve()), [state.st_size, state.st_mtime_ns, state.st_ino]
         if self.known.get(key, [None])[:-1] != mark:

@@ -16,14 +16,14 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def collect() -> dict[str, Any]:
-    """Host, installed packages, Python and git, as they stand in a manifest."""
+def collect(module: Path) -> dict[str, Any]:
+    """Host, installed packages, Python and the git commit of a stage's module, as they stand in a manifest."""
     return {
         "host": host(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
         "cordee": cordee.__version__,
-        "git": git(Path.cwd()),
+        "git": git(module.parent),
     }
 
 
@@ -73,8 +73,10 @@ def _version(package: str) -> str | None:
 
 
 def git(folder: Path) -> dict[str, Any] | None:
-    """The commit of the working tree and whether it has changes; None outside a repository."""
+    """The commit of the working tree that holds a folder, and whether it has changes; None where none does."""
     try:
+        if not _git(folder, "ls-files"):  # an installed package that only lies below somebody's repository
+            return None
         commit = _git(folder, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):

@@ -45,9 +45,6 @@ class Recipe:
     """Libraries whose keys could not be checked, since they are not installed here."""
 
 
-read_yaml = yaml12.read
-
-
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, put `stage.key=value` overrides in, and check every key of every stage.
 

@@ -4,10 +4,13 @@ import contextlib
 import datetime as dt
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ from cordee import artifact, config, files, identity, lock, provenance
 from cordee.artifact import Artifact, Work
 from cordee.display import Display, duration
 from cordee.errors import Fault, Stopped, UserError
-from cordee.launchers import Job, command, local
-from cordee.plan import Plan, Planned
+from cordee.launchers import RUNNER, Job, command, local
+from cordee.plan import Plan, Planned, content
 
 POLL_S = 0.2
 STOP_GRACE_S = 90.0
@@ -67,15 +70,14 @@ def run_stage(
         values = config.resolved(planned.config, paths)
         write_job(plan, planned, work, values)
         argv = command.of_stage(planned.item.stage.uses, planned.config, work.job.resolve())
-        job = Job(argv, {"PYTHONUNBUFFERED": "1"}, work.logs / "log.txt")
+        job = Job(argv, {"PYTHONUNBUFFERED": "1", RUNNER: json.dumps(lock.owner(os.getpid()))}, work.logs / "log.txt")
         display.begin(planned.name, f"starts as {plan.recipe.name}/{planned.name}@{work.version}")
-        started = dt.datetime.now(dt.UTC)
-        memory = _watch(local.start(job), work, display)
-        metrics = files.read_json(work.logs / "result.json")
+        told = manifest(plan, planned, made)  # before it starts: what stands there hours later is not what ran
+        memory = _watch(job, work, display, lambda error: _place(plan, planned, error))
         seconds = worked_s(work)
-        record = manifest(plan, planned, made, metrics) | {
+        record = told | {
+            "metrics": files.read_json(work.logs / "result.json"),
             "proves": proves,
-            "started": started.isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
             "peak_memory_bytes": memory,
         }
@@ -85,26 +87,29 @@ def run_stage(
 
 
 def resolve(plan: Plan, planned: Planned, made: dict[str, Artifact]) -> dict[str, str]:
-    """The path of each input, after its artifact's files were hashed again.
+    """The path of each input, after its files were hashed again.
 
     Raises:
         UserError: an input is not made yet, or has no such place.
-        Fault: an input's files are not what was published.
+        Fault: an input's files are not what was published or planned.
     """
     paths = {}
     for key, source in planned.sources.items():
         place = f"stages.{planned.name}.{key}"
-        found = made.get(source.stage) if source.stage else source.artifact
-        if found is None and source.path is None:
+        if found := made.get(source.stage) if source.stage else source.artifact:
+            path = found.at(source.place, file=plan.recipe.file, key=place)
+            if damage := next(artifact.verify(found, source.place), None):
+                hint = f"move {found.path} away and run again to make it anew"
+                raise Fault(f"{damage}", file=plan.recipe.file, key=place, hint=hint)
+        elif source.path:
+            path = source.path
+            if not path.exists() or source.identity != f"content {content(path)}":
+                hint = "run again: it is planned anew with what stands there now"
+                raise Fault(f"{path} changed since the plan was made", file=plan.recipe.file, key=place, hint=hint)
+        else:
             hint = f"run it first: cordee run {plan.recipe.file}"
             raise UserError(f"{source.stage} is not made yet", file=plan.recipe.file, key=place, hint=hint)
-        path = found.path / source.place if found else source.path
-        if path is None or not path.exists():
-            raise UserError(f"{source.stage} has no {source.place!r}", file=plan.recipe.file, key=place)
-        if found and (damage := next(artifact.verify(found, source.place), None)):
-            hint = f"move {found.path} away and run again to make it anew"
-            raise Fault(f"{damage}", file=plan.recipe.file, key=place, hint=hint)
-        paths[key] = str(path.resolve())
+        paths[key] = str(path.absolute())  # not resolved: a link's name says what kind of file it is
     return paths
 
 
@@ -125,30 +130,44 @@ def write_job(plan: Plan, planned: Planned, work: Work, values: dict[str, Any]) 
     return told
 
 
-def _watch(process: subprocess.Popen[bytes], work: Work, display: Display) -> int:
-    """Show a job's events until it ends; returns its peak memory in bytes.
+def _watch(job: Job, work: Work, display: Display, name: Callable[[str], str]) -> int:
+    """Start a job and show its events until it ends; returns its peak memory in bytes.
 
     Raises:
-        CordeeError: it failed or was stopped.
+        CordeeError: it failed or was stopped; `name` puts the stage's name before what it said.
     """
     tail = begin_events(work)
-    stop_at: float | None = None
     with _signals():
-        while True:
-            try:
-                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-                for event in tail.read():
-                    display.event(event)
-                if pid:
-                    process.returncode = os.waitstatus_to_exitcode(status)
-                    break
-                if stop_at and time.monotonic() > stop_at:
-                    os.killpg(process.pid, signal.SIGKILL)
-                time.sleep(POLL_S)
-            except KeyboardInterrupt:
-                stop_at = _ask_to_stop(work, display, stop_at)
-    _raise_for(process.returncode, tail, work, was_stopped=stop_at is not None)
-    return int(usage.ru_maxrss) * 1024
+        process = local.start(job)
+        try:
+            usage, was_stopped = _until_end(process, tail, work, display)
+        except BaseException:  # whatever ends this run (a broken pipe, a full disk), no stage may go on without it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+    _raise_for(process.returncode, tail, work, name, was_stopped=was_stopped)
+    return usage.ru_maxrss * 1024
+
+
+def _until_end(
+    process: subprocess.Popen[bytes], tail: "Tail", work: Work, display: Display
+) -> tuple[resource.struct_rusage, bool]:
+    """Show a job's events until it ends; returns what it used, and whether it was asked to stop."""
+    stop_at: float | None = None
+    while True:
+        try:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            for event in tail.read():
+                display.event(event)
+            if pid:
+                process.returncode = os.waitstatus_to_exitcode(status)
+                return usage, stop_at is not None
+            if stop_at and time.monotonic() > stop_at:
+                os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            stop_at = _ask_to_stop(work, display, stop_at)
 
 
 def _ask_to_stop(work: Work, display: Display, stop_at: float | None) -> float:
@@ -160,12 +179,13 @@ def _ask_to_stop(work: Work, display: Display, stop_at: float | None) -> float:
     return time.monotonic() + STOP_GRACE_S
 
 
-def _raise_for(exit_code: int, tail: "Tail", work: Work, *, was_stopped: bool) -> None:
+def _raise_for(exit_code: int, tail: "Tail", work: Work, name: Callable[[str], str], *, was_stopped: bool) -> None:
     """Turn a job's end into this run's end, if it was not a good one."""
     errors = [event for event in tail.seen if event["event"] == "error"]
     kinds = {kind.exit_code: kind for kind in (UserError, Fault, Stopped)}
     if errors:
-        raise kinds.get(errors[0]["exit_code"], Fault)(errors[0]["text"])
+        kind, text = kinds.get(errors[0]["exit_code"], Fault), errors[0]["text"]
+        raise kind(text if kind is Stopped else name(text))
     if was_stopped:
         raise Stopped("stopped; the next run goes on from the last state that was saved")
     if exit_code != 0:
@@ -173,6 +193,13 @@ def _raise_for(exit_code: int, tail: "Tail", work: Work, *, was_stopped: bool) -
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         said = lines[-1] if lines else "it said nothing"
         raise Fault(f"the stage ended with exit code {exit_code}: {said}", file=log)
+
+
+def _place(plan: Plan, planned: Planned, error: str) -> str:
+    """What a stage said went wrong, with the recipe's file and its name before it: `r.yaml: stages.sft.data: …`."""
+    key = re.match(r"(\w+)[\w.-]*: ", error)
+    joint = "." if key and key[1] in type(planned.config).model_fields else ": "
+    return f"{plan.recipe.file}: stages.{planned.name}{joint}{error}"
 
 
 def begin_events(work: Work) -> "Tail":
@@ -204,16 +231,20 @@ class Tail:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
+    """SIGTERM and the end of the terminal (SIGHUP) end a run as Ctrl-C does; under nohup(1) it goes on."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def worked_s(work: Work) -> float:
@@ -227,8 +258,8 @@ def worked_s(work: Work) -> float:
     return total + (time.time() - start if start is not None else 0.0)
 
 
-def manifest(plan: Plan, planned: Planned, made: dict[str, Artifact], metrics: dict[str, Any]) -> dict[str, Any]:
-    """What an artifact says of itself, but for its files and times."""
+def manifest(plan: Plan, planned: Planned, made: dict[str, Artifact]) -> dict[str, Any]:
+    """What an artifact says of itself, as far as it is known when its stage starts."""
     return {
         "recipe": plan.recipe.name,
         "stage": planned.name,
@@ -237,8 +268,8 @@ def manifest(plan: Plan, planned: Planned, made: dict[str, Artifact], metrics: d
         "identity": planned.identity,
         "execution": identity.execution(planned.config),
         "inputs": list(_inputs(planned, made)),
-        "metrics": metrics,
-        **provenance.collect(),
+        "started": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        **provenance.collect(Path(str(sys.modules[planned.item.stage.uses].__file__))),
     }
 
 

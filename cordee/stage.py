@@ -100,8 +100,8 @@ def load(uses: str, *, file: object = None, key: str | None = None) -> Stage:
     Raises:
         UserError: there is no such module, or it is no stage.
     """
-    if uses not in (known := {name for name, _ in find()}) and not _is_importable(uses):
-        raise UserError(f"no stage {uses!r}", file=file, key=key, hint=nearest(uses, known))
+    if not _is_importable(uses):
+        raise UserError(f"no stage {uses!r}", file=file, key=key, hint=nearest(uses, {name for name, _ in find()}))
     module = importlib.import_module(uses)
     config, run = getattr(module, "Config", None), getattr(module, "run", None)
     if not (isinstance(config, type) and issubclass(config, Config) and callable(run)):
@@ -122,8 +122,8 @@ def find() -> Iterator[tuple[str, str]]:
 
 
 def _is_importable(uses: str) -> bool:
-    """Whether a stage of a user's own package can be found."""
+    """Whether a module can be found, in a room or in a user's own package."""
     try:
-        return importlib.util.find_spec(uses) is not None
+        return all(map(str.isidentifier, uses.split("."))) and importlib.util.find_spec(uses) is not None
     except (ModuleNotFoundError, ValueError):
         return False

@@ -7,10 +7,8 @@ Two ways in, one `main`:
 """
 
 import argparse
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -18,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cordee import alone, files
+from cordee import alone, files, lock
 from cordee.config import Config
 from cordee.errors import CordeeError, Fault, from_system
+from cordee.launchers import RUNNER
+from cordee.launchers.local import die_with_parent
 from cordee.stage import Context
 
 Run = Callable[[Any, Context], dict[str, Any]]
@@ -40,7 +40,7 @@ def main(config_type: type[Config], run: Run) -> None:
     _offline()
     try:
         if arguments.job:
-            _die_with_parent()
+            _die_with_runner()
             _run_job(arguments.job, config_type, run)
         else:
             alone.run(uses, arguments.config, arguments.overrides, arguments.runs, lambda c, k: run_stage(c, k, run))
@@ -91,7 +91,13 @@ def _offline() -> None:
         os.environ[name] = "1"
 
 
-def _die_with_parent() -> None:
-    """Where the runner or the launcher is killed, no orphan may go on writing (Linux: prctl(2), option 1)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+def _die_with_runner() -> None:
+    """Where the runner or the launcher is killed, no orphan may go on writing.
+
+    Raises:
+        Fault: the runner was killed before this process could ask to die with it.
+    """
+    die_with_parent()
+    runner = os.environ.get(RUNNER)
+    if runner and lock.is_gone(json.loads(runner)):
+        raise Fault("the run that started this stage is gone")

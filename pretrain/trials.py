@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from cordee import files
 from cordee.errors import Fault
 from cordee.stage import Context
+from cordee.worker import die_with_parent
 
 POLL_S = 0.01
 CHANGE_LIMIT = {"float32": 1e-2, "bfloat16": 1e-1}
@@ -131,8 +132,9 @@ def start(settings: dict[str, Any], folder: Path, context: Context) -> Trial:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(INHERITED)}
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - the argument vector is our own
-            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, which waits for no other thread
+        )  # fmt: skip
     return Trial(process, folder, context)
 
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+RUNNER = "CORDEE_RUNNER"
+"""The variable that tells a stage's processes which process runs them (JSON, as `lock.owner` has it)."""
+
 
 @dataclass(frozen=True)
 class Job:

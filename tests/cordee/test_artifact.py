@@ -53,6 +53,16 @@ def test_every_change_is_noticed_by_the_hashes(published, damage, message):
     assert message in line
 
 
+def test_what_was_put_beside_an_artifacts_files_is_no_place_in_it(published):
+    _, made = published
+    (made.path / "deep" / "extra.txt").write_text("x")
+    assert [line.endswith("extra.txt: is not in the manifest") for line in artifact.verify(made, "deep")] == [True]
+    assert [line.endswith("is not in the manifest") for line in artifact.verify(made, "deep/extra.txt")] == [True]
+    with pytest.raises(UserError, match=r"r.yaml: data: brook/spring@1 has no 'deep/extra.txt'; did you mean"):
+        made.at("deep/extra.txt", file="r.yaml", key="data")
+    assert made.at("deep") == made.path / "deep"
+
+
 def test_one_flipped_bit_is_noticed(published):
     _, made = published
     path = made.path / "deep" / "line.txt"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from cordee import plan, recipe, runner
 from cordee.artifact import Store
-from cordee.errors import UserError
+from cordee.errors import Fault, UserError
 
 BROOK = """
 name: brook
@@ -113,6 +113,46 @@ def test_a_place_that_an_artifact_does_not_have_names_the_nearest(brook):
         brook("pool.source=$spring/lime.txt")
     with pytest.raises(UserError, match=r"has no 'lime.txt'; did you mean 'line.txt'\?"):
         brook("pool.source=brook/spring@1/lime.txt")
+
+
+def test_a_file_that_was_put_into_an_artifact_is_no_part_of_it(brook, tmp_path):
+    run(brook())
+    (tmp_path / "runs/brook/spring@1/extra.txt").write_text("salt")
+    with pytest.raises(UserError, match=r"stages.pool.source: brook/spring@1 has no 'extra.txt'"):
+        brook("pool.source=$spring/extra.txt")
+
+
+@pytest.mark.parametrize("place", ["$spring/../spring@1/line.txt", "brook/spring@1/../spring@1/line.txt", "$spring/.."])
+def test_no_reference_leads_out_of_its_artifact(brook, place):
+    run(brook())
+    with pytest.raises(UserError, match=r"stages.pool.source: .* leads out of the artifact; name another"):
+        brook(f"pool.source={place}")
+
+
+def test_the_certificates_are_no_single_artifact(brook):
+    with pytest.raises(UserError, match=r"stages.pool.source: \$certificates is no single artifact; it can stand in"):
+        brook("pool.source=$certificates")
+
+
+@pytest.mark.parametrize("source", ["rock.txt", "."])
+@pytest.mark.parametrize("change", [lambda path: path.write_text("sand\n"), lambda path: path.unlink()])
+def test_a_file_that_changes_after_the_plan_is_noticed_when_its_stage_starts(brook, write, tmp_path, source, change):
+    write("quarry/rock.txt", "rock\n")
+    made = brook(f"spring.source=quarry/{source}")
+    change(tmp_path / "quarry" / "rock.txt")
+    with pytest.raises(Fault, match=r"stages.spring.source: .*quarry.* changed since the plan was made; run again"):
+        run(made)
+    assert not (tmp_path / "runs/brook/logs/spring@1/job.json").exists()
+
+
+def test_a_link_keeps_its_own_name(brook, write, tmp_path):
+    write("blobs/abc", "rock\n")
+    (tmp_path / "train.parquet").symlink_to("blobs/abc")
+    made = brook("spring.source=train.parquet")
+    assert made.stage("spring").sources["source"].path == tmp_path / "train.parquet"
+    run(made)
+    job = json.loads((tmp_path / "runs/brook/logs/spring@1/job.json").read_text())
+    assert job["config"]["source"] == str(tmp_path / "train.parquet")
 
 
 def test_frozen_refuses_any_difference(brook):

@@ -1,12 +1,19 @@
 """The real command line with real processes: what fails, stops or is killed leaves every artifact whole."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from rich.console import Console
+
+from cordee import lock, runner
+from cordee.artifact import Work
+from cordee.display import Display
+from cordee.launchers import RUNNER, Job
 
 MAIN = "from cordee.cli import main; main()"
 
@@ -38,8 +45,9 @@ def test_a_run_publishes_each_stage_and_a_second_one_does_nothing_again(cordee, 
 @pytest.mark.parametrize(
     ("trouble", "exit_code", "message"),
     [
-        ("user", 2, "spring.txt: text: is dry; did you mean 'wine'?"),
-        ("fault", 1, "pipe: the pipe burst"),
+        ("user", 2, "cordee: brook.yaml: stages.pool: spring.txt: text: is dry; did you mean 'wine'?"),
+        ("key", 2, "cordee: brook.yaml: stages.pool.number: 1 litre can't be divided by 0 buckets"),
+        ("fault", 1, "cordee: brook.yaml: stages.pool: pipe: the pipe burst"),
         ("crash", 1, "ZeroDivisionError: by nothing; the log has the details"),
         ("kill", 1, "the stage ended with exit code -9"),
         ("full", 1, "no space left on the disk; free some, then run again"),
@@ -73,17 +81,30 @@ def test_a_disk_that_is_full_while_publishing_leaves_earlier_artifacts_whole(cor
     assert cordee("verify").returncode == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.usefixtures("brook")
-def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(tmp_path, cordee):
+def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(tmp_path, cordee, number):
     command = [sys.executable, "-c", MAIN, "run", "brook.yaml", "pool.trouble=wait"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     _await(lambda: "progress" in _events(tmp_path))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"stopped at step" in error
     assert "stopped" in cordee("status", "brook.yaml").stdout
     assert cordee("run", "brook.yaml").returncode == 0
+
+
+@pytest.mark.usefixtures("brook")
+def test_under_nohup_a_run_outlives_its_terminal(tmp_path):
+    command = ["nohup", sys.executable, "-c", MAIN, "run", "brook.yaml", "pool.trouble=wait"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _await(lambda: "progress" in _events(tmp_path))
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
 
 
 @pytest.mark.usefixtures("brook")
@@ -101,13 +122,61 @@ def test_when_the_run_is_killed_its_stage_dies_too_and_the_next_run_takes_over(t
     assert cordee("run", "brook.yaml").returncode == 0
 
 
-def _events(tmp_path):
-    path = tmp_path / "runs/brook/logs/pool@1/events.jsonl"
+@pytest.mark.parametrize("processes", [1, 2])
+def test_when_the_run_is_killed_what_accelerate_started_dies_too(tmp_path, write, processes):
+    write("choir.yaml", f"name: choir\nstages: {{choir: {{uses: toys.choir, launch: {{num_processes: {processes}}}}}}}")
+    command = [sys.executable, "-c", MAIN, "run", "choir.yaml", "choir.trouble=wait"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _await(lambda: "progress" in _events(tmp_path, "choir/logs/choir@1"))
+    process.kill()
+    process.wait()
+    singers = [int(path.read_text()) for path in (tmp_path / "runs/choir/choir@1.partial/voices").iterdir()]
+    assert len(singers) == processes
+    _await(lambda: not any(_lives(pid) for pid in singers), seconds=10)
+
+
+def test_what_ends_the_run_ends_its_stage(tmp_path):
+    work = Work(tmp_path / "out", tmp_path / "logs")
+    work.logs.mkdir()
+    note = json.dumps({"event": "note", "time": 0, "text": "x"})
+    code = f"""
+import os, time
+open("pid", "w").write(str(os.getpid()))
+open({str(work.logs / "events.jsonl")!r}, "a").write({note!r} + chr(10))
+time.sleep(60)
+"""
+    job = Job((sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{code}"), {}, work.logs / "log.txt")
+    closed = (tmp_path / "screen").open("w")
+    closed.close()
+    with pytest.raises(ValueError, match="closed file"):
+        runner._watch(job, work, Display(Console(file=closed)), str)
+    assert not _lives(int((tmp_path / "pid").read_text()))
+
+
+def test_a_stage_whose_run_was_killed_before_it_began_does_nothing(tmp_path):
+    gone = subprocess.Popen(["sleep", "60"])
+    environment = {**os.environ, RUNNER: json.dumps(lock.owner(gone.pid))}
+    gone.kill()
+    gone.wait()
+    told = {"config": {}, "seed": 0, "out": str(tmp_path), "events": str(tmp_path / "events.jsonl")}
+    (tmp_path / "job.json").write_text(json.dumps(told))
+    command = [sys.executable, "-m", "toys.spring", "--job", str(tmp_path / "job.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "toys.spring: the run that started this stage is gone\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
+
+
+def _lives(pid):
+    return lock.owner(pid)["started"] is not None
+
+
+def _events(tmp_path, logs="brook/logs/pool@1"):
+    path = tmp_path / "runs" / logs / "events.jsonl"
     return path.read_text() if path.exists() else ""
 
 
-def _await(condition):
-    end = time.monotonic() + 60
+def _await(condition, seconds=60):
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -131,6 +200,17 @@ def test_one_stage_needs_its_inputs_done(cordee):
     assert "stages.pool.source: spring is not made yet; run it first: cordee run brook.yaml" in failed.stderr
 
 
+def test_a_person_need_not_say_twice_how_many_processes_train(write, tmp_path, monkeypatch):
+    from cordee import alone
+
+    chats = write("chats.jsonl", "{}")
+    (tmp_path / "model").mkdir()
+    keys = f"{{model: {tmp_path / 'model'}, data: [{{path: {chats}}}], global_batch_size: 32}}"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    (item,) = alone._recipe("posttrain.sft", write("sft.yaml", keys), []).stages
+    assert item.config.launch.num_processes == 4
+
+
 def test_a_stage_also_runs_alone(write, tmp_path):
     write("alone.yaml", "text: well\nseed: 4\n")
     command = [sys.executable, "-m", "toys.spring", "--config", "alone.yaml", "number=2"]
@@ -145,6 +225,21 @@ def test_a_stage_also_runs_alone(write, tmp_path):
     wrong = subprocess.run([*command[:-1], "nmber=2"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "nmber: unknown key; did you mean 'number'?" in wrong.stderr
+
+
+def test_a_process_takes_the_job_of_its_own_launch_and_not_of_one_that_was_killed(write, tmp_path):
+    write("choir.yaml", "song: la")
+    command = [sys.executable, "-m", "toys.choir", "--config", "choir.yaml"]
+    ranks = [{**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for rank in "01"]
+    killed = " ".join([*command, "trouble=kill; exit 0"])
+    subprocess.run(["sh", "-c", killed], cwd=tmp_path, env=ranks[0], check=True, capture_output=True)
+    assert (tmp_path / "runs/choir/logs/choir@1/launch").exists()
+    other = subprocess.Popen(command, cwd=tmp_path, env=ranks[1])
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(timeout=4)
+    main = subprocess.run(command, cwd=tmp_path, env=ranks[0], capture_output=True, text=True, check=False, timeout=60)
+    assert (main.returncode, other.wait(timeout=60)) == (0, 0), main.stderr
+    assert (tmp_path / "runs/choir/choir@1/voices/1").read_text() == str(other.pid)
 
 
 def test_lineage_walks_back_to_the_source_files(cordee, write):

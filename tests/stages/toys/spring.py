@@ -26,7 +26,7 @@ class Config(Base):
     number: float = Field(default=1.0, gt=0)
     """A number."""
     trouble: Execution[str] = ""
-    """How to fail: user, fault, crash, kill, wait, full; an execution key, so that a fixed run goes on."""
+    """How to fail: user, key, fault, crash, kill, wait, full; an execution key, so that a fixed run goes on."""
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
@@ -40,6 +40,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     context.log(1, loss=2.0)
     if config.trouble == "user":
         raise UserError("is dry", file="spring.txt", key="text", hint="did you mean 'wine'?")
+    if config.trouble == "key":
+        raise UserError("1 litre can't be divided by 0 buckets", key="number")
     if config.trouble == "fault":
         raise Fault("the pipe burst", file="pipe")
     if config.trouble == "crash":
