@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cordee.errors import Fault
+from cordee.errors import Fault, UserError
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
+"""What a tokenizer consists of in a Hugging Face folder; all but the first two may be missing."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,7 +45,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines up to the first line that is cut off; a file that is not there has none."""
+    """Read JSON lines of our own up to the first one that is cut off; a file that is not there has none."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
@@ -48,6 +54,27 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
+    return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines that a person, or another program, wrote: every line counts.
+
+    Raises:
+        UserError: a line is no JSON object.
+    """
+    rows = []
+    # U+2028 in a text is no end of line, as `splitlines` would have it
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"line {number} is no JSON: {error}", file=path) from error
+        if not isinstance(row, dict):
+            raise UserError(f"line {number} is no JSON object", file=path)
+        rows.append(row)
     return rows
 
 

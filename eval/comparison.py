@@ -1,6 +1,5 @@
 """What benchmarks say of the checkpoints: values, changes against the checkpoint before, and values by language."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -116,13 +115,12 @@ def _scored(record: Record, model: str, task_name: str, task: Task, value: float
     if not found:
         return {}
     rows: Rows = {}
-    for number, line in enumerate(record.content(found[-1]).decode().splitlines(), 1):
+    for number, row in enumerate(record.rows(found[-1]), 1):
         try:
-            row = json.loads(line)
             rows.setdefault(int(row["doc_id"]), (str(row.get("doc_hash", "")), *_scores(row[task.metric], task.metric)))
         except (ValueError, KeyError, TypeError) as error:
             raise Fault(
-                f"line {number} holds no doc_id and {task.metric} ({type(error).__name__}: {error})",
+                f"row {number} holds no doc_id and {task.metric} ({type(error).__name__}: {error})",
                 file=record.path / found[-1],
             ) from error
     if not rows or not math.isclose(statistics.ratio_mean(*_columns(rows))[0], value, rel_tol=1e-6, abs_tol=1e-9):

@@ -22,6 +22,7 @@ from cordee import files
 from cordee.errors import Fault, UserError, nearest
 from cordee.stage import Context
 from eval.prompts import spread
+from eval.statistics import ratio_mean
 
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -129,7 +130,8 @@ def _add(measured: dict[str, Any], task: Task, result: Mapping[str, Any], rows: 
     key = next(key for key in result if key.partition(",")[0] == task.metric)
     error = result.get(f"{task.metric}_stderr,{key.partition(',')[2]}")
     if task.metric == "bits_per_byte":  # lm-eval has none for it
-        error = _ratio_error([row[task.metric] for row in rows])
+        nats, sizes = zip(*(row[task.metric] for row in rows), strict=True)
+        error = ratio_mean([value / math.log(2) for value in nats], sizes)[1]
     measured["results"][task.name] = {
         task.metric: result[key],
         f"{task.metric}_stderr": error if isinstance(error, float) and math.isfinite(error) else None,
@@ -137,19 +139,6 @@ def _add(measured: dict[str, Any], task: Task, result: Mapping[str, Any], rows: 
     measured["by_language"][task.name] = _by_language(task, rows)
     measured["headline"][f"{task.name}.{task.metric}"] = result[key]
     measured["documents"] += len(rows)
-
-
-def _ratio_error(values: list[tuple[float, int]]) -> float | None:
-    """The standard error of bits per byte over documents of (nats, bytes), as of a ratio.
-
-    Linearised: Cochran 1977, Sampling Techniques, equation 6.13 without the finite population's correction.
-    """
-    if len(values) < 2:
-        return None
-    size = sum(size for _, size in values)
-    ratio = sum(nats for nats, _ in values) / size
-    spread = sum((nats - ratio * length) ** 2 for nats, length in values)
-    return math.sqrt(spread * len(values) / (len(values) - 1)) / size / math.log(2)
 
 
 def _by_language(task: Task, rows: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -25,7 +25,7 @@ def read(path: Path, rows: int) -> list[Chat]:
         if path.suffix == ".parquet":
             table = pq.read_table(path).slice(0, rows).to_pylist()
         else:
-            table = files.read_json_lines(path)[:rows]
+            table = files.read_rows(path)[:rows]
         chats = [row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]] for row in table]
         last = [chat[-1]["role"] for chat in chats]
     except (pa.ArrowException, KeyError, IndexError, TypeError) as error:

@@ -1,6 +1,5 @@
 """Held-out prompts: reading them, encoding them through the chat template, and answering them with transformers."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from cordee import files
 from cordee.compute import device
 from cordee.compute.model import open_model, open_tokenizer, special_tokens, stop_token_ids
 from cordee.errors import UserError
@@ -19,16 +19,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is no such row, or there is none.
     """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} is no JSON", file=path, key="prompts") from error
+    rows = files.read_rows(path)
+    for number, row in enumerate(rows, start=1):
         for name in ("prompt", "answer"):
-            if not (isinstance(row, dict) and isinstance(row.get(name), str) and row[name]):
-                raise UserError(f"line {number} has no {name!r}", file=path, key="prompts")
-        rows.append(row)
+            if not isinstance(row.get(name), str) or not row[name]:
+                raise UserError(f"row {number} has no {name!r}", file=path, key="prompts")
     if not rows:
         raise UserError("holds no prompt", file=path, key="prompts")
     return rows
@@ -79,13 +74,14 @@ def encode(folder: Path, prompts: Sequence[str], longest: int, path: Path) -> li
 def generate(
     folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int, batch_size: int
 ) -> list[str]:
-    """Continue prompts of token ids with transformers; greedy at temperature 0."""
-    transformers.set_seed(seed)
+    """Continue prompts of token ids with transformers; greedy at temperature 0, else each by its own random numbers."""
+    at_once = batch_size if temperature == 0 else 1  # a sample must not depend on what is drawn beside it
     model, tokenizer = open_model(folder, dtype=torch.float32).eval().to(device.default()), open_tokenizer(folder)
     chosen: dict[str, Any] = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     texts = []
-    for start in range(0, len(prompts), batch_size):
-        batch = [list(ids) for ids in prompts[start : start + batch_size]]
+    for start in range(0, len(prompts), at_once):
+        transformers.set_seed(seed + start)
+        batch = [list(ids) for ids in prompts[start : start + at_once]]
         longest = max(map(len, batch))
         padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in batch])
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch])

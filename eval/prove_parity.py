@@ -17,8 +17,6 @@ from cordee.errors import Fault
 from cordee.stage import Context
 
 PROVES = "posttrain.merge"
-MERGE_LIMIT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 2e-1}
-"""Nats, by the type that the merged weights are stored in: float32 sums in another order, the others are rounded."""
 ENGINE_LIMIT = 0.05
 """Nats: vLLM computes xIELU's slopes in bfloat16, whatever type was asked for."""
 SERVED_LIMIT = 1e-3
@@ -56,7 +54,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from peft import PeftModel
 
     from cordee.compute import engine
-    from cordee.compute.logprobs import score
+    from cordee.compute.logprobs import MERGE_LIMIT, score
     from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
     from eval import backends, parity
 

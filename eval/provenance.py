@@ -8,8 +8,8 @@ from eval import units
 from eval.records import Record
 
 
-def collect(records: list[Record], missing: list[str]) -> dict[str, Any]:
-    """What everything was made from and with."""
+def collect(records: list[Record], missing: list[str], licences: dict[str, int]) -> dict[str, Any]:
+    """What everything was made from and with; `licences` of the corpus, and how many documents stand under each."""
     versions: dict[str, list[str]] = {}
     for record in records:
         for name, version in [*record.manifest.packages.items(), ("python", record.manifest.python),
@@ -38,6 +38,7 @@ def collect(records: list[Record], missing: list[str]) -> dict[str, Any]:
         ],
         "missing": missing,
         "sources": list(sources.values()),
+        "licences": licences,
         "hosts": list(hosts.values()),
         "packages": dict(sorted(versions.items())),
         "git": list(commits.values()),

@@ -122,7 +122,6 @@ class ModelResults(Shape):
     name: str
     results: dict[str, dict[str, float | int | str | None]]
     by_language: dict[str, dict[str, float]] = {}
-    seconds: float | None = None
 
 
 class Results(Shape):

@@ -73,7 +73,7 @@ def collect(config: Config) -> dict[str, Any]:
         "checkpoints": comparison.checkpoints(tables, by_language),
         "samples": sections.samples(listed),
         "certificates": sections.certificates(listed),
-        "provenance": provenance.collect(everything, missing),
+        "provenance": provenance.collect(everything, missing, corpus.licences if corpus else {}),
     }
     return {**figures, "limits": provenance.limits(everything, figures)}
 

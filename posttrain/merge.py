@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from cordee.compute.logprobs import Scores
 
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 2e-1}
-"""In nats, by the type that the weights are stored in: float32 sums in another order, the others round the weights."""
-
 
 class Config(StageConfig):
     """What is merged, and what it is checked on."""
@@ -62,7 +59,8 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Merge, compare, save, open again, compare."""
-    from cordee.compute.logprobs import score
+    from cordee.compute import device
+    from cordee.compute.logprobs import MERGE_LIMIT, score
     from cordee.compute.model import open_model, open_tokenizer, save_model
     from posttrain import adapters
     from posttrain.pairs import conversations
@@ -74,13 +72,15 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     base = base.float()
     sequences = conversations(config.prompts, config.rows, tokenizer, base.config.max_position_embeddings)
     dtype = str(stored).removeprefix("torch.")
-    limit = config.tolerance or TOLERANCE[dtype]
+    limit = config.tolerance or MERGE_LIMIT[dtype]
 
     def scores(model: "PreTrainedModel", done: int) -> "list[Scores]":
         if context.stop_requested():
             context.stop(f"check {done} of 4")
         context.progress(done, 4, "checks")
-        return score(_on_device(model), sequences, batch_size=config.batch_size, pad_token_id=tokenizer.pad_token_id)
+        return score(
+            model.to(device.default()), sequences, batch_size=config.batch_size, pad_token_id=tokenizer.pad_token_id
+        )
 
     alone = scores(base, 0)
     adapted = adapters.open_adapter(config.adapter, base, config.model)
@@ -89,7 +89,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if effect == 0:
         context.note("the adapter has no effect: merged and base are the same model")
     merged = adapted.merge_and_unload(safe_merge=True)
-    exact = limit if dtype == "float32" else TOLERANCE["float32"]
+    exact = limit if dtype == "float32" else MERGE_LIMIT["float32"]
     in_memory = _check(config, "merged in memory", (apart, scores(merged, 2)), exact)
     save_model(merged.to(dtype=stored), context.out, tokenizer=config.model)
     del merged, adapted, base
@@ -132,14 +132,6 @@ def _compare(apart: "list[Scores]", other: "list[Scores]") -> dict[str, float]:
     differences = torch.cat([(one.logprobs - two.logprobs).abs() for one, two in pairs])
     same = torch.cat([one.top1 == two.top1 for one, two in pairs])
     return {"max": differences.max().item(), "mean": differences.mean().item(), "top1": same.double().mean().item()}
-
-
-def _on_device(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model on the accelerator, where there is one."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return model.to(accelerator) if accelerator else model
 
 
 def _require_same_tokenizer(config: Config) -> None:

@@ -1,6 +1,5 @@
 """Rows of chats and of pairs, read from Parquet and JSON lines; what is wrong with one is said by file and row."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cordee import files
 from cordee.errors import UserError, nearest
 
 ROLES = ("system", "user", "assistant")
@@ -63,7 +63,7 @@ def read(file: Path, columns: Sequence[str]) -> list[Record]:
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"can't be read as Parquet: {error}", file=file) from error
     elif file.suffix in (".jsonl", ".json"):
-        values = _json_lines(file)
+        values = files.read_rows(file)
     else:
         raise UserError("is neither .parquet nor .jsonl", file=file)
     if not values:
@@ -74,16 +74,3 @@ def read(file: Path, columns: Sequence[str]) -> list[Record]:
             if column not in row.values:
                 raise row.wrong(f"has no column {column!r}", nearest(column, row.values))
     return rows
-
-
-def _json_lines(file: Path) -> list[dict[str, Any]]:
-    values = []
-    for number, line in enumerate(file.read_bytes().splitlines()):
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"is no JSON: {error}", file=file, key=f"row {number}") from error
-        if not isinstance(value, dict):
-            raise UserError("is no JSON object", file=file, key=f"row {number}")
-        values.append(value)
-    return values

@@ -18,13 +18,11 @@ from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.cost import Cost
 from cordee.errors import Stopped
-from cordee.files import read_json, write_json, write_text
+from cordee.files import TOKENIZER_FILES, read_json, write_json, write_text
 from cordee.stage import Context
 
 if TYPE_CHECKING:
     from pretrain.encoding import Encoder
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 class Config(BaseConfig):

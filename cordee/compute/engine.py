@@ -40,9 +40,7 @@ def choose(asked: str) -> str:
     if asked == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "transformers"
     if asked == "vllm" and not importlib.util.find_spec("vllm"):
-        raise UserError(
-            "vLLM is not installed", key="engine", hint="pip install 'cordee[cuda]', or engine: transformers"
-        )
+        raise UserError("vLLM is not installed", hint="pip install 'cordee[cpu]' or 'cordee[cuda]'")
     return asked
 
 

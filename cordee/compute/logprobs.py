@@ -6,6 +6,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+MERGE_LIMIT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 2e-1}
+"""How far a merged model may be from base and adapter, in nats, by the type that its weights are stored in.
+
+float32 sums in another order; the others are rounded.
+"""
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -17,13 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from cordee import files
 from cordee.errors import Fault, UserError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 END_OF_TURN = "<|assistant_end|>"
 _MANIFEST = "manifest.json"
 _NOT_OWN = {"bos_token_id", "pad_token_id", "eos_token_id", "transformers_version", "_from_model_config"}
@@ -74,7 +67,7 @@ def open_tokenizer(folder: Path, *, key: str | None = None) -> PreTrainedTokeniz
     """
     if not (folder / "tokenizer.json").is_file():
         raise UserError("holds no tokenizer: it has no tokenizer.json", file=folder, key=key)
-    require_undamaged(folder, TOKENIZER_FILES)
+    require_undamaged(folder, files.TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a file that it can't read
@@ -112,7 +105,7 @@ def save_model(
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy a tokenizer's files byte by byte: a tokenizer that was opened and saved again can differ."""
-    for name in TOKENIZER_FILES:
+    for name in files.TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

@@ -94,7 +94,7 @@ def test_all_models_answer_the_same_prompts_spread_over_the_file(checkpoints, he
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1 is no JSON"), ('{"prompt": "x"}', "line 1 has no 'answer'"), ("", "holds no prompt")],
+    [("{", "line 1 is no JSON"), ('{"prompt": "x"}', "row 1 has no 'answer'"), ("", "holds no prompt")],
 )
 def test_prompts_that_are_none_are_one_line(line, message, checkpoints, context, tmp_path):
     path = tmp_path / "prompts.jsonl"
@@ -114,6 +114,36 @@ def test_a_prompt_that_spells_out_a_special_token_is_an_error(checkpoints, held_
     path.write_text(json.dumps({**row, "prompt": "<|assistant_start|>deu"}) + "\n")
     with pytest.raises(UserError, match=r"prompts: prompt 1 spells out the special token '<\|assistant_start\|>'"):
         generate.run(sampling(checkpoints, {"language": path}), context)
+
+
+def test_a_line_separator_in_a_text_ends_no_line(tmp_path):
+    from eval import prompts
+
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "one\u2028two\u0085three", "answer": "a"}, {"prompt": "x", "answer": "b"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert prompts.read(path) == rows
+
+
+def test_a_sampled_text_does_not_depend_on_the_batch(checkpoints):
+    from eval import prompts
+
+    asked = [[0, 40 + number, 50, 60] for number in range(4)]
+    one, other = (prompts.generate(checkpoints["first"], asked, 8, 1.0, 5, size) for size in (1, 4))
+    assert one == other
+    assert one != prompts.generate(checkpoints["first"], asked, 8, 1.0, 6, 1)
+
+
+def test_a_proof_of_chats_drops_none_in_silence(tmp_path):
+    from eval import parity
+
+    chat = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{json.dumps(chat)}\n{{\n{json.dumps(chat)}")
+    with pytest.raises(UserError, match="line 2 is no JSON"):
+        parity.read(path, 8)
+    path.write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}")
+    assert len(parity.read(path, 8)) == 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 20])
@@ -168,27 +198,10 @@ def test_a_chat_task_on_a_model_without_a_template_is_one_line(checkpoints, held
         benchmark.run(settings({"bare": bare}, held_out), context)
 
 
-def test_the_error_of_bits_per_byte_is_that_of_a_bootstrap():
-    import math
-
-    import numpy as np
-
-    from eval.harness import _ratio_error
-
-    chance = np.random.default_rng(0)
-    sizes = chance.integers(50, 400, size=200)
-    nats = -sizes * chance.normal(1.5, 0.3, size=200)
-    drawn = chance.integers(200, size=(2000, 200))
-    draws = -nats[drawn].sum(axis=1) / sizes[drawn].sum(axis=1) / math.log(2)
-    values = list(zip(nats.tolist(), sizes.tolist(), strict=True))
-    assert _ratio_error(values) == pytest.approx(draws.std(), rel=0.06)
-    assert _ratio_error(values[:1]) is None
-
-
 def test_vllm_where_there_is_none_is_an_error(monkeypatch):
     from cordee.compute import engine
 
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _name: None)
     assert engine.choose("auto") == "transformers"
-    with pytest.raises(UserError, match="engine: vLLM is not installed"):
+    with pytest.raises(UserError, match="vLLM is not installed"):
         engine.choose("vllm")

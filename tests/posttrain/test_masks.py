@@ -92,7 +92,7 @@ def test_a_chat_that_would_train_the_wrong_thing_is_named_with_file_and_row(
     ("content", "problem"),
     [
         ("", "holds no rows"),
-        ('{"messages": [\n', "row 0: is no JSON"),
+        ('{"messages": [\n', "line 1 is no JSON"),
         ('{"message": []}\n', "row 0: has no column 'messages'; did you mean 'message'"),
         ('{"messages": "hello"}\n', "row 0: messages is no list"),
     ],
