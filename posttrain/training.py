@@ -146,7 +146,7 @@ def train(trainer: Trainer, config: TrlConfig, context: Context, tokens_per_epoc
         tokens_per_epoch: tokens of one pass over the data, all processes together; for the tokens per second.
 
     Returns:
-        `steps`, `loss` (the last one logged), `parameters` (all) and what TRL logged last, such as
+        `steps`, `loss` (the last one logged), `parameters` (all), `num_processes` and what TRL logged last, such as
         `mean_token_accuracy`.
 
     Raises:
@@ -168,7 +168,8 @@ def train(trainer: Trainer, config: TrlConfig, context: Context, tokens_per_epoc
     last = next((row for row in reversed(state.log_history) if "loss" in row), {})
     figures = {name: float(value) for name, value in last.items() if name not in ("step", "num_tokens")}
     parameters = sum(weights.numel() for weights in trainer.accelerator.unwrap_model(trainer.model).parameters())
-    return {**figures, "steps": state.global_step, "parameters": parameters}
+    processes = trainer.accelerator.num_processes
+    return {**figures, "steps": state.global_step, "parameters": parameters, "num_processes": processes}
 
 
 def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

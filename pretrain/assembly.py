@@ -151,6 +151,7 @@ def metrics(training: Training, state: State) -> dict[str, Any]:
         "tokens": tokens,
         "flops": flops,
         "parameters": _parameters(training),
+        "num_processes": training.accelerator.num_processes,
         "loss": state.loss,
         "precision": training.objective.precision,
         "compiled": training.objective.is_compiled,
