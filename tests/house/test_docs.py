@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cordee import recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").rglob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,6 +53,18 @@ def test_the_readmes_tree_is_the_real_one():
 def test_the_readmes_recipe_is_the_one_that_is_shipped():
     shipped = (ROOT / "configs/recipes/quickstart.yaml").read_text(encoding="utf-8")
     assert f"```yaml\n{shipped}```" in README
+
+
+def test_the_readmes_other_recipes_are_right(tmp_path, monkeypatch):
+    (tmp_path / "models/my-model").mkdir(parents=True)
+    for name in ("my-corpus.parquet", "my-chats.parquet"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    _, corpus, mine = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    stages = "".join(f"  {line}\n" for line in corpus.splitlines())
+    for text, uses in ((f"name: own\nseed: 1\nstages:\n{stages}", "pretrain.corpus"), (mine, "posttrain.sft")):
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        assert [item.stage.uses for item in recipe.load(tmp_path / "recipe.yaml").stages] == [uses]
 
 
 def commands() -> list[str]:
