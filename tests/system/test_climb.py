@@ -1,5 +1,6 @@
 """The whole climb on the real engines: accelerate with two processes, TRL, PEFT, vLLM and lm-eval."""
 
+import html
 import json
 import os
 import subprocess
@@ -104,12 +105,12 @@ def test_lineage_leads_back_to_the_corpus_and_its_licence(climbed):
 def test_what_is_claimed_is_proven_and_stands_in_the_report(climbed):
     done = call(climbed.parent, "prove", RECIPE)
     assert done.returncode == 0, done.stdout + done.stderr
-    page = (climbed / "report@2" / "index.html").read_text()
+    page = html.unescape((climbed / "report@2" / "index.html").read_text())
     for name, stage in (("resume", "base"), ("masks", "sft"), ("parity", "merged")):
         certificate = json.loads((climbed / f"prove-{name}-{stage}@1" / "certificate.json").read_text())
         assert certificate["passed"]
         assert all(check["passed"] for check in certificate["checks"])
-        assert certificate["claim"][:40] in page
+        assert certificate["claim"] in page
     again = call(climbed.parent, "prove", RECIPE)
     assert (again.returncode, "published" in again.stdout) == (0, False)
 
