@@ -90,6 +90,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             row = harness.measure(lm, model, tasks, config.limit, context)
             measured[model] = {"name": model, **row, "seconds": round(time.monotonic() - began, 3)}
             files.write_json(context.out / "results.json", {**table, "models": list(measured.values())})
+            context.note(f"{model}: {harness.said(row['results'])}")
     last = list(measured.values())[-1]
     return {"rows": sum(row["documents"] for row in measured.values()), "engine": name, **last["headline"]}
 

@@ -120,6 +120,15 @@ def _chosen(task: Task, limit: int) -> list[int]:
     return [row["index"] for row in spread(rows, limit)]
 
 
+def said(results: Mapping[str, Mapping[str, float | None]]) -> str:
+    """A model's figures in one line, each with its standard error."""
+    figures = []
+    for task, values in results.items():
+        (metric, value), (_, error) = values.items()
+        figures.append(f"{task} {metric} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    return "; ".join(figures)
+
+
 def is_whole(folder: Path, tasks: Iterable[Task]) -> bool:
     """Whether lm-eval's files of an earlier run are there for every task."""
     return all(list(folder.glob(f"samples_{task.name}_*.jsonl")) for task in tasks)

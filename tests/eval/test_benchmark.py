@@ -146,6 +146,16 @@ def test_a_proof_of_chats_drops_none_in_silence(tmp_path):
     assert len(parity.read(path, 8)) == 2
 
 
+def test_a_models_figures_are_said_in_one_line():
+    from eval import harness
+
+    results = {
+        "choice": {"acc": 0.25, "acc_stderr": 0.125},
+        "text": {"bits_per_byte": 2.0, "bits_per_byte_stderr": None},
+    }
+    assert harness.said(results) == "choice acc 0.2500 ± 0.1250; text bits_per_byte 2.0000"
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 20])
 def test_prompts_are_spread_over_languages_and_passages_whatever_their_order(count):
     from eval import prompts
