@@ -5,6 +5,7 @@ folder once: a reader sees a whole artifact or none, whatever was killed when. W
 (log, events, the job) stands in `runs/<recipe>/logs/<stage>@<n>/`.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,6 +146,10 @@ def publish(work: Work, manifest: dict[str, Any]) -> Artifact:
     (work.out / MANIFEST).unlink(missing_ok=True)
     for left in work.out.rglob(".*.tmp"):  # what a kill left in the midst of `files.write_text`
         left.unlink()
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in files.walk(work.out):
+        path.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
     listed = [
         {"path": path.relative_to(work.out).as_posix(), "bytes": path.stat().st_size, "sha256": files.sha256(path)}
         for path in files.walk(work.out)

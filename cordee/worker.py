@@ -82,7 +82,9 @@ def run_stage(config: Config, context: Context, run: Run) -> dict[str, Any]:
         raise from_system(error, context.out) from error
     except Exception as error:
         traceback.print_exc()
-        raise Fault(f"{type(error).__name__}: {error}; the log has the details", file=context.out) from error
+        log = context.events.with_name("log.txt")
+        hint = f"the details are in {log}" if log.exists() else "the details stand above"
+        raise Fault(f"{type(error).__name__}: {error}", file=context.out, hint=hint) from error
 
 
 def _offline() -> None:

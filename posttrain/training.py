@@ -82,6 +82,8 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
     except (TypeError, ValueError) as error:
         raise UserError(f"{kind.__name__} refuses it: {error}", key="trainer") from error
     device.require_launched(config.launch, made.world_size, made.device)
+    if made.device.type == "cpu":  # of several processes it is "cpu:0", which torch.load does not know: no resume
+        made.__dict__["_setup_devices"] = torch.device("cpu")
     return made
 
 

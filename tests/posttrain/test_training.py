@@ -252,3 +252,25 @@ def test_a_sharding_that_was_asked_for_and_does_not_run_is_a_fault(
     config = sft.Config.model_validate({**keys(model_folder, data), "launch": {"config_file": str(settings)}})
     with pytest.raises(Fault, match="FSDP was asked for: True, and ApertusForCausalLM runs"):
         sft.run(config, at(tmp_path))
+
+
+def test_two_processes_that_were_stopped_go_on(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    context = at(tmp_path)
+    told = {**keys(model_folder, data), "launch": {"num_processes": 2}, "per_device_train_batch_size": 2}
+    job = {"config": told, "out": str(context.out), "seed": 17, "events": str(context.events)}
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "posttrain.sft", "--job", str(tmp_path / "job.json")]
+
+    def run() -> str:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
+
+    stop = context.events.with_name("stop")
+    stop.touch()
+    assert "stopped at step 1" in run()
+    stop.unlink()
+    said = run()
+    assert (context.out / "training.json").exists(), said[-2000:]
+    notes = [event.get("text", "") for event in files.read_json_lines(context.events)]
+    assert "goes on from step 1" in notes
