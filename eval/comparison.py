@@ -19,7 +19,6 @@ SCRIPTS = {
     "Latn": "Latin", "Mymr": "Myanmar", "Tibt": "Tibetan",
 }  # fmt: skip
 """ISO 15924 codes of scripts that several languages share; others are shown by their code."""
-BITS_PER_BYTE = "bits_per_byte"
 
 
 def benchmarks(records: list[Record]) -> list[dict[str, Any]]:
@@ -52,8 +51,6 @@ def _tables(record: Record) -> Iterator[dict[str, Any]]:
         for model in models:
             value, error = _value(record, model, name, task)
             before, scored = scored, _scored(record, model.name, name, task, value)
-            if error is None and scored:
-                error = statistics.ratio_mean(*_columns(scored))[1]
             row = {"model": model.name, "value": value, "standard_error": error, "documents": len(scored) or None}
             rows.append({**row, "change": _change(rows[-1], before, row, scored) if rows else None})
         if rows:
@@ -117,7 +114,8 @@ def _scored(record: Record, model: str, task_name: str, task: Task, value: float
     rows: Rows = {}
     for number, row in enumerate(record.rows(found[-1]), 1):
         try:
-            rows.setdefault(int(row["doc_id"]), (str(row.get("doc_hash", "")), *_scores(row[task.metric], task.metric)))
+            score = statistics.score(task.metric, row[task.metric])
+            rows.setdefault(int(row["doc_id"]), (str(row.get("doc_hash", "")), *score))
         except (ValueError, KeyError, TypeError) as error:
             raise Fault(
                 f"row {number} holds no doc_id and {task.metric} ({type(error).__name__}: {error})",
@@ -126,14 +124,6 @@ def _scored(record: Record, model: str, task_name: str, task: Task, value: float
     if not rows or not math.isclose(statistics.ratio_mean(*_columns(rows))[0], value, rel_tol=1e-6, abs_tol=1e-9):
         return {}
     return rows
-
-
-def _scores(value: Any, metric: str) -> tuple[float, float]:
-    """A document's value and weight: lm-eval keeps [log-likelihood in nats, bytes] for bits per byte."""
-    if metric == BITS_PER_BYTE:
-        log_likelihood, size = value
-        return -float(log_likelihood) / math.log(2), float(size)
-    return float(value), 1.0
 
 
 def languages(records: list[Record], corpus: Corpus | None) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from cordee import files
 from cordee.errors import Fault, UserError, nearest
 from cordee.stage import Context
 from eval.prompts import spread
-from eval.statistics import ratio_mean
+from eval.statistics import BITS_PER_BYTE, ratio_mean, score
 
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -49,19 +49,22 @@ def read_task(path: Path, data: Mapping[str, Path], cache: Path) -> Task:
         UserError: it is no task file, or names data that is not given.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))  # as lm-eval reads its own
         (metric,) = config["metric_list"]
-        metadata, splits = config["metadata"], config["dataset_kwargs"]["data_files"]
-        about = {"description": metadata["description"], "chance": metadata["chance"]}
+        metadata, splits = config["metadata"], dict(config["dataset_kwargs"]["data_files"])
+        about = {name: metadata[name] for name in ("description", "chance")}
+        about |= {name: metric[name] for name in ("metric", "higher_is_better")}
         is_chat = bool(metadata["chat"])
+        absent = sorted({"task", "dataset_path", "test_split"} - config.keys())
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"is no task file: {error!r}", file=path, key="tasks") from error
+    if absent:
+        raise UserError(f"is no task file: it has no {absent[0]}", file=path, key="tasks")
     for split, name in splits.items():
-        if name not in data:
-            raise UserError(f"needs data named {name!r}", file=path, key="data", hint=nearest(name, data))
+        if str(name) not in data:
+            raise UserError(f"needs data named {name!r}", file=path, key="data", hint=nearest(str(name), data))
         splits[split] = str(data[name])
-    config["dataset_kwargs"]["cache_dir"] = str(cache)
-    about |= {"metric": metric["metric"], "higher_is_better": metric["higher_is_better"]}
+    config["dataset_kwargs"] |= {"data_files": splits, "cache_dir": str(cache)}
     return Task(config, metric["metric"], is_chat, about)
 
 
@@ -138,9 +141,8 @@ def _add(measured: dict[str, Any], task: Task, result: Mapping[str, Any], rows: 
     """Add one task's figures, overall and by language."""
     key = next(key for key in result if key.partition(",")[0] == task.metric)
     error = result.get(f"{task.metric}_stderr,{key.partition(',')[2]}")
-    if task.metric == "bits_per_byte":  # lm-eval has none for it
-        nats, sizes = zip(*(row[task.metric] for row in rows), strict=True)
-        error = ratio_mean([value / math.log(2) for value in nats], sizes)[1]
+    if task.metric == BITS_PER_BYTE:  # lm-eval has none for it
+        error = _ratio(task, rows)[1]
     measured["results"][task.name] = {
         task.metric: result[key],
         f"{task.metric}_stderr": error if isinstance(error, float) and math.isfinite(error) else None,
@@ -152,15 +154,16 @@ def _add(measured: dict[str, Any], task: Task, result: Mapping[str, Any], rows: 
 
 def _by_language(task: Task, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """A task's metric for each language, from lm-eval's own rows."""
-    groups: dict[str, list[Any]] = defaultdict(list)
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[row["doc"].get("language", "")].append(row[task.metric])
-    if task.metric == "bits_per_byte":  # a row is (log-likelihood in nats, bytes)
-        return {
-            name: -sum(nats for nats, _ in values) / sum(size for _, size in values) / math.log(2)
-            for name, values in sorted(groups.items())
-        }
-    return {name: sum(values) / len(values) for name, values in sorted(groups.items())}
+        groups[row["doc"].get("language", "")].append(row)
+    return {name: _ratio(task, own)[0] for name, own in sorted(groups.items())}
+
+
+def _ratio(task: Task, rows: Iterable[dict[str, Any]]) -> tuple[float, float | None]:
+    """A task's metric over some of lm-eval's own rows, and its standard error."""
+    values, weights = zip(*(score(task.metric, row[task.metric]) for row in rows), strict=True)
+    return ratio_mean(values, weights)
 
 
 def _require_written(folder: Path, name: str, lines: int) -> None:

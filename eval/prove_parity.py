@@ -35,7 +35,7 @@ class Config(Keys):
     model: Input
     """The model that the adapter was trained on."""
     prompts: Input
-    """A parquet file of chats (`messages`) or pairs (`prompt`, `chosen`)."""
+    """Chats (`messages`) or pairs (`prompt`, `chosen`), parquet or JSON lines."""
     rows: int = Field(default=32, ge=1)
     """How many of its first rows are compared."""
     max_length: int | None = Field(default=None, ge=2)

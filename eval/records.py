@@ -6,7 +6,7 @@ Each file is compared with the hash in its manifest and checked for its shape be
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,9 +38,7 @@ class Host(Shape):
 class Source(Shape):
     """One input of a stage: an artifact, or a file with its hash."""
 
-    key: str
     artifact: str = ""
-    path: str = ""
     fingerprint: str = ""
     file: str = ""
     sha256: str = ""
@@ -195,24 +193,28 @@ class Record:
             Fault: it is missing, differs from its hash, or a line is no JSON object.
         """
         rows = []
-        for number, line in enumerate(self.content(file).decode(errors="replace").split("\n"), 1):
+        for number, line in self._lines(file):
             try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise Fault(f"line {number} is no JSON: {error}", file=self.path / file) from error
             if not isinstance(row, dict):
                 raise Fault(f"line {number} is no JSON object", file=self.path / file)
-            if row:
-                rows.append({key: None if _is_infinite(value) else value for key, value in row.items()})
+            rows.append({key: None if _is_infinite(value) else value for key, value in row.items()})
         return rows
 
-    def samples(self, file: str) -> list[Sample]:
-        """Rows of generated samples."""
-        return [
-            _parse(line, Sample, f"{self.path / file}, line {number}")
-            for number, line in enumerate(self.content(file).split(b"\n"), 1)
-            if line.strip()
-        ]
+    def samples(self) -> list[Sample]:
+        """The rows of `samples.jsonl`.
+
+        Raises:
+            Fault: it is missing, differs from its hash, or a line holds something else.
+        """
+        file = "samples.jsonl"
+        return [_parse(line, Sample, f"{self.path / file}, line {number}") for number, line in self._lines(file)]
+
+    def _lines(self, file: str) -> Iterator[tuple[int, bytes]]:
+        """The lines of a file that hold something, numbered; U+2028 ends none."""
+        return ((number, line) for number, line in enumerate(self.content(file).split(b"\n"), 1) if line.strip())
 
     def content(self, file: str) -> bytes:
         """The bytes of a file, after their hash was compared with the manifest's."""

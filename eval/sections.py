@@ -3,8 +3,8 @@
 from typing import Any
 
 from eval import units
-from eval.comparison import BITS_PER_BYTE
 from eval.records import Certificate, Corpus, Record
+from eval.statistics import BITS_PER_BYTE
 
 SERIES = {
     "loss": "Training loss",
@@ -132,7 +132,7 @@ def samples(records: list[Record]) -> list[dict[str, Any]]:
     """Of each listed set of generated answers, a fixed choice spread evenly over the file, and the counts over all."""
     found = []
     for record in records:
-        rows = record.samples("samples.jsonl") if record.holds("samples.jsonl") else []
+        rows = record.samples() if record.holds("samples.jsonl") else []
         if not rows:
             continue
         models = list(dict.fromkeys(name for row in rows for name in row.outputs))

@@ -8,7 +8,9 @@ the same documents: the documents' own difficulty then cancels.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+BITS_PER_BYTE = "bits_per_byte"
 Z_95 = 1.959963984540054
 """The 97.5% quantile of the normal distribution: ± this many standard errors hold 95%."""
 
@@ -32,6 +34,14 @@ class Change:
         if self.standard_error == 0.0:
             return 1.0 if self.value == 0.0 else 0.0
         return math.erfc(abs(self.value) / self.standard_error / math.sqrt(2.0))
+
+
+def score(metric: str, value: Any) -> tuple[float, float]:
+    """A document's value and weight: lm-eval keeps [log-likelihood in nats, bytes] for bits per byte."""
+    if metric == BITS_PER_BYTE:
+        log_likelihood, size = value
+        return -float(log_likelihood) / math.log(2), float(size)
+    return float(value), 1.0
 
 
 def ratio_mean(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float | None]:

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from eval import statistics
+
 MODELS = ("base-100", "base-200", "base", "sft", "dpo")
 BITS = (4.62, 3.41, 2.94, 3.02, 3.11)
 ACCURACY = (0.25, 0.26, 0.25, 0.86, 0.90)
@@ -107,8 +109,13 @@ def _text(name: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if name.endswith(".jsonl"):
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        return lines(content)
     return json.dumps(content, ensure_ascii=False)
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    """JSON lines as the stages write them."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:
@@ -141,6 +148,7 @@ def benchmark(store: FakeStore) -> dict[str, Any]:
         ]
         mean, total = sum(right) / len(right), sum(need) / math.log(2) / sum(sizes)
         error = math.sqrt(mean * (1 - mean) / (len(right) - 1))
+        bits_error = statistics.ratio_mean([nats / math.log(2) for nats in need], sizes)[1]
         by_tag: dict[str, list[int]] = {}
         for index, (tag, _) in enumerate(articles):
             by_tag.setdefault(tag, []).append(index)
@@ -148,7 +156,7 @@ def benchmark(store: FakeStore) -> dict[str, Any]:
             "name": name, "seconds": 14.2,
             "results": {
                 "language_identification": {"acc": mean, "acc_stderr": error},
-                "heldout_text": {"bits_per_byte": total, "bits_per_byte_stderr": None},
+                "heldout_text": {"bits_per_byte": total, "bits_per_byte_stderr": bits_error},
             },
             "by_language": {
                 "language_identification": {t: sum(right[i] for i in rows) / 4 for t, rows in by_tag.items()},

@@ -55,6 +55,12 @@ def test_models_that_were_measured_before_a_stop_are_not_measured_again(checkpoi
     [
         ("task: x", "tasks: is no task file"),
         ("[1", "tasks: is no task file"),
+        ((TASKS / "language_choice.yaml").read_text().replace("test_split: test", ""), "it has no test_split"),
+        ((TASKS / "language_choice.yaml").read_text().replace("higher_is_better", "higher"), "'higher_is_better'"),
+        (
+            (TASKS / "language_choice.yaml").read_text().replace("test: language", "test: [language]"),
+            "needs data named ['language']",
+        ),
         (
             (TASKS / "language_choice.yaml").read_text().replace("test: language", "test: langauge"),
             "did you mean 'language'?",
@@ -213,5 +219,5 @@ def test_vllm_where_there_is_none_is_an_error(monkeypatch):
 
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _name: None)
     assert engine.choose("auto") == "transformers"
-    with pytest.raises(UserError, match="vLLM is not installed"):
+    with pytest.raises(UserError, match=r"^vLLM is not installed; pip install '[^:]*$"):  # no key of one caller
         engine.choose("vllm")

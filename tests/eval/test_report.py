@@ -76,14 +76,18 @@ def test_changes_are_paired_document_by_document(report, store):
 
 def test_without_sample_rows_a_change_is_unpaired_and_the_report_says_so(report, store):
     shutil.rmtree(store["benchmark"] / "lm_eval")
-    fake_store.rehash(store["benchmark"])
+    change_json(
+        store["benchmark"],
+        "results.json",
+        lambda d: d["models"][1]["results"]["heldout_text"].update(bits_per_byte_stderr=None),
+    )
     shown = figures(report())
     accuracy, bits = shown["benchmarks"]
     rows = accuracy["rows"]
     error = (rows[0]["standard_error"] ** 2 + rows[1]["standard_error"] ** 2) ** 0.5
     assert not rows[1]["change"]["paired"]
     assert rows[1]["change"]["standard_error"] == pytest.approx(error)
-    assert bits["rows"][1]["change"]["standard_error"] is None, "lm-eval gave none"
+    assert bits["rows"][1]["change"]["standard_error"] is None, "the benchmark gave none"
     assert not bits["rows"][1]["change"]["significant"]
     assert any("could not be paired" in line for line in shown["limits"])
 
@@ -97,6 +101,24 @@ def test_rows_of_other_documents_or_with_another_mean_are_not_paired(report, sto
     fake_store.rehash(store["benchmark"])
     changes = [row["change"] for row in figures(report())["benchmarks"][0]["rows"]]
     assert [change["paired"] for change in changes[1:]] == [True, True, False, False]
+
+
+def test_a_line_separator_in_a_text_ends_no_line(report, store):
+    text = "one\u2028two\u0085three"
+    rows = [{"prompt": text, "outputs": {"sft": text}}, {"prompt": "x", "outputs": {"sft": "y"}}]
+    (store["samples"] / "samples.jsonl").write_text(fake_store.lines(rows), encoding="utf-8")
+    fake_store.rehash(store["samples"])
+    for path in (store["benchmark"] / "lm_eval").rglob("samples_*.jsonl"):
+        scored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.write_text(fake_store.lines([{**row, "doc": {"text": text}} for row in scored]), encoding="utf-8")
+    fake_store.rehash(store["benchmark"])
+    shown = figures(report())
+    assert [row["prompt"] for row in shown["samples"][0]["shown"]] == [text, "x"]
+    assert all(row["change"]["paired"] for table in shown["benchmarks"] for row in table["rows"][1:])
+
+
+def test_the_corpuss_licences_stand_on_the_page(report):
+    assert "Public domain (1,440 documents)" in (report() / "index.html").read_text(encoding="utf-8")
 
 
 def test_p_values_are_adjusted_over_the_whole_report(report):

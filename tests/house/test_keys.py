@@ -17,16 +17,12 @@ STAGES = [uses for uses, _ in stage.find()]
 KEYS = [(uses, name) for uses in STAGES for name in stage.load(uses).config.model_fields]
 
 
-HOLDERS = {"config", "settings", "self", "launch", "source"}
-"""What a config is called where its keys are read; `self` is one in a config's own methods."""
-
-
-def reached(uses: str) -> Iterator[ast.Module]:
+def reached(uses: str, root: Path = ROOT) -> Iterator[ast.Module]:
     """A stage's own module and all that it imports of this project, however deep in a function."""
     seen, coming = set(), [uses]
     while coming:
         name = coming.pop()
-        path = ROOT / f"{name.replace('.', '/')}.py"
+        path = root / f"{name.replace('.', '/')}.py"
         if name in seen or not path.exists():
             continue
         seen.add(name)
@@ -39,20 +35,44 @@ def reached(uses: str) -> Iterator[ast.Module]:
                 coming += [node.module, *(f"{node.module}.{item.name}" for item in node.names)]
 
 
-def names_read_in(tree: ast.Module) -> Iterator[str]:
-    """The attributes of configs that some line reads."""
+def holders(tree: ast.Module, kinds: frozenset[str]) -> set[str]:
+    """What a module calls a config: what it annotates as one, and what it loops over of one."""
+    annotated = {
+        node.arg if isinstance(node, ast.arg) else getattr(node.target, "id", "")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation and ast.unparse(node.annotation) in kinds
+    }
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.comprehension)]
+    looped = {
+        target.id
+        for loop in loops
+        if any(isinstance(node, ast.Name) and node.id in annotated for node in ast.walk(loop.iter))
+        for target in ast.walk(loop.target)
+        if isinstance(target, ast.Name)
+    }
+    return annotated | looped
+
+
+def names_read_in(tree: ast.Module, kinds: frozenset[str]) -> Iterator[str]:
+    """The attributes of configs of these classes that some line reads; a validator's reading is none."""
+    called = holders(tree, kinds)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name in kinds]
+    methods = [node for one in classes for node in one.body if isinstance(node, ast.FunctionDef)]
+    own = {id(node) for method in methods if not method.decorator_list for node in ast.walk(method)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             holder = node.value
-            called = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", "")
-            if called in HOLDERS:
+            name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", "")
+            if name in called or (name == "self" and id(node) in own):
                 yield node.attr
 
 
 @functools.cache
 def read_names(uses: str) -> frozenset[str]:
     """The keys that a stage, or what it imports, reads."""
-    return frozenset(name for tree in reached(uses) for name in names_read_in(tree))
+    config = stage.load(uses).config
+    kinds = frozenset(one.__name__ for inner in (config, *nested(config)) for one in inner.__mro__)
+    return frozenset(name for tree in reached(uses) for name in names_read_in(tree, kinds))
 
 
 @pytest.mark.parametrize(("uses", "name"), KEYS)
@@ -88,10 +108,58 @@ def test_a_key_says_what_it_means(uses, name):
     assert stage.load(uses).config.model_fields[name].description
 
 
-def test_a_key_that_only_another_stage_reads_is_seen():
-    assert "max_prompts" in read_names("eval.generate")
-    assert "max_prompts" not in read_names("eval.benchmark")
-    assert "learning_rate" not in set(names_read_in(ast.parse("other.learning_rate\nconfig.learning_rate = 1")))
+PLANTED = """
+from pydantic import model_validator
+from cordee.config import Config as Keys
+from trl import DPOConfig
+from posttrain import part, stranger
+
+
+class Source(Keys):
+    path: str
+    looped: str
+
+
+class Config(Keys):
+    data: list[Source]
+    by_run: int
+    by_part: int
+    by_method: int
+    by_validator: int
+    set_only: int
+    by_trl: int
+    by_stranger: int
+
+    @model_validator(mode="after")
+    def _fits(self):
+        return self.by_validator and self
+
+    def due(self):
+        return self.by_method
+
+
+def run(config: Config, settings: DPOConfig):
+    config.set_only = settings.by_trl
+    return config.by_run, [source.looped for _, source in enumerate(config.data)], part.work(config)
+"""
+PARTS = {
+    "part": "def work(config: Config): return config.by_part",
+    "stranger": "class Other:\n    def work(self): return self.by_stranger",
+    "sft": "def run(config: Config): return config.by_validator",
+}
+
+
+def test_a_key_that_nothing_reads_is_seen(tmp_path):
+    """Not by a validator, nor by another stage, nor by what has a field of that name and is no config of the stage."""
+    (tmp_path / "posttrain").mkdir()
+    for name, text in {"planted": PLANTED, **PARTS}.items():
+        (tmp_path / "posttrain" / f"{name}.py").write_text(text)
+    read = {
+        name
+        for tree in reached("posttrain.planted", tmp_path)
+        for name in names_read_in(tree, frozenset({"Config", "Source"}))
+    }
+    assert read == {"data", "looped", "by_run", "by_part", "by_method"}
 
 
 def test_an_input_stands_in_the_identity_by_its_content():
