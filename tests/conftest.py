@@ -1,6 +1,7 @@
 """What all tests share: the repository's root, a store, and the toy stages that live beside the tests."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,12 @@ sys.path.insert(0, TOYS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TOYS, os.environ.get("PYTHONPATH")]))
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[name] = "1"
+for number in (
+    signal.SIGINT,
+    signal.SIGHUP,
+):  # ignored by all that is started in the background
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler)
 
 Cordee = Callable[..., subprocess.CompletedProcess[str]]
 
