@@ -63,7 +63,7 @@ def read_task(path: Path, data: Mapping[str, Path], cache: Path) -> Task:
     for split, name in splits.items():
         if str(name) not in data:
             raise UserError(f"needs data named {name!r}", file=path, key="data", hint=nearest(str(name), data))
-        splits[split] = str(data[name])
+        splits[split] = str(data[str(name)])
     config["dataset_kwargs"] |= {"data_files": splits, "cache_dir": str(cache)}
     return Task(config, metric["metric"], is_chat, about)
 

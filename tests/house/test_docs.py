@@ -1,12 +1,14 @@
 """The documents say what is there: links lead somewhere, the tree is the real one, the commands exist."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from cordee import recipe
+from cordee import alone, prove, recipe, yaml12
+from cordee.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").rglob("*.md")])
@@ -67,13 +69,64 @@ def test_the_readmes_other_recipes_are_right(tmp_path, monkeypatch):
         assert recipe.load(tmp_path / "recipe.yaml").stages[-1].stage.uses == last
 
 
-def commands() -> list[str]:
+def commands(start: str = "cordee ") -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith("cordee ")]
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith(start)]
+
+
+def understand(command: str, file: Path) -> None:
+    """Check what a command names as it would itself: the stage, its keys in `file`, and the overrides."""
+    words = command.split()
+    if words[0] == "accelerate":
+        alone._recipe(words[words.index("-m") + 1], file, [word for word in words if "=" in word])
+        return
+    of = recipe.load(file, [word for word in words[3:] if "=" in word])
+    if words[1] == "stage":
+        assert words[3] in [item.name for item in of.stages]
+    if words[1] == "prove":
+        assert words[3] in prove.find()
+
+
+def of_recipes() -> list[str]:
+    return [command for command in commands() if "configs/recipes/" in command]
 
 
 def test_the_readme_has_commands():
-    assert len(commands()) >= 8
+    assert (len(commands()) >= 8, len(of_recipes()) >= 6, len(commands("accelerate launch "))) == (True, True, 1)
+
+
+@pytest.mark.parametrize("command", of_recipes())
+def test_what_a_readme_command_names_is_there(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    understand(command, ROOT / command.split()[2])
+
+
+@pytest.fixture
+def my_sft(tmp_path, write, monkeypatch):
+    """The keys of the README's own SFT stage in a file of their own."""
+    monkeypatch.chdir(tmp_path)
+    *_, mine = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    keys = {name: value for name, value in yaml12.parse(mine)["stages"]["sft"].items() if name != "uses"}
+    return write("my-sft.yaml", json.dumps(keys))
+
+
+@pytest.mark.parametrize("command", commands("accelerate launch "))
+def test_a_stage_alone_takes_the_readmes_keys(command, my_sft):
+    assert Path(command.split()[command.split().index("--config") + 1]).name == my_sft.name
+    understand(command, my_sft)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "accelerate launch -m posttrain.stf --config my-sft.yaml",
+        "accelerate launch -m posttrain.sft --config my-sft.yaml trainer.learning_rtae=5e-4",
+        "cordee run configs/recipes/quickstart.yaml sft.trainer.learning_rtae=5e-4",
+    ],
+)
+def test_a_readme_command_that_is_wrong_is_seen(command, my_sft):
+    with pytest.raises(UserError, match="did you mean"):
+        understand(command, my_sft if "my-sft" in command else ROOT / command.split()[2])
 
 
 @pytest.mark.parametrize("command", commands())

@@ -1,24 +1,77 @@
-"""Every YAML that is shipped is found and loaded, and every recipe has a tiny twin that runs in the tests."""
+"""Every YAML that is shipped is loaded by what reads it, and every recipe has a tiny twin that runs in the tests."""
 
+import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from cordee import recipe
+from cordee.config import Launch
+from cordee.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").rglob("*.yaml"))
-SHIPPED = sorted(path for room in ("configs", "eval") for path in (ROOT / room).rglob("*.y*ml"))
+MODELS, LAUNCHES = (sorted((ROOT / "configs" / name).rglob("*.yaml")) for name in ("models", "accelerate"))
+TASKS = sorted((ROOT / "eval" / "tasks").rglob("*.yaml"))
 
 
 def test_all_yaml_files_are_found():
-    assert (len(RECIPES), len(SHIPPED)) == (2, 12)
+    shipped = {path for room in ROOT.iterdir() if room.name[0] != "." for path in room.rglob("*.y*ml")}
+    assert shipped - set((ROOT / "runs").rglob("*")) == {*RECIPES, *MODELS, *LAUNCHES, *TASKS}
+    assert [len(found) for found in (RECIPES, MODELS, LAUNCHES, TASKS)] == [2, 3, 4, 3]
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_shipped_yaml_is_a_mapping(path):
-    assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+def read_shape(path, folder):
+    from pretrain.model import _read_config
+
+    (folder / "tokens.json").write_text(json.dumps({"vocab_size": 8192}))
+    return _read_config(path, folder)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_shipped_shape_is_a_model(path, tmp_path):
+    shape = read_shape(path, tmp_path)
+    assert shape.num_hidden_layers > 0
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_a_shipped_launch_is_one_that_a_training_takes(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from cordee.compute import device
+
+    asked = device._asked(Launch(config_file=str(path)))
+    assert asked.cpu == path.stem.startswith("cpu")
+    assert asked.sharded == path.stem.startswith("fsdp")
+    assert load_config_from_file(str(path)).use_cpu == asked.cpu
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_a_shipped_task_is_one_that_a_benchmark_takes(path, tmp_path):
+    from eval import harness
+
+    data = {name: tmp_path / name for name in ("language", "documents")}
+    task = harness.read_task(path, data, tmp_path)
+    assert (task.name, task.about["metric"]) == (path.stem, task.metric)
+
+
+def test_a_yaml_that_is_wrong_is_seen(tmp_path):
+    from cordee.compute import device
+    from eval import harness
+
+    def planted(path, old, new):
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        (tmp_path / path.name).write_text(text.replace(old, new, 1), encoding="utf-8")
+        return tmp_path / path.name
+
+    with pytest.raises(UserError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
+        read_shape(planted(MODELS[0], "hidden_size", "hiden_size"), tmp_path)
+    with pytest.raises(UserError, match="is no task file"):
+        harness.read_task(planted(TASKS[0], "metric_list", "metrics"), {}, tmp_path)
+    fsdp = next(path for path in LAUNCHES if path.stem == "fsdp2")
+    with pytest.raises(UserError, match="must be 2"):
+        device._asked(Launch(config_file=str(planted(fsdp, "fsdp_version: 2", "fsdp_version: 1"))))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -119,11 +119,35 @@ def test_no_step_reached_for_a_network(climbed):
     assert not (climbed.parent.parent / "network.log").exists()
 
 
-@pytest.mark.parametrize(
-    "reach", ["socket.create_connection(('192.0.2.1', 80))", "urllib.request.urlopen('http://example.org')"]
-)
-def test_a_step_that_reached_for_a_network_would_be_seen(tmp_path, reach):
-    command = [sys.executable, "-c", f"import socket, urllib.request; {reach}"]
-    environment = guarded(tmp_path / "runs")
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 1
+REACHES = ["socket.create_connection(('192.0.2.1', 80))", "urllib.request.urlopen('http://example.org')"]
+STRANGER = """
+import socket, urllib.request
+from cordee import worker
+from cordee.config import Config as Plain, TrainingConfig
+
+class Config({base}):
+    pass
+
+def run(config, context):
+    {reach}
+
+def main():
+    worker.main(Config, run)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("base", ["Plain", "TrainingConfig"])
+def test_a_step_that_reached_for_a_network_would_be_seen(tmp_path, monkeypatch, base, reach):
+    """Started as every stage is: by itself, or by `accelerate launch`."""
+    (tmp_path / "strangers").mkdir()
+    (tmp_path / "strangers" / "far.py").write_text(STRANGER.format(base=base, reach=reach))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: far\nseed: 1\nstages: {away: {uses: strangers.far}}\n")
+    done = call(tmp_path / "runs", "run", str(recipe))
+    assert (done.returncode, "no network in this test" in done.stdout + done.stderr) == (1, True)
     assert (tmp_path / "network.log").read_text()
