@@ -168,11 +168,14 @@ def lineage_(what: Annotated[str, typer.Argument(metavar="CHECKPOINT")], runs: R
 
 
 @_command
-def list_() -> None:
-    """List the stages and proofs that recipes can use, read from the source."""
-    from cordee import show
+def list_(uses: Annotated[str | None, typer.Argument(help="one of them, as in `uses:` (all, by name)")] = None) -> None:
+    """List the stages and proofs that recipes can use, or every key of one of them."""
+    from cordee import keys, show, stage
 
-    show.stages(_console())
+    if uses is None:
+        show.stages(_console())
+    else:
+        show.keys(_console(), keys.of(stage.load(uses, file="command line").config))
 
 
 def main() -> None:

@@ -121,6 +121,14 @@ def is_execution(model: type[Config], field: str) -> bool:
     return any(isinstance(mark, ExecutionMark) for mark in model.model_fields[field].metadata)
 
 
+def config_in(annotation: Any) -> type[Config] | None:
+    """The config class inside an annotation such as `list[Source] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    found = (config_in(item) for item in getattr(annotation, "__args__", ()))
+    return next((config for config in found if config), None)
+
+
 def libraries(model: type[Config]) -> Iterator[tuple[str, Library]]:
     """The fields of a config that are handed through to a library: name and mark."""
     for name, field in model.model_fields.items():

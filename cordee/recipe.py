@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cordee import peek, stage, yaml12
-from cordee.config import Config, MisfitError, inputs, libraries
+from cordee.config import Config, MisfitError, config_in, inputs, libraries
 from cordee.errors import UserError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -176,17 +176,9 @@ def _fields_at(model: type[Config], loc: Sequence[int | str]) -> list[str]:
     """The fields of the config that stands at a place within another one."""
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:
-            found = _config_in(model.model_fields[part].annotation)
+            found = config_in(model.model_fields[part].annotation)
             model = found or model
     return list(model.model_fields)
-
-
-def _config_in(annotation: Any) -> type[Config] | None:
-    """The config class inside an annotation such as `list[Source] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation
-    found = (_config_in(item) for item in getattr(annotation, "__args__", ()))
-    return next((config for config in found if config), None)
 
 
 def _needs(config: Config, stages: Mapping[str, Any], file: Path, key: str) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """Tables and trees for the command line: plans, states, lineages, certificates."""
 
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -11,6 +13,7 @@ from rich.tree import Tree
 from cordee import artifact, files, lineage, provenance, stage
 from cordee.artifact import Artifact
 from cordee.display import duration, progress_line
+from cordee.keys import Key
 from cordee.lineage import Step
 from cordee.plan import Plan, Planned
 from cordee.prove import Proof
@@ -187,6 +190,15 @@ def stages(out: Console) -> None:
     """Print every stage and the first line of what it says of itself."""
     for uses, said in stage.find():
         out.print(f"{uses:<26} {said}", markup=False, highlight=False, soft_wrap=True)
+
+
+def keys(out: Console, listed: Iterable[Key]) -> None:
+    """Print keys as a recipe spells them, each with its type, its default and its meaning."""
+    for key in listed:
+        out.print(f"[bold]{escape(key.name)}[/]: {escape(key.kind)}", highlight=False, soft_wrap=True)
+        indent = 4 * " "
+        said = textwrap.fill(key.meaning, out.width, initial_indent=indent, subsequent_indent=indent)
+        out.print(said, markup=False, highlight=False)
 
 
 def reports(out: Console, made: Iterable[Artifact]) -> None:

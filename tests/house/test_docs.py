@@ -140,11 +140,8 @@ def test_a_readme_command_is_understood(command, cordee):
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.split()[1] in ("plan", "list")])
 def test_a_readme_command_that_only_reads_runs(command, cordee, tmp_path):
-    done = (
-        cordee(*command.split()[1:], "--runs", str(tmp_path / "runs"), cwd=ROOT)
-        if "plan" in command
-        else cordee("list")
-    )
+    store = ("--runs", str(tmp_path / "runs")) if "plan" in command else ()
+    done = cordee(*command.split()[1:], *store, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

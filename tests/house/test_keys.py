@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from cordee import identity, stage
-from cordee.config import Config, Input, is_execution
-from cordee.recipe import _config_in
+from cordee.config import Config, Input, config_in, is_execution
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = [uses for uses, _ in stage.find()]
@@ -92,7 +91,7 @@ def test_a_key_is_read_by_its_room(uses, name):
 
 
 def nested(config: type[Config]) -> set[type[Config]]:
-    found = {inner for field in config.model_fields.values() if (inner := _config_in(field.annotation))}
+    found = {inner for field in config.model_fields.values() if (inner := config_in(field.annotation))}
     return found | {deeper for inner in found for deeper in nested(inner)}
 
 
