@@ -60,6 +60,15 @@ class Store:
 
     root: Path
 
+    def __post_init__(self) -> None:
+        """See that it can be one.
+
+        Raises:
+            UserError: it is a file.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError("is a file, not a folder of artifacts", file=self.root, key="--runs")
+
     def recipes(self) -> list[str]:
         """The recipes that have a folder here."""
         return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
@@ -132,6 +141,15 @@ class Work:
     def version(self) -> int:
         """The artifact's number."""
         return int(self.logs.name.rpartition("@")[2])
+
+
+def around(path: Path) -> tuple[Artifact, str] | None:
+    """The artifact that a path leads into, and the place in it; None if it leads into none."""
+    whole = path.resolve()
+    for folder in [whole, *whole.parents]:
+        if _FOLDER.fullmatch(folder.name) and (folder / MANIFEST).exists():
+            return Artifact(folder, files.read_json(folder / MANIFEST)), "/".join(whole.relative_to(folder).parts)
+    return None
 
 
 def publish(work: Work, manifest: dict[str, Any]) -> Artifact:

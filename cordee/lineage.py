@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cordee import files
-from cordee.artifact import MANIFEST, REFERENCE, Artifact, Store
+from cordee.artifact import REFERENCE, Artifact, Store, around
 from cordee.errors import UserError
 
 
@@ -53,8 +53,6 @@ def find(what: str, store: Store) -> Artifact:
     """
     if REFERENCE.fullmatch(what) and not Path(what).exists():
         return store.open(what)
-    path = Path(what).resolve()
-    for folder in [path, *path.parents]:
-        if (folder / MANIFEST).exists():
-            return Artifact(folder, files.read_json(folder / MANIFEST))
+    if found := around(Path(what)):
+        return found[0]
     raise UserError(f"{what!r} lies in no artifact", hint="name one as recipe/stage@version, or a path inside one")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee import files, identity
-from cordee.artifact import REFERENCE, Artifact, Store
+from cordee.artifact import REFERENCE, Artifact, Store, around
 from cordee.config import Config, Input, inputs, resolved
 from cordee.cost import Cost
 from cordee.errors import UserError, nearest
@@ -204,15 +204,22 @@ def _source(
         path = stage.artifact.at(inside, file=file, key=key) if stage.artifact else None
         return Source(f"artifact {stage.fingerprint}/{inside}".rstrip("/"), name, stage.artifact, path, inside)
     if match:
-        artifact, inside = store.open(text), match["place"] or ""
-        path = artifact.at(inside, file=file, key=key)
-        return Source(f"artifact {artifact.fingerprint}/{inside}".rstrip("/"), None, artifact, path, inside)
+        return _in_artifact(store.open(text), match["place"] or "", file=file, key=key)
     path = Path(text)
     if not path.exists():
         beside = [str(path.parent / name.name) for name in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(text, beside) if beside else f"looked in {Path.cwd()}"
         raise UserError(f"no file or folder {text!r}", file=file, key=key, hint=hint)
+    found = around(path)
+    if found and found[0].path.is_relative_to(store.root.resolve()):
+        return _in_artifact(*found, file=file, key=key)
     return Source(f"content {hashes.of(path)}", path=path.absolute())
+
+
+def _in_artifact(artifact: Artifact, inside: str, *, file: object, key: str) -> Source:
+    """A place in an artifact that was named by itself, not as a stage of this recipe."""
+    path = artifact.at(inside, file=file, key=key)
+    return Source(f"artifact {artifact.fingerprint}/{inside}".rstrip("/"), None, artifact, path, inside)
 
 
 def content(path: Path, of_file: Callable[[Path], str] = files.sha256) -> str:

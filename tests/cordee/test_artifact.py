@@ -104,6 +104,12 @@ def test_a_name_that_is_no_artifact_names_the_nearest(published):
         store.open("brook/sprang@1")
 
 
+def test_a_store_that_is_a_file_is_one_line(tmp_path, cordee):
+    (tmp_path / "runs").write_text("")
+    told = cordee("verify", "--runs", "runs")
+    assert (told.returncode, told.stderr) == (2, "cordee: runs: --runs: is a file, not a folder of artifacts\n")
+
+
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})

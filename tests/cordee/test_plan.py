@@ -122,6 +122,27 @@ def test_a_file_that_was_put_into_an_artifact_is_no_part_of_it(brook, tmp_path):
         brook("pool.source=$spring/extra.txt")
 
 
+@pytest.mark.parametrize("source", ["runs/brook/spring@1/line.txt", "lake/../runs/brook/spring@1/line.txt", "link"])
+def test_a_path_into_an_artifact_is_a_reference_to_it(brook, tmp_path, source):
+    (tmp_path / "lake").mkdir()
+    (tmp_path / "link").symlink_to("runs/brook/spring@1/line.txt")
+    run(brook())
+    made = brook("name=lake", f"pool.source={source}")
+    assert states(made)["pool"] == "done"
+    found = made.stage("pool").sources["source"]
+    assert (found.artifact.name, found.place) == ("brook/spring@1", "line.txt")
+    (tmp_path / "runs/brook/spring@1/extra.txt").write_text("salt")
+    with pytest.raises(UserError, match=r"stages.pool.source: brook/spring@1 has no 'extra.txt'"):
+        brook("pool.source=runs/brook/spring@1/extra.txt")
+
+
+def test_a_path_into_another_store_counts_by_its_content(brook, tmp_path):
+    run(brook())
+    (tmp_path / "runs").rename(tmp_path / "old")
+    source = brook("spring.source=old/brook/spring@1/line.txt").stage("spring").sources["source"]
+    assert (source.artifact, source.identity.partition(" ")[0]) == (None, "content")
+
+
 @pytest.mark.parametrize("place", ["$spring/../spring@1/line.txt", "brook/spring@1/../spring@1/line.txt", "$spring/.."])
 def test_no_reference_leads_out_of_its_artifact(brook, place):
     run(brook())
