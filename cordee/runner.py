@@ -70,7 +70,12 @@ def run_stage(
         values = config.resolved(planned.config, paths)
         write_job(plan, planned, work, values)
         argv = command.of_stage(planned.item.stage.uses, planned.config, work.job.resolve())
-        job = Job(argv, {"PYTHONUNBUFFERED": "1", RUNNER: json.dumps(lock.owner(os.getpid()))}, work.logs / "log.txt")
+        environment = {
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",  # a folder `eval/` where the user stands is not the code that was planned
+            RUNNER: json.dumps(lock.owner(os.getpid())),
+        }
+        job = Job(argv, environment, work.logs / "log.txt")
         display.begin(planned.name, f"starts as {plan.recipe.name}/{planned.name}@{work.version}")
         told = manifest(plan, planned, made)  # before it starts: what stands there hours later is not what ran
         memory = _watch(job, work, display, lambda error: _place(plan, planned, error))

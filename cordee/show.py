@@ -169,9 +169,9 @@ def certificate(out: Console, made: Artifact) -> None:
     out.print(f"{made.name}: {held['claim']}", markup=False, highlight=False, soft_wrap=True)
     for check in held["checks"]:
         mark = "passed" if check["passed"] else "FAILED"
-        out.print(
-            f"  {mark}  {check['name']}: {check['value']} (limit {check['limit']})", markup=False, highlight=False
-        )
+        value = f"{check['value']:.3g}" if isinstance(check["value"], float) else check["value"]
+        line = f"  {mark}  {check['name']}: {value} (limit {check['limit']})"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def verify(out: Console, chosen: Iterable[Artifact]) -> bool:

@@ -39,17 +39,19 @@ def climb(records: list[Record]) -> list[dict[str, Any]]:
 
 def made(record: Record) -> str:
     """What a stage made, in a few words, from its files and metrics."""
-    rows, vocabulary = (record.manifest.metrics.get(key) for key in ("rows", "vocab_size"))
+    keys = ("rows", "vocab_size", "heldout_bits_per_byte")
+    rows, vocabulary, bits = (record.manifest.metrics.get(key) for key in keys)
     known = {
         "adapter_config.json": "an adapter",
-        "config.json": "a language model",
+        "config.json": "a language model" + ("" if bits is None else f", {bits:.3f} bits per held-out byte"),
         "tokenizer.json": f"a vocabulary of {units.count(vocabulary)}" if vocabulary else "a tokenizer",
         "tokens.json": "tokens" + (f" of {units.count(rows)} documents" if rows else ""),
         "results.json": "benchmark results",
         "samples.jsonl": (f"{units.count(rows)} " if rows else "") + "sample answers",
     }
     if record.holds("corpus.json"):
-        return f"a corpus in {len(record.read('corpus.json', Corpus).languages)} languages"
+        languages = len(record.read("corpus.json", Corpus).languages)
+        return f"a corpus in {languages} language{'s' if languages != 1 else ''}"
     for file, words in known.items():
         if record.holds(file):
             return words

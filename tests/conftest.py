@@ -30,7 +30,7 @@ def cordee(tmp_path: Path) -> Cordee:
     """Runs the real command line in a folder of the test's own: `cordee("plan", "r.yaml")`."""
 
     def call(*arguments: str, cwd: Path = tmp_path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from cordee.cli import main; main()", *arguments]
+        command = [sys.executable, "-P", "-c", "from cordee.cli import main; main()", *arguments]
         environment = {**os.environ, "COLUMNS": "200"}
         return subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False

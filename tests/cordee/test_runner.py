@@ -68,6 +68,17 @@ def test_a_stage_that_fails_is_one_line_and_the_run_goes_on_when_it_is_mended(
     assert (mended.returncode, "published brook/pool@1" in mended.stdout) == (0, True)
 
 
+@pytest.mark.parametrize("uses", ["toys.spring", "toys.choir"])
+def test_a_users_folder_of_the_same_name_is_not_what_runs(cordee, write, uses):
+    write("toys/__init__.py", "")
+    write(f"toys/{uses.partition('.')[2]}.py", "raise SystemExit('shadowed')")
+    write("tempfile.py", "raise SystemExit('shadowed')")
+    write("r.yaml", f"name: r\nstages: {{one: {{uses: {uses}}}}}")
+    done = cordee("run", "r.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "published r/one@1" in done.stdout
+
+
 @pytest.mark.usefixtures("brook")
 def test_a_disk_that_is_full_while_publishing_leaves_earlier_artifacts_whole(cordee, tmp_path):
     assert cordee("stage", "brook.yaml", "spring").returncode == 0

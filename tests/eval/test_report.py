@@ -54,6 +54,20 @@ def test_the_figures_are_those_of_the_artifacts(report, store):
     assert "5.41\N{NO-BREAK SPACE}M" in page
 
 
+def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, store):
+    def words():
+        return {stage["stage"]: stage["made"] for stage in figures(report(("base",)))["climb"]}
+
+    assert words()["base"] == "a language model"
+    change_json(store["base"], "manifest.json", lambda told: told["metrics"].update(heldout_bits_per_byte=1.31768))
+    assert words()["base"] == "a language model, 1.318 bits per held-out byte"
+
+
+def test_a_corpus_of_one_language_is_in_one_language(report, store):
+    change_json(store["corpus"], "corpus.json", lambda told: told.update(languages={"de": told["languages"]["de"]}))
+    assert figures(report(("corpus",)))["climb"][0]["made"] == "a corpus in 1 language"
+
+
 def test_changes_are_paired_document_by_document(report, store):
     table = next(t for t in figures(report())["benchmarks"] if t["task"] == "heldout_text")
     folder = store["benchmark"] / "lm_eval"
