@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is no JSON object.
     """
-    rows = []
     # U+2028 in a text is no end of line, as `splitlines` would have it
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    return rows_of(path.read_bytes().split(b"\n"), path)
+
+
+def rows_of(lines: Iterable[bytes], path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in the first lines of a file, as `read_rows` has them."""
+    rows = []
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

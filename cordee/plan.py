@@ -7,6 +7,7 @@ identity (the plan says which keys differ), and *ready* when it was never made. 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from cordee import files, identity
 from cordee.artifact import REFERENCE, Artifact, Store, around
 from cordee.config import Config, Input, inputs, resolved
 from cordee.cost import Cost
-from cordee.errors import UserError, nearest
+from cordee.errors import CordeeError, UserError, nearest
 from cordee.recipe import CERTIFICATES, Recipe, RecipeStage
 
 REPORT = "eval.report"
@@ -137,7 +138,7 @@ def _planned(
         state = "ready"
     if not artifact and store.work_folders(recipe.name, item.name, fingerprint).out.exists():
         why.append("goes on where it was stopped")
-    cost = measured(artifact) if artifact else _cost(item, config, sources, before)
+    cost = measured(artifact) if artifact else _cost(recipe, item, config, sources, before)
     return Planned(item, config, sources, stands_for, fingerprint, state, tuple(why), artifact, cost)
 
 
@@ -151,8 +152,21 @@ def _reasons(earlier: Artifact, now: dict[str, Any], sources: dict[str, Source])
     return lines
 
 
-def _cost(item: RecipeStage, config: Config, sources: dict[str, Source], before: dict[str, Planned]) -> Cost:
-    """What a stage will cost, as far as its module can say."""
+def in_recipe(recipe: Recipe, item: RecipeStage, error: str) -> str:
+    """What a stage said is wrong, with the recipe's file and its name before it: `r.yaml: stages.sft.data: …`."""
+    key = re.match(r"(\w+)[\w.-]*: ", error)
+    joint = "." if key and key[1] in type(item.config).model_fields else ": "
+    return f"{recipe.file}: stages.{item.name}{joint}{error}"
+
+
+def _cost(
+    recipe: Recipe, item: RecipeStage, config: Config, sources: dict[str, Source], before: dict[str, Planned]
+) -> Cost:
+    """What a stage will cost, as far as its module can say.
+
+    Raises:
+        CordeeError: what it is given can't be used.
+    """
     if item.stage.cost is None:
         return Cost()
     # What is made already is given as a path, so that its files can be read; what is not stays a reference.
@@ -164,7 +178,10 @@ def _cost(item: RecipeStage, config: Config, sources: dict[str, Source], before:
             given[key] = before[source.stage].cost
         elif source.artifact:
             given[key] = measured(source.artifact)
-    return item.stage.cost(config, given)
+    try:
+        return item.stage.cost(config, given)
+    except CordeeError as error:
+        raise type(error)(in_recipe(recipe, item, str(error))) from error
 
 
 def measured(artifact: Artifact) -> Cost:

@@ -4,7 +4,6 @@ import contextlib
 import datetime as dt
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from cordee.artifact import Artifact, Work
 from cordee.display import Display, duration
 from cordee.errors import Fault, Stopped, UserError
 from cordee.launchers import RUNNER, Job, command, local
-from cordee.plan import Plan, Planned, content
+from cordee.plan import Plan, Planned, content, in_recipe
 
 POLL_S = 0.2
 STOP_GRACE_S = 90.0
@@ -78,7 +77,7 @@ def run_stage(
         job = Job(argv, environment, work.logs / "log.txt")
         display.begin(planned.name, f"starts as {plan.recipe.name}/{planned.name}@{work.version}")
         told = manifest(plan, planned, made)  # before it starts: what stands there hours later is not what ran
-        memory = _watch(job, work, display, lambda error: _place(plan, planned, error))
+        memory = _watch(job, work, display, lambda error: in_recipe(plan.recipe, planned.item, error))
         seconds = worked_s(work)
         record = told | {
             "metrics": files.read_json(work.logs / "result.json"),
@@ -198,13 +197,6 @@ def _raise_for(exit_code: int, tail: "Tail", work: Work, name: Callable[[str], s
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         said = lines[-1] if lines else "it said nothing"
         raise Fault(f"the stage ended with exit code {exit_code}: {said}", file=log)
-
-
-def _place(plan: Plan, planned: Planned, error: str) -> str:
-    """What a stage said went wrong, with the recipe's file and its name before it: `r.yaml: stages.sft.data: …`."""
-    key = re.match(r"(\w+)[\w.-]*: ", error)
-    joint = "." if key and key[1] in type(planned.config).model_fields else ": "
-    return f"{plan.recipe.file}: stages.{planned.name}{joint}{error}"
 
 
 def begin_events(work: Work) -> "Tail":

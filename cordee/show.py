@@ -1,8 +1,11 @@
 """Tables and trees for the command line: plans, states, lineages, certificates."""
 
+import math
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
@@ -48,7 +51,7 @@ def _plan_table(plan: Plan, width: int) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("tokens", "params", "FLOPs", "memory", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    rates = dict(_measured_rates(plan))
+    measured = _measured(plan)
     for planned in plan.stages:
         cost, made = planned.cost, planned.artifact
         table.add_row(
@@ -59,7 +62,7 @@ def _plan_table(plan: Plan, width: int) -> Table:
             _count(cost.parameters),
             f"{cost.flops:.2g}" if cost.flops else "",
             f"{cost.memory_bytes / 1e9:.1f} GB" if cost.memory_bytes else "",
-            _time(planned, rates),
+            _time(planned, measured),
         )
     return table
 
@@ -77,23 +80,40 @@ def _plan_notes(plan: Plan) -> Iterator[str]:
         yield "times with ~ follow from an earlier run on this machine, those with ≈ are rough"
 
 
-def _measured_rates(plan: Plan) -> Iterator[tuple[str, float]]:
-    """FLOPs per second that each kind of stage reached on this machine, the newest last."""
+@dataclass
+class _Measured:
+    """What the runs of one kind of stage on this machine tell of the next one's time."""
+
+    flops: float = 0.0
+    """Of the largest run: in a small one, most of the time goes into starting."""
+    seconds: float = 0.0
+    """Of the same run."""
+    least_seconds: float = math.inf
+    """Of the shortest run: so long it takes in any case."""
+
+
+def _measured(plan: Plan) -> dict[str, _Measured]:
+    """The measurements of each kind of stage on this machine, over all recipes."""
     here = provenance.host()["name"]
+    found: dict[str, _Measured] = defaultdict(_Measured)
     for made in plan.store.everything(plan.recipe.name):
         flops, seconds = made.manifest["metrics"].get("flops"), made.manifest["seconds"]
         if flops and seconds and made.manifest["host"]["name"] == here:
-            yield made.manifest["uses"], flops / seconds
+            known = found[made.manifest["uses"]]
+            known.least_seconds = min(known.least_seconds, seconds)
+            if flops > known.flops:
+                known.flops, known.seconds = flops, seconds
+    return found
 
 
-def _time(planned: Planned, rates: dict[str, float]) -> str:
+def _time(planned: Planned, measured: dict[str, _Measured]) -> str:
     """How long a stage took, or will take."""
     if planned.cost.seconds is not None:
         return duration(planned.cost.seconds)
     if not planned.cost.flops:
         return ""
-    if rate := rates.get(planned.item.stage.uses):
-        return f"~{duration(planned.cost.flops / rate)}"
+    if known := measured.get(planned.item.stage.uses):
+        return f"~{duration(max(planned.cost.flops / known.flops * known.seconds, known.least_seconds))}"
     host = provenance.host()
     rough = ROUGH_GPU_FLOPS_PER_S if host["gpu"] else ROUGH_CORE_FLOPS_PER_S * host["cores"]
     return f"≈{duration(planned.cost.flops / rough)}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from cordee import files, worker
+from cordee import files, model_folder, worker
 from cordee.config import Config as Keys
 from cordee.config import Execution, Input
 from cordee.cost import Cost
@@ -48,8 +48,8 @@ class Config(Keys):
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
     """The parameters of the models; how much they read depends on the data."""
-    del config
-    return Cost(parameters=next((cost.parameters for cost in given.values() if cost.parameters), None))
+    models = [model_folder.cost(path, f"models.{name}", given) for name, path in config.models.items()]
+    return Cost(parameters=models[0].parameters)
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:

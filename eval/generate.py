@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cordee import files, worker
+from cordee import files, model_folder, worker
 from cordee.config import Config as Keys
 from cordee.config import Execution, Input
 from cordee.cost import Cost
@@ -42,7 +42,8 @@ class Config(Keys):
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
     """At most `max_tokens` tokens for each prompt and model."""
     tokens = float(len(config.models) * config.max_prompts * config.max_tokens)
-    parameters = next((cost.parameters for cost in given.values() if cost.parameters), None)
+    models = [model_folder.cost(path, f"models.{name}", given) for name, path in config.models.items()]
+    parameters = models[0].parameters
     return Cost(tokens=tokens, flops=2 * parameters * tokens if parameters else None, parameters=parameters)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from cordee import worker
+from cordee import model_folder, worker
 from cordee.config import Config as StageConfig
 from cordee.config import Execution, Input
 from cordee.cost import Cost
@@ -44,7 +44,7 @@ class Config(StageConfig):
 
 def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
     """Four passes over the prompts; the weights twice in float32 (one layer's delta apart)."""
-    base = given.get("model", Cost())
+    base = model_folder.cost(config.model, "model", given)
     tokens = 4.0 * config.rows * 1024
     if base.parameters is None:
         return Cost(tokens=tokens)

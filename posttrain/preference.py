@@ -16,7 +16,7 @@ from cordee.config import Config as Keys
 from cordee.config import Input, Library
 from cordee.cost import Cost, training_flops
 from cordee.stage import Context
-from posttrain.settings import OWNED, TrlConfig, training_cost
+from posttrain.settings import OWNED, TrlConfig, data_cost, training_cost
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -54,10 +54,14 @@ class Config(TrlConfig):
 
 def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
     """At most: each pair is two sequences of at most `max_length` tokens, read by the model and by the reference."""
-    pairs = sum(part.rows or 0.0 for key, part in given.items() if key.startswith("data"))
+    columns = ["prompt", "chosen", "rejected"]
+    data = [data_cost(source.path, f"data.{place}.path", given, columns) for place, source in enumerate(config.data)]
+    pairs = sum(part.rows or 0.0 for part in data)
     steps = config.trainer.get("max_steps", 0)
     seen = steps * config.global_batch_size if steps > 0 else pairs * config.trainer.get("num_train_epochs", 3)
-    tokens = 2.0 * seen * (config.trainer.get("max_length") or 1024) if seen else None
+    longest = config.trainer.get("max_length") or 1024
+    in_pair = sum(part.tokens or 0.0 for part in data) / pairs if pairs else 0.0  # more than in either sequence of it
+    tokens = 2.0 * seen * (min(in_pair, longest) or longest) if seen else None
     whole = training_cost(config, given, tokens, forwards=_passes(config))
     if config.lora is None or whole.memory_bytes is None or whole.parameters is None:
         return whole

@@ -28,7 +28,7 @@ class Row:
 
     file: Path
     number: int
-    """Its row in the file, from 0."""
+    """Its row in the file, from 1."""
     ids: np.ndarray
     """`[length]`, int32."""
     has_loss: np.ndarray
@@ -98,9 +98,9 @@ def _tokenize_batch(
     prompts = _ids([chats[n][:turn] for n, turn in answers], tokenizer, add_generation_prompt=True)
     turns: list[list[tuple[int, int]]] = [[] for _ in chats]
     for (n, turn), prompt in zip(answers, prompts, strict=True):
-        ids, place = trained["input_ids"][n], {"file": file, "key": f"row {start + n}"}
+        ids, place = trained["input_ids"][n], {"file": file, "key": f"row {start + n + 1}"}
         if ids[: len(prompt)] != prompt:
-            raise UserError(f"the chat template renders message {turn} otherwise when more follows", **place)
+            raise UserError(f"the chat template renders message {turn + 1} otherwise when more follows", **place)
         end = next((at for at in range(len(prompt), len(ids)) if ids[at] in stops.end), None)
         if end is None:
             problem = "an answer ends with no token at which generation stops"
@@ -108,7 +108,7 @@ def _tokenize_batch(
         turns[n].append((len(prompt), end + 1))
     for n, ids in enumerate(trained["input_ids"]):
         mask = np.array(trained["assistant_masks"][n], dtype=bool)
-        yield Row(file, start + n, np.array(ids, dtype=np.int32), mask, tuple(turns[n]))
+        yield Row(file, start + n + 1, np.array(ids, dtype=np.int32), mask, tuple(turns[n]))
 
 
 def _ids(chats: list[reading.Messages], tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[list[int]]:

@@ -1,15 +1,17 @@
 """What the stages that train with TRL can all be told, and what of TRL's settings they set themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from cordee import files
+from cordee import files, model_folder
 from cordee.config import Execution, Input, TrainingConfig, require_whole_batches
 from cordee.cost import Cost, training_bytes, training_flops
 
+BYTES_PER_TOKEN = 3.0
+"""Bytes of a chat in a token, where only a guess is possible: before it is read."""
 OWNED = (
     # where, how often, and who is told: the stage's own keys, the artifact and its metrics.jsonl
     *("output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
@@ -60,6 +62,20 @@ class TrlConfig(TrainingConfig):
         return self
 
 
+def data_cost(file: Path, key: str, given: Mapping[str, Cost], columns: Sequence[str]) -> Cost:
+    """Rows and tokens of a file of chats or pairs: what the file's beginning tells, or the stage that will make it.
+
+    Raises:
+        UserError: the beginning shows that the file can't be used.
+    """
+    from posttrain.reading import estimate
+
+    if not file.is_file():
+        return given.get(key, Cost())
+    rows, text_bytes = estimate(file, columns)
+    return Cost(rows=rows, tokens=text_bytes / BYTES_PER_TOKEN)
+
+
 def training_cost(config: TrlConfig, given: Mapping[str, Cost], tokens: float | None, forwards: float = 1.0) -> Cost:
     """What training on `tokens` tokens costs.
 
@@ -68,8 +84,11 @@ def training_cost(config: TrlConfig, given: Mapping[str, Cost], tokens: float | 
         given: the costs of its inputs; "model" is the one that matters.
         tokens: tokens over all epochs; None where they are not known yet.
         forwards: work per token, in units of one forward and backward pass (4/3 with a frozen reference's forward).
+
+    Raises:
+        UserError: the model is neither made by a stage nor a model folder.
     """
-    base = given.get("model", Cost())
+    base = model_folder.cost(config.model, "model", given)
     cost = Cost(tokens=tokens, parameters=base.parameters, vocab_size=base.vocab_size)
     model_file = Path(config.model) / "config.json"
     if tokens is None or base.parameters is None:

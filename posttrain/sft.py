@@ -16,7 +16,7 @@ from cordee.config import Input, Library
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from posttrain.settings import OWNED, TrlConfig, training_cost
+from posttrain.settings import OWNED, TrlConfig, data_cost, training_cost
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -51,13 +51,19 @@ class Config(TrlConfig):
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
-    """Tokens of all epochs, and what they cost to train on."""
-    tokens = 0.0
+    """Tokens of all steps, and what they cost to train on; of a file of the user's own they are guessed."""
+    tokens = rows = 0.0
     for place, source in enumerate(config.data):
-        known = given.get(f"data.{place}.path", Cost()).tokens
-        if known is None:
+        known = data_cost(source.path, f"data.{place}.path", given, ["messages"])
+        if known.tokens is None:
             return training_cost(config, given, None)
-        tokens += known * source.weight
+        tokens += known.tokens * source.weight
+        rows += (known.rows or 0.0) * source.weight
+    steps = config.trainer.get("max_steps", -1)
+    if steps > 0:
+        is_packed, longest = config.trainer.get("packing"), config.trainer.get("max_length") or 1024
+        in_row = tokens / rows if rows and not is_packed else longest
+        return training_cost(config, given, float(steps * config.global_batch_size * in_row))
     return training_cost(config, given, tokens * float(config.trainer.get("num_train_epochs", 3)))
 
 

@@ -19,9 +19,10 @@ from torch.nn.functional import softplus
 from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import XIELUActivation
 
+from cordee import model_folder
 from cordee.compute.device import default
 from cordee.compute.logprobs import Scores, score
-from cordee.compute.model import open_model, open_tokenizer, require_model, stop_token_ids
+from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
 from cordee.errors import Fault, UserError
 
 PROBE_LIMIT = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -103,7 +104,7 @@ def require_one_shape(models: dict[str, Path]) -> None:
         UserError: one is no model, or differs from the first; names it.
     """
     for name, path in models.items():
-        require_model(path, f"models.{name}")
+        model_folder.require(path, f"models.{name}")
     (first, folder), *others = models.items()
     one, tokenizer = AutoConfig.from_pretrained(folder).to_dict(), open_tokenizer(folder, key=f"models.{first}")
     for name, other in others:

@@ -3,7 +3,6 @@
 `from_pretrained` initialises weights that a checkpoint lacks at random, and warns; here that is an error.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cordee import files
+from cordee import files, model_folder
 from cordee.errors import Fault, UserError
 
 END_OF_TURN = "<|assistant_end|>"
@@ -33,7 +32,7 @@ def open_model(
         UserError: the folder is no model.
         Fault: it is one, and it is damaged, incomplete or does not fit its own config.
     """
-    require_model(folder, key)
+    model_folder.require(folder, key)
     require_undamaged(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -139,28 +138,6 @@ def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> Non
             continue
         if path.stat().st_size != item["bytes"] or files.sha256(path) != item["sha256"]:
             raise Fault("is damaged: its content differs from what was published", file=path)
-
-
-def require_model(folder: Path, key: str | None = None) -> None:
-    """Check that a folder is a model with weights.
-
-    Raises:
-        UserError: it is something else; says what.
-    """
-    if not folder.is_dir():
-        raise UserError("is no folder", file=folder, key=key)
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError("is an adapter, not a model", file=folder, key=key, hint="merge it into its base first")
-        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"did you mean {folder.name}/{inside[-1]}?" if inside else ""
-        raise UserError("is no Hugging Face model: it has no config.json", file=folder, key=key, hint=hint)
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Fault(f"is no JSON: {error}", file=folder / "config.json") from error
-    if not any(folder.glob("*.safetensors")):
-        raise UserError("holds no weights: it has no *.safetensors", file=folder, key=key)
 
 
 def _generation_config(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

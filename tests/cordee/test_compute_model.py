@@ -188,5 +188,5 @@ def test_a_damaged_config_or_tokenizer_is_a_fault(folder: Path) -> None:
     with pytest.raises(Fault, match="can't be opened as a tokenizer"):
         open_tokenizer(folder)
     (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(Fault, match=r"config\.json: is no JSON"):
+    with pytest.raises(Fault, match=r"config\.json: can't be read as JSON"):
         open_model(folder)

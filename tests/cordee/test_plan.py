@@ -1,12 +1,14 @@
 """The plan says what is done, what is stale and why, and what it will cost."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from cordee import plan, recipe, runner
+from cordee import plan, recipe, runner, show
 from cordee.artifact import Store
+from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 
 BROOK = """
@@ -92,6 +94,21 @@ def test_cost_is_told_before_and_measured_after(brook):
     run(brook())
     assert brook().stage("spring").cost.seconds > 0
     assert brook("pool.number=3").stage("pool").cost.rows == 1, "what an artifact measured is given to the next stage"
+
+
+def test_a_time_follows_from_the_largest_run_and_is_no_less_than_the_shortest(brook, tmp_path):
+    run(brook())
+    for name, flops, seconds in (("spring", 1e12, 100.0), ("pool", 1e9, 8.0)):
+        path = tmp_path / f"runs/brook/{name}@1/manifest.json"
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"seconds": seconds, "metrics": {"flops": flops}}))
+    measured = show._measured(brook())
+    (spring, _) = brook("spring.number=2").stages
+
+    def time(flops: float) -> str:
+        return show._time(replace(spring, cost=Cost(flops=flops)), measured)
+
+    assert (time(5e11), time(2e12), time(1e6)) == ("~50 s", "~3:20", "~8.0 s")
 
 
 @pytest.mark.parametrize(

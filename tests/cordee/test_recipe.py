@@ -154,7 +154,7 @@ name: mountain
 stages:
   base: {uses: pretrain.train, model: model.yaml, data: [{tokens: tokens}], max_steps: 240, sequence_length: 256,
          global_batch_size: 16, learning_rate: 2e-3}
-  sft:  {uses: posttrain.sft, model: $base, data: [{path: chats.parquet}], global_batch_size: 8}
+  sft:  {uses: posttrain.sft, model: $base, data: [{path: chats.jsonl}], global_batch_size: 8}
 """
 
 
@@ -208,7 +208,7 @@ def test_keys_that_do_not_fit_each_other_are_found_before_anything_starts(
 )
 def test_a_models_yaml_that_is_wrong_is_one_line_in_the_plan(write, cordee, tmp_path, model, message):
     write("tokens/tokens.json", '{"vocab_size": 512}')
-    write("chats.parquet", "")
+    write("chats.jsonl", '{"messages": []}\n')
     write("mountain.yaml", TRAINING)
     (tmp_path / "model.yaml").write_bytes(model if isinstance(model, bytes) else model.encode())
     planned = cordee("plan", "mountain.yaml")
@@ -216,10 +216,32 @@ def test_a_models_yaml_that_is_wrong_is_one_line_in_the_plan(write, cordee, tmp_
     assert message in planned.stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "sft.model=tokens",
+            "mountain.yaml: stages.sft: {}/tokens: model: is no Hugging Face model: it has no config.",
+        ),
+        ("sft.data.0.path=mountain.yaml", "mountain.yaml: stages.sft: {}/mountain.yaml: is neither .parquet nor"),
+    ],
+)
+def test_what_a_stage_can_not_use_is_one_line_in_the_plan_before_anything_starts(
+    write, cordee, tmp_path, override, message
+):
+    write("tokens/tokens.json", '{"vocab_size": 512}')
+    write("chats.jsonl", '{"messages": []}\n')
+    write("model.yaml", "hidden_size: 256")
+    write("mountain.yaml", TRAINING)
+    planned = cordee("plan", "mountain.yaml", override)
+    assert (planned.returncode, planned.stderr.count("\n")) == (2, 1), planned.stderr
+    assert planned.stderr.startswith(f"cordee: {message.format(tmp_path)}")
+
+
 def test_a_models_yaml_that_leaves_fields_to_transformers_is_planned_without_its_size(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("tokens/tokens.json", '{"vocab_size": 512}')
-    write("chats.parquet", "")
+    write("chats.jsonl", '{"messages": []}\n')
     write("model.yaml", "hidden_size: 256\nrms_norm_eps: 1e-5")
     base = plan.make(recipe.load(write("mountain.yaml", TRAINING)), Store(tmp_path / "runs")).stage("base")
     assert (base.cost.tokens, base.cost.vocab_size, base.cost.parameters) == (240 * 16 * 256, 512, None)

@@ -70,13 +70,13 @@ def test_parquet_and_json_lines_give_the_same_rows(tmp_path: Path, tokenizer, st
     ("bad", "problem"),
     [
         ([{"role": "user", "content": "hello"}], "no assistant turn"),
-        ([{"role": "usr", "content": "hello"}], "unknown role 'usr' in message 0; did you mean 'user'"),
+        ([{"role": "usr", "content": "hello"}], "unknown role 'usr' in message 1; did you mean 'user'"),
         ([], "messages is empty"),
-        (chat("hello", ""), "message 1 has no content"),
+        (chat("hello", ""), "message 2 has no content"),
         (chat("hello <s> there", "German"), "spells out the special token '<s>'"),
         (chat("hello", "German<|assistant_end|>"), r"spells out the special token '<\|assistant_end\|>'"),
         (chat("long " * 200, "German"), "more than trainer.max_length=128"),
-        ([{"role": "user"}], "message 0 has no content"),
+        ([{"role": "user"}], "message 1 has no content"),
     ],
 )
 def test_a_chat_that_would_train_the_wrong_thing_is_named_with_file_and_row(
@@ -85,7 +85,7 @@ def test_a_chat_that_would_train_the_wrong_thing_is_named_with_file_and_row(
     file = write_lines(tmp_path / "m.jsonl", [*some_chats(3), bad])
     with pytest.raises(UserError, match=problem) as caught:
         rows.tokenize(file, tokenizer, stops, 128)
-    assert str(caught.value).startswith(f"{file}: row 3: ")
+    assert str(caught.value).startswith(f"{file}: row 4: ")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_a_chat_that_would_train_the_wrong_thing_is_named_with_file_and_row(
     [
         ("", "holds no rows"),
         ('{"messages": [\n', "line 1 is no JSON"),
-        ('{"message": []}\n', "row 0: has no column 'messages'; did you mean 'message'"),
-        ('{"messages": "hello"}\n', "row 0: messages is no list"),
+        ('{"message": []}\n', "row 1: has no column 'messages'; did you mean 'message'"),
+        ('{"messages": "hello"}\n', "row 1: messages is no list"),
     ],
 )
 def test_a_file_that_holds_no_chats_is_named(tmp_path: Path, tokenizer, stops, content: str, problem: str) -> None:
@@ -127,7 +127,7 @@ def test_a_parquet_file_without_messages_is_named(tmp_path: Path, tokenizer, sto
         (lambda text: text.replace("{{- bos_token }}", ""), "0 beginning-of-sequence tokens"),
         (lambda text: text.replace("+ '<|assistant_end|>' }}", "}}"), "no token at which generation stops"),
         (lambda text: text.replace("{%- if add_generation_prompt %}", "{%- if add_generation_prompt %}{{- 'x' }}"),
-         "renders message 1 otherwise when more follows"),
+         "renders message 2 otherwise when more follows"),
     ],
 )  # fmt: skip
 def test_a_chat_template_that_marks_the_wrong_tokens_is_caught(
@@ -143,7 +143,7 @@ def test_a_chat_template_that_marks_the_wrong_tokens_is_caught(
 
 def test_weights_repeat_rows_and_take_a_random_share(tmp_path: Path, tokenizer, stops) -> None:
     made = rows.tokenize(write_parquet(tmp_path / "m.parquet", some_chats(20)), tokenizer, stops, 256)
-    assert [row.number for row in rows.weigh(made, 1.0, 0)] == list(range(20))
+    assert [row.number for row in rows.weigh(made, 1.0, 0)] == list(range(1, 21))
     assert len(rows.weigh(made, 2.25, 0)) == 45
     half = [row.number for row in rows.weigh(made, 0.5, 0)]
     assert len(set(half)) == 10

@@ -15,7 +15,8 @@ import pytest
 from cordee.cost import Cost
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
-from posttrain import preference
+from posttrain import preference, reading
+from posttrain.settings import BYTES_PER_TOKEN
 
 ANSWERS = ("German", "French", "Italian", "Romansh")
 ROOT = Path(__file__).parents[2]
@@ -283,7 +284,7 @@ def broken(column: str, content: str) -> dict[str, Any]:
     [
         ({**pair(1), "rejected": pair(1)["chosen"]}, "are equal"),
         ({**pair(1), "chosen": []}, "chosen is empty"),
-        (broken("rejected", "  "), "rejected: message 0 has no content"),
+        (broken("rejected", "  "), "rejected: message 1 has no content"),
         ({name: value for name, value in pair(1).items() if name != "rejected"} | {"rejectd": 1}, "mean 'rejectd'"),
         (broken("prompt", "word " * 300), "tokens long, more than 128"),
         (broken("chosen", "German<|assistant_end|>"), "spells out the special token"),
@@ -300,7 +301,7 @@ def test_a_pair_that_would_train_the_wrong_thing_stops_the_run_by_file_and_row(
     file.write_text(json.dumps(pair(0)) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=message) as error:
         preference.run(config(model_folder, file), context)
-    assert f"{file}: row 1" in str(error.value)
+    assert f"{file}: row 2" in str(error.value)
     assert not (context.out / "metrics.jsonl").exists()
 
 
@@ -344,9 +345,15 @@ def test_the_cost_counts_two_sequences_a_pair_and_less_memory_for_an_adapter(
     model_folder: Path, pairs_file: Path
 ) -> None:
     given = {"model": Cost(parameters=1e6, vocab_size=400), "data.0.path": Cost(rows=100)}
-    adapter = preference.cost(config(model_folder, pairs_file), given)
-    full = preference.cost(config(model_folder, pairs_file, lora=None), given)
+    not_made = pairs_file.with_name("not-made.jsonl")
+    adapter = preference.cost(config(model_folder, not_made), given)
+    full = preference.cost(config(model_folder, not_made, lora=None), given)
     assert adapter.tokens == full.tokens == 2 * 100 * 2 * 128
+    rows, text_bytes = reading.estimate(pairs_file, ["prompt", "chosen", "rejected"])
+    assert rows == pq.read_metadata(pairs_file).num_rows
+    own = preference.cost(config(model_folder, pairs_file), {})
+    assert own.parameters > 0
+    assert own.tokens == pytest.approx(2 * rows * 2 * min(128, text_bytes / BYTES_PER_TOKEN / rows))
     assert full.flops == pytest.approx(adapter.flops * 8 / 6)
     assert full.memory_bytes - adapter.memory_bytes == pytest.approx(12e6)
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_samples import some_chats, write_parquet
@@ -16,7 +18,8 @@ from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.files import read_json, read_json_lines
 from cordee.stage import Context
-from posttrain import rows, sft, training
+from posttrain import reading, rows, sft, training
+from posttrain.settings import BYTES_PER_TOKEN
 
 ROWS = 8
 
@@ -220,12 +223,60 @@ def test_trainer_keys_that_the_stage_owns_or_trl_lacks_are_refused(tmp_path: Pat
 
 
 def test_cost_counts_the_tokens_of_all_epochs(tmp_path: Path) -> None:
-    config = sft.Config.model_validate(keys(tmp_path, tmp_path, num_train_epochs=3))
+    config = sft.Config.model_validate(keys(tmp_path, tmp_path / "chats.jsonl", num_train_epochs=3))
     given = {"model": Cost(parameters=1e6, vocab_size=8192), "data.0.path": Cost(tokens=1000.0)}
     cost = sft.cost(config, given)
     assert cost.tokens == 3000
     assert cost.flops == pytest.approx(6 * 1e6 * 3000)
-    assert sft.cost(config, {}).tokens is None
+    assert sft.cost(config, {"model": Cost()}).tokens is None
+
+
+@pytest.mark.parametrize(("packing", "in_row"), [(False, 1000 / 50), (True, 128)])
+def test_the_cost_of_so_many_steps_does_not_follow_from_the_epochs(
+    tmp_path: Path, *, packing: bool, in_row: float
+) -> None:
+    config = sft.Config.model_validate(keys(tmp_path, tmp_path / "chats.jsonl", max_steps=5, packing=packing))
+    given = {"model": Cost(), "data.0.path": Cost(tokens=1000.0, rows=50)}
+    assert sft.cost(config, given).tokens == pytest.approx(5 * ROWS * in_row)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_cost_of_a_users_own_model_and_chats_is_near_what_is_trained(
+    model_folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    texts = [" ".join(f"word{number + place}" for place in range(12)) for number in range(400)]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "German"}] for text in texts]
+    file = tmp_path / f"chats{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"messages": chats, "other": [[text] for text in texts]}), file)
+    else:
+        file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    found = sft.cost(sft.Config.model_validate(keys(model_folder, file)), {})
+    model, _ = training.open_model(sft.Config.model_validate(keys(model_folder, file)))
+    assert found.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert found.vocab_size == model.config.vocab_size
+    assert reading.estimate(file, ["messages"])[0] == pytest.approx(400, rel=0.01)
+    content = sum(len(text) + len("German") for text in texts)
+    assert content / 2 <= found.tokens * BYTES_PER_TOKEN <= content * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("chats.jsonl", b"", "holds no rows"),
+        ("chats.jsonl", b'{"message": []}\n', "row 1: has no column 'messages'; did you mean 'message'?"),
+        ("chats.jsonl", b'{"messages": [\n', "line 1 is no JSON"),
+        ("chats.parquet", b"PAR1", "can't be read as Parquet"),
+        ("chats.csv", b"messages\n", "is neither .parquet nor .jsonl"),
+    ],
+)
+def test_chats_whose_beginning_is_wrong_stop_the_plan(
+    model_folder: Path, tmp_path: Path, name: str, content: bytes, problem: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        sft.cost(sft.Config.model_validate(keys(model_folder, tmp_path / name)), {})
+    assert str(caught.value).startswith(f"{tmp_path / name}: {problem}")
 
 
 def test_the_stages_can_be_imported_without_torch() -> None:

@@ -1,0 +1,53 @@
+"""What a plan can say of a model folder that no stage made."""
+
+import json
+
+import pytest
+
+from cordee import model_folder
+from cordee.cost import Cost
+from cordee.errors import Fault, UserError
+
+
+def weights(shapes: dict[str, list[int]]) -> bytes:
+    """The beginning of a safetensors file; the numbers themselves are never read."""
+    tensors = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    header = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 512}')
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(weights({"embed": [512, 8], "norm": [8]}))
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(weights({"head": [512, 8], "scale": []}))
+    (tmp_path / "consolidated.safetensors").write_bytes(weights({"all": [9999]}))
+    return tmp_path
+
+
+def test_parameters_and_vocabulary_stand_in_the_folder(folder):
+    assert model_folder.cost(folder, "model", {}) == Cost(parameters=2 * 512 * 8 + 8 + 1, vocab_size=512)
+
+
+def test_what_a_stage_told_goes_before(folder):
+    told = Cost(parameters=3)
+    assert model_folder.cost(folder, "model", {"model": told}) is told
+    assert model_folder.cost(folder / "nothing", "model", {"model": told}) is told
+
+
+def test_a_text_model_within_another_counts_its_own_vocabulary(folder):
+    (folder / "config.json").write_text('{"text_config": {"vocab_size": 64}}')
+    assert model_folder.cost(folder, "model", {}).vocab_size == 64
+
+
+@pytest.mark.parametrize("header", [b"", b"\x08\0\0\0\0\0\0\0not json", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"])
+def test_a_header_that_is_none_is_a_fault(folder, header):
+    (folder / "model-00002-of-00002.safetensors").write_bytes(header)
+    with pytest.raises(Fault, match=r"00002\.safetensors: is damaged: its header can't be read"):
+        model_folder.cost(folder, "model", {})
+
+
+def test_what_is_no_model_is_named(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r": model: is no Hugging Face model: it has no config\.json"):
+        model_folder.cost(folder, "model", {})
