@@ -142,10 +142,11 @@ def intervals(identity: str, title: str, rows: Sequence[Row], chance: float | No
         title: what is drawn.
         rows: one per checkpoint.
         chance: what guessing gives, if it can be said.
-        percent: whether values are shares.
+        percent: whether values are shares; no interval leaves 0 to 1 then.
     """
     values = [(row["model"], row["value"], statistics.Z_95 * (row["standard_error"] or 0.0)) for row in rows]
-    reach = [(value - half, value + half) for _, value, half in values]
+    least, most = (0.0, 1.0) if percent else (-math.inf, math.inf)
+    reach = [(max(value - half, least), min(value + half, most)) for _, value, half in values]
     ends = [end for pair in reach for end in pair] + ([] if chance is None else [chance])
     marks = ticks(min(ends), max(ends), 4)
 

@@ -58,6 +58,17 @@ def test_only_a_long_curve_is_smoothed():
     assert kinds == [["series"], ["raw", "series"]]
 
 
+def test_no_interval_of_a_share_leaves_0_to_100_percent():
+    rows = [
+        {"model": "base", "value": 0.01, "standard_error": 0.01},
+        {"model": "sft", "value": 0.99, "standard_error": 0.01},
+    ]
+    chart = charts.intervals("c", "t", rows, None, percent=True)
+    assert "95% interval 0% to 3%; sft 99%, 95% interval 97% to 100%" in chart
+    assert "125%" not in chart
+    assert "95% interval -0.01 to 0.03" in charts.intervals("c", "t", rows, None, percent=False)
+
+
 def test_intervals_reach_as_far_as_the_errors():
     rows = [
         {"model": "a", "value": 0.5, "standard_error": 0.1},
