@@ -24,7 +24,8 @@ def models(checkpoints):
 
     opened = backends.Models("vllm", LENGTH, 4, seed=0)
     opened.open(checkpoints["first"])
-    return opened
+    yield opened
+    opened.served[1].llm.llm_engine.engine_core.shutdown()  # at the process's end its process group is gone
 
 
 @pytest.fixture
