@@ -1,3 +1,3 @@
-"""The rope: what holds the stages of a climb together. Imports no torch, except in `compute/`."""
+"""The core that the packages share: from a recipe to published artifacts. Imports no torch, except in `compute/`."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""Puts a room's proof round a user's own recipe: `cordee prove RECIPE masks`.
+"""Runs a package's proof on a user's own recipe: `cordee prove RECIPE masks`.
 
-A proof is a stage, `<room>/prove_<name>.py`, whose module says with `PROVES` which stages it speaks of. Of the keys of
-such a stage its `Config` is given those that it has, and as `artifact` the stage's own artifact, if it has that key.
+A proof is a stage, `<package>/prove_<name>.py`, whose module says with `PROVES` which stages it speaks of. Of the keys
+of such a stage its `Config` is given those that it has, and as `artifact` the stage's own artifact, if it has that key.
 What it publishes holds `certificate.json`, and stands in the report.
 """
 
@@ -20,7 +20,7 @@ from cordee.recipe import Recipe
 
 @dataclass(frozen=True)
 class Proof:
-    """A proof that a room holds."""
+    """A proof that a package holds."""
 
     name: str
     uses: str
@@ -29,14 +29,14 @@ class Proof:
 
 
 def find() -> dict[str, Proof]:
-    """The proofs of all rooms by name, read from the source."""
+    """The proofs of all packages by name, read from the source."""
     found = {}
-    for room in stage.ROOMS:
-        spec = importlib.util.find_spec(room)
+    for package in stage.STAGE_PACKAGES:
+        spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for path in sorted(Path(folder).glob("prove_*.py")):
                 name = path.stem.removeprefix("prove_")
-                found[name] = Proof(name, f"{room}.{path.stem}", _constant(path, "PROVES"))
+                found[name] = Proof(name, f"{package}.{path.stem}", _constant(path, "PROVES"))
     return found
 
 

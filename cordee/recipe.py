@@ -119,7 +119,7 @@ def _check_stage(name: str, value: Any, stages: Mapping[str, Any], file: Path) -
     if not NAME.fullmatch(name):
         raise UserError("a stage's name is a word of letters, digits, '-' and '_'", file=file, key=key)
     if not isinstance(value, dict) or not isinstance(value.get("uses"), str):
-        raise UserError("a stage needs `uses: room.module`", file=file, key=key)
+        raise UserError("a stage needs `uses: package.module`", file=file, key=key)
     module = stage.load(value["uses"], file=file, key=f"{key}.uses")
     config = validate(module.config, {k: v for k, v in value.items() if k != "uses"}, file, key)
     return RecipeStage(name, module, config, tuple(_needs(config, stages, file, key)))

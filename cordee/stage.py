@@ -20,7 +20,7 @@ from cordee.config import Config
 from cordee.cost import Cost
 from cordee.errors import Stopped, UserError, nearest
 
-ROOMS = ("pretrain", "posttrain", "eval")
+STAGE_PACKAGES = ("pretrain", "posttrain", "eval")
 
 
 @dataclass(frozen=True)
@@ -110,19 +110,19 @@ def load(uses: str, *, file: object = None, key: str | None = None) -> Stage:
 
 
 def find() -> Iterator[tuple[str, str]]:
-    """The stages of the three rooms and the first line of what they say of themselves, read from the source."""
-    for room in ROOMS:
-        spec = importlib.util.find_spec(room)
+    """The stages of the three packages and the first line of what they say of themselves, read from the source."""
+    for package in STAGE_PACKAGES:
+        spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for path in sorted(Path(folder).glob("*.py")):
                 tree = ast.parse(path.read_text(encoding="utf-8"))
                 names = {getattr(node, "name", "") for node in tree.body}
                 if {"Config", "run", "main"} <= names:
-                    yield f"{room}.{path.stem}", (ast.get_docstring(tree) or "").partition("\n")[0]
+                    yield f"{package}.{path.stem}", (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
 def _is_importable(uses: str) -> bool:
-    """Whether a module can be found, in a room or in a user's own package."""
+    """Whether a module can be found, in one of the three packages or in a user's own."""
     try:
         return all(map(str.isidentifier, uses.split("."))) and importlib.util.find_spec(uses) is not None
     except (ModuleNotFoundError, ValueError):

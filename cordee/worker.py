@@ -1,4 +1,4 @@
-"""The door of every stage: `python -m pretrain.corpus …` or `accelerate launch -m posttrain.sft …`.
+"""The entry point of every stage: `python -m pretrain.corpus …` or `accelerate launch -m posttrain.sft …`.
 
 Two ways in, one `main`:
 
@@ -31,9 +31,9 @@ def main(config_type: type[Config], run: Run) -> None:
     spec = sys.modules["__main__"].__spec__
     uses = spec.name if spec else "stage"
     parser = argparse.ArgumentParser(prog=f"python -m {uses}", allow_abbrev=False)
-    door = parser.add_mutually_exclusive_group(required=True)
-    door.add_argument("--job", type=Path, help="a job file that `cordee run` wrote")
-    door.add_argument("--config", type=Path, help="a YAML file with the stage's keys, and `seed` if not 0")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--job", type=Path, help="a job file that `cordee run` wrote")
+    source.add_argument("--config", type=Path, help="a YAML file with the stage's keys, and `seed` if not 0")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where artifacts are published")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()

@@ -42,7 +42,7 @@ class _Guarded:
 
     def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
         for request, (_, context, continuation) in zip(self.asked, requests, strict=bool(self.asked)):
-            self._require_room(request, len(context) + len(continuation), 0)
+            self._require_fits(request, len(context) + len(continuation), 0)
         for _, context, continuation in requests:
             self._require_one_start([*context[:2], *continuation[:1]])
         return super()._loglikelihood_tokens(requests, *arguments, **options)
@@ -52,7 +52,7 @@ class _Guarded:
         for request in requests:
             text, wanted = request.args
             ids = self.tok_encode(text)
-            self._require_room(request, len(ids), wanted.get("max_gen_toks", self.max_gen_toks))
+            self._require_fits(request, len(ids), wanted.get("max_gen_toks", self.max_gen_toks))
             self._require_one_start(ids)
         return super().generate_until(requests, *arguments, **options)
 
@@ -64,12 +64,12 @@ class _Guarded:
                     document = f"document {request.doc_id} of {request.task_name}"
                     raise UserError(f"{document} spells out the special token {found.group()!r}: {name}", key="data")
 
-    def _require_room(self, request: Any, tokens: int, generated: int) -> None:
-        # vLLM wants room for one token that it generates, even where only log-probabilities are asked for.
-        room = self.max_length - 1 - generated
-        if tokens > room:
+    def _require_fits(self, request: Any, tokens: int, generated: int) -> None:
+        # vLLM wants a place for one token that it generates, even where only log-probabilities are asked for.
+        limit = self.max_length - 1 - generated
+        if tokens > limit:
             document = f"document {request.doc_id} of {request.task_name}"
-            raise UserError(f"{document} has {tokens} tokens, and {room} have room", key="max_length")
+            raise UserError(f"{document} has {tokens} tokens, and {limit} fit", key="max_length")
 
     def _require_one_start(self, ids: Sequence[int]) -> None:
         start = self.tokenizer.bos_token_id

@@ -30,7 +30,7 @@ class Config(Keys):
     """Which checkpoints are measured, on what."""
 
     models: dict[Name, Input] = Field(min_length=1)
-    """Checkpoints of one shape by name, in the order of the climb."""
+    """Checkpoints of one shape by name, in the order in which they were trained."""
     tasks: list[Input] = Field(min_length=1)
     """lm-eval task files; their content is part of the identity."""
     data: dict[str, Input] = Field(default={})
@@ -58,7 +58,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from eval import backends, harness
 
     engine.require_one_shape(dict(config.models))
-    length = engine.room(next(iter(config.models.values())), config.max_length)
+    length = engine.longest_request(next(iter(config.models.values())), config.max_length)
     name = engine.choose(config.engine)
     if name == "transformers":
         context.note("vLLM is not used: transformers measures")
@@ -106,7 +106,7 @@ def _earlier(out: Path, engine: dict[str, str], tasks: "list[Task]") -> dict[str
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

@@ -22,7 +22,7 @@ class Config(Keys):
     """Which checkpoints answer which prompts, and how."""
 
     models: dict[str, Input] = Field(min_length=1)
-    """Checkpoints of one shape by name, in the order of the climb."""
+    """Checkpoints of one shape by name, in the order in which they were trained."""
     prompts: Input
     """Held-out prompts: JSON lines with `prompt` and `answer` (`$chats/heldout.jsonl`)."""
     max_prompts: int = Field(default=48, ge=1)
@@ -57,7 +57,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     engine.require_one_shape(dict(config.models))
     rows = prompts.spread(prompts.read(config.prompts), config.max_prompts)
     first = next(iter(config.models.values()))
-    length = engine.room(first, config.max_length)
+    length = engine.longest_request(first, config.max_length)
     ids = prompts.encode(first, [row["prompt"] for row in rows], length - config.max_tokens, config.prompts)
     name = engine.choose(config.engine)
     generate = _with_vllm(config, context, first, length) if name == "vllm" else _with_transformers(config, context)
@@ -101,7 +101,7 @@ def _with_transformers(config: Config, context: Context) -> Generate:
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

@@ -45,7 +45,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], longest: i
     for number, chat in enumerate(chats, start=1):
         ids = list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
         if len(ids) > longest:
-            raise UserError(f"row {number} has {len(ids)} tokens, and {longest} have room", file=path, key="max_length")
+            raise UserError(f"row {number} has {len(ids)} tokens, and {longest} fit", file=path, key="max_length")
         encoded.append(ids)
     return encoded
 

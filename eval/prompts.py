@@ -64,9 +64,7 @@ def encode(folder: Path, prompts: Sequence[str], longest: int, path: Path) -> li
             "input_ids"
         ]
         if len(ids) > longest:
-            raise UserError(
-                f"prompt {number} has {len(ids)} tokens, and {longest} have room", file=path, key="max_length"
-            )
+            raise UserError(f"prompt {number} has {len(ids)} tokens, and {longest} fit", file=path, key="max_length")
         encoded.append(list(ids))
     return encoded
 

@@ -60,7 +60,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     engine.choose("vllm")
     engine.require_one_shape({"model": config.model, "artifact": config.artifact})
-    length = engine.room(config.artifact, config.max_length)
+    length = engine.longest_request(config.artifact, config.max_length)
     chats = parity.read(config.prompts, config.rows)
     ids = parity.encode(open_tokenizer(config.artifact), chats, length - 1, config.prompts)
 
@@ -129,7 +129,7 @@ def _check(name: str, value: float, limit: float, *, at_least: bool = False) -> 
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

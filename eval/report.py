@@ -18,7 +18,7 @@ from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.stage import Context
 
-PAGES = Path(__file__).parent / "pages"
+PAGES = Path(__file__).parent / "reporting" / "pages"
 
 
 class Config(BaseConfig):
@@ -27,7 +27,7 @@ class Config(BaseConfig):
     title: str = ""
     """The heading; empty: the recipe's name."""
     artifacts: list[Input] = Field(min_length=1)
-    """The artifacts to show, in the order of the climb; what they come from is found by itself."""
+    """The artifacts to show, in the order in which they were trained; what they come from is found by itself."""
     certificates: list[Input] = Field(default=[])
     """Proofs to show."""
 
@@ -51,22 +51,22 @@ def collect(config: Config) -> dict[str, Any]:
     Raises:
         Fault: an artifact is damaged, or is not what its manifest says.
     """
-    from eval import comparison, provenance, records, sections
+    from eval.reporting import comparison, provenance, records, sections
 
     listed = [records.open_record(path) for path in [*config.artifacts, *config.certificates]]
-    everything, missing = records.climb(listed)
+    everything, missing = records.pipeline(listed)
     with_corpus = [record for record in everything if record.holds("corpus.json")]
     corpus = with_corpus[0].read("corpus.json", records.Corpus) if with_corpus else None
     tables = comparison.benchmarks(listed)
     by_language = comparison.languages(listed, corpus)
-    stages = sections.climb(everything)
+    stages = sections.pipeline(everything)
     curves = sections.curves(everything, corpus)
     figures: dict[str, Any] = {
         "title": config.title,
         "recipe": listed[-1].manifest.recipe if listed else "",
         "date": max((record.manifest.started for record in everything), default=""),
         "verdict": sections.verdict(tables, curves),
-        "climb": stages,
+        "pipeline": stages,
         "curves": curves,
         "benchmarks": tables,
         "languages": by_language,
@@ -83,7 +83,7 @@ def render(figures: dict[str, Any]) -> str:
     import jinja2
     from markupsafe import Markup
 
-    from eval import charts, units
+    from eval.reporting import charts, units
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
@@ -99,7 +99,7 @@ def render(figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

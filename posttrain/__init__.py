@@ -1,1 +1,1 @@
-"""The room of alignment: chats, supervised fine-tuning, preferences, adapters."""
+"""Post-training: chats, supervised fine-tuning, preferences, adapters."""

@@ -103,7 +103,7 @@ def _write_table(path: Path, rows: list[dict[str, Any]], messages: tuple[str, ..
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

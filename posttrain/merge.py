@@ -143,7 +143,7 @@ def _require_same_tokenizer(config: Config) -> None:
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

@@ -133,7 +133,7 @@ def _save_adapter(trainer: "DPOTrainer", config: Config, context: Context) -> No
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

@@ -127,7 +127,7 @@ def _examples(found: "dict[str, Audit]", tokenizer: "PreTrainedTokenizerBase") -
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

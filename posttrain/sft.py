@@ -147,7 +147,7 @@ def _train(config: Config, context: Context) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

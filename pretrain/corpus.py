@@ -44,8 +44,8 @@ class Config(BaseConfig):
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
     """Rows and tokens of the training split; tokens guessed from the size of the text."""
     del given
-    from pretrain.estimate import training_rows_and_bytes
-    from pretrain.reading import BYTES_PER_TOKEN
+    from pretrain.data.estimate import training_rows_and_bytes
+    from pretrain.data.reading import BYTES_PER_TOKEN
 
     rows, text_bytes = training_rows_and_bytes(config.source, config.languages, config.holdout)
     kept = 1 - config.holdout_fraction
@@ -54,8 +54,8 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write `train.parquet`, `heldout.parquet` and `corpus.json`."""
-    from pretrain.reading import find_files
-    from pretrain.splits import Split, describe
+    from pretrain.data.reading import find_files
+    from pretrain.data.splits import Split, describe
 
     if skipped := find_files(config.source)[1]:
         context.note(f"{len(skipped)} other files in {config.source} are not read: {skipped[0].name} …")
@@ -129,7 +129,7 @@ def _near(tag: str, tags: set[str]) -> str:
 
 
 def _documents(config: Config) -> Iterator[dict[str, Any]]:
-    from pretrain.reading import documents
+    from pretrain.data.reading import documents
 
     return documents(config.source, extra=tuple(config.holdout))
 
@@ -161,7 +161,7 @@ def _report(context: Context, done: int, total: int) -> None:
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

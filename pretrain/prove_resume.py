@@ -41,7 +41,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if not context.is_main:  # the trainings start processes of their own
         return {}
     from cordee.compute import device
-    from pretrain import trials
+    from pretrain.training import trials
 
     processes = config.launch.num_processes
     other = trials.other_processes(processes)
@@ -105,7 +105,7 @@ def _short(config: Config, most_processes: int, compiled: bool) -> dict[str, Any
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

@@ -52,8 +52,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    from pretrain.encoding import bytes_per_token
-    from pretrain.reading import split_file
+    from pretrain.data.encoding import bytes_per_token
+    from pretrain.data.reading import split_file
 
     train, heldout = split_file(config.corpus, "train"), split_file(config.corpus, "heldout")
     tokenizer = Tokenizer(models.BPE())
@@ -82,7 +82,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 def _texts(train: Path, context: Context) -> Iterator[list[str]]:
     """The training texts in batches, with progress."""
-    from pretrain.reading import batches, documents, open_parquet
+    from pretrain.data.reading import batches, documents, open_parquet
 
     total, done = open_parquet(train, "corpus").metadata.num_rows, 0
     for batch in batches(documents(train, key="corpus")):
@@ -106,7 +106,7 @@ def _config() -> dict[str, Any]:
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

@@ -22,7 +22,7 @@ from cordee.files import TOKENIZER_FILES, read_json, write_json, write_text
 from cordee.stage import Context
 
 if TYPE_CHECKING:
-    from pretrain.encoding import Encoder
+    from pretrain.data.encoding import Encoder
 
 
 class Config(BaseConfig):
@@ -36,7 +36,7 @@ class Config(BaseConfig):
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
     """Tokens of the training split: from the corpus's own count of bytes where there is one."""
-    from pretrain.reading import BYTES_PER_TOKEN
+    from pretrain.data.reading import BYTES_PER_TOKEN
 
     corpus, tokenizer = given.get("corpus", Cost()), given.get("tokenizer", Cost())
     tokens, rows, vocab_size = corpus.tokens, corpus.rows, tokenizer.vocab_size
@@ -45,7 +45,7 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
         rows = sum(language["train_documents"] for language in languages)
         tokens = sum(language["train_bytes"] for language in languages) / BYTES_PER_TOKEN + 2 * rows
     if vocab_size is None and (config.tokenizer / "tokenizer.json").is_file():
-        from pretrain.encoding import load
+        from pretrain.data.encoding import load
 
         vocab_size = load(config.tokenizer).vocab_size
     return Cost(tokens=tokens, rows=rows, vocab_size=vocab_size)
@@ -53,8 +53,8 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write the ids and offsets of both splits, `tokens.json`, and a copy of the tokenizer."""
-    from pretrain.encoding import load
-    from pretrain.reading import open_parquet, split_file
+    from pretrain.data.encoding import load
+    from pretrain.data.reading import open_parquet, split_file
 
     encoder = load(config.tokenizer)
     files = {split: split_file(config.corpus, split) for split in ("train", "heldout")}
@@ -84,8 +84,8 @@ def _write_split(file: Path, encoder: "Encoder", context: Context, before: int, 
     """Encode one split, after `before` of `total` documents; returns its tokens by language and its bytes of text."""
     import numpy as np
 
-    from pretrain.encoding import check
-    from pretrain.reading import batches, documents
+    from pretrain.data.encoding import check
+    from pretrain.data.reading import batches, documents
 
     split, start = file.stem, time.monotonic()
     offsets, tokens, text_bytes, lines = array("q", [0]), Counter[str](), 0, []
@@ -115,7 +115,7 @@ def _write_split(file: Path, encoder: "Encoder", context: Context, before: int, 
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

@@ -18,7 +18,7 @@ from cordee.config import Input
 from cordee.cost import SHAPE, Cost, decoder_parameters, training_bytes, training_flops
 from cordee.errors import UserError
 from cordee.stage import Context
-from pretrain.settings import Settings
+from pretrain.training.settings import Settings
 
 
 class Source(BaseConfig):
@@ -31,7 +31,7 @@ class Source(BaseConfig):
 
 
 class Config(Settings):
-    """What is trained, on what; `pretrain.settings` says how."""
+    """What is trained, on what; `pretrain.training.settings` says how."""
 
     model: Input
     """A YAML with the fields of a transformers config (Apertus unless `model_type` says otherwise), or a Hugging
@@ -87,7 +87,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         UserError: the data, model or batch do not fit each other.
         Fault: what runs is not what was asked for, or the loss is not finite.
     """
-    from pretrain import assembly, checkpoint, loop
+    from pretrain.training import assembly, checkpoint, loop
 
     finished = context.out / "training.json"  # the last file written: all the rest is whole
     if not finished.exists():
@@ -112,7 +112,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

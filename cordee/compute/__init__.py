@@ -1,1 +1,1 @@
-"""Torch code that rooms share."""
+"""Torch code that the packages share."""

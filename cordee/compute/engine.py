@@ -121,7 +121,7 @@ def require_one_shape(models: dict[str, Path]) -> None:
             raise UserError(f"has another tokenizer.json than {first}", file=other, key=f"models.{name}")
 
 
-def room(folder: Path, asked: int | None) -> int:
+def longest_request(folder: Path, asked: int | None) -> int:
     """The longest request in tokens: what was asked for, or all the positions that the model has.
 
     Raises:

@@ -27,7 +27,7 @@ def lint(tmp_path):
 @pytest.mark.parametrize(
     ("module", "line", "broken"),
     [
-        ("pretrain/schedules.py", "from pretrain import train", "pretrain.schedules -> pretrain.train"),
+        ("pretrain/data/mixture.py", "from pretrain import train", "pretrain.data.mixture -> pretrain.train"),
         ("posttrain/rows.py", "from posttrain import prove_masks", "posttrain.rows -> posttrain.prove_masks"),
         ("posttrain/sft.py", "from posttrain import preference", "posttrain.sft -> posttrain.preference"),
         ("eval/brand_new.py", "", "eval.brand_new"),

@@ -53,7 +53,11 @@ def test_stages_are_ordered_by_their_references_not_by_the_file(write):
             "no stage 'pretrain.corpsu'; did you mean 'pretrain.corpus'?",
         ),
         ("spring: {uses: toys.spring", "spring: {uses: json.decoder", "module 'json.decoder' is no stage"),
-        ("spring: {uses: toys.spring", "spring: {use: toys.spring", "stages.spring: a stage needs `uses: room.module`"),
+        (
+            "spring: {uses: toys.spring",
+            "spring: {use: toys.spring",
+            "stages.spring: a stage needs `uses: package.module`",
+        ),
         ("text: no", "source: $pool", "circle: spring → pool → spring"),
         ("text: no", "source: $spring", "circle: spring → spring"),
     ],

@@ -82,7 +82,7 @@ def test_a_users_folder_of_the_same_name_is_not_what_runs(cordee, write, uses):
 @pytest.mark.usefixtures("brook")
 def test_a_disk_that_is_full_while_publishing_leaves_earlier_artifacts_whole(cordee, tmp_path):
     assert cordee("stage", "brook.yaml", "spring").returncode == 0
-    # A limit on the size of a file stands for a disk on which the job, longer than the limit, has no room.
+    # A limit on the size of a file stands for a disk on which the job, longer than the limit, has no space.
     program = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); {MAIN}"
     command = [sys.executable, "-c", program, "run", "brook.yaml", f"pool.text={'x' * 60_000}"]
     failed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)

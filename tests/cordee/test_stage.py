@@ -10,7 +10,7 @@ def test_loading_a_stage_reads_no_other_file(write, tmp_path, monkeypatch):
     write("rapids/__init__.py", "")
     write("rapids/broken.py", "this is no Python")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(stage, "ROOMS", ("rapids",))
+    monkeypatch.setattr(stage, "STAGE_PACKAGES", ("rapids",))
     assert stage.load("toys.spring").uses == "toys.spring"
     with pytest.raises(SyntaxError):
         stage.load("toys.sprang")

@@ -110,7 +110,7 @@ def test_prompts_that_are_none_are_one_line(line, message, checkpoints, context,
 
 
 def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(checkpoints, held_out, context):
-    with pytest.raises(UserError, match=r"max_length: prompt 1 has \d+ tokens, and 14 have room"):
+    with pytest.raises(UserError, match=r"max_length: prompt 1 has \d+ tokens, and 14 fit"):
         generate.run(sampling(checkpoints, held_out, max_length=20), context)
 
 

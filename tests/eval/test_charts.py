@@ -4,7 +4,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from eval import charts, comparison
+from eval.reporting import charts, comparison
 
 CSS = (Path(charts.__file__).parent / "pages" / "report.css").read_text(encoding="utf-8")
 HOSTILE = "</text></svg><script>alert(1)</script>\"'&"
@@ -25,16 +25,16 @@ def texts(chart, kind):
     return [node.text for node in drawn(chart).iter("text") if node.get("class") == kind]
 
 
-@pytest.mark.parametrize("climb", [charts.climb, charts.climb_tall])
-def test_the_climb_goes_up_stage_by_stage(climb):
-    stops = circles(climb("c", STAGES), "stop")
+@pytest.mark.parametrize("pipeline", [charts.pipeline, charts.pipeline_tall])
+def test_the_pipeline_goes_up_stage_by_stage(pipeline):
+    stops = circles(pipeline("c", STAGES), "stop")
     assert len(stops) == 3
     assert stops[0][1] > stops[1][1] > stops[2][1]
-    assert texts(climb("c", STAGES), "stop-name") == ["corpus", "base", "sft"]
+    assert texts(pipeline("c", STAGES), "stop-name") == ["corpus", "base", "sft"]
 
 
 def test_the_height_of_a_stop_is_the_time_that_had_passed():
-    heights = [y for _, y in circles(charts.climb("c", STAGES), "stop")]
+    heights = [y for _, y in circles(charts.pipeline("c", STAGES), "stop")]
     assert (heights[0] - heights[1]) / (heights[1] - heights[2]) == pytest.approx(150 / 60, rel=0.01)
 
 
@@ -85,12 +85,12 @@ def test_intervals_reach_as_far_as_the_errors():
 @pytest.mark.parametrize(
     "chart",
     [
-        charts.climb(HOSTILE, [{"stage": HOSTILE, "seconds": 1.0}]),
-        charts.climb_tall(HOSTILE, [{"stage": HOSTILE, "seconds": 0.0}]),
+        charts.pipeline(HOSTILE, [{"stage": HOSTILE, "seconds": 1.0}]),
+        charts.pipeline_tall(HOSTILE, [{"stage": HOSTILE, "seconds": 0.0}]),
         charts.curve(HOSTILE, HOSTILE, [(1, 2.0), (2, 2.0)], (HOSTILE, 1.0)),
         charts.intervals("c", HOSTILE, [{"model": HOSTILE, "value": 1.0, "standard_error": 0.0}], None, percent=False),
     ],
-    ids=["climb", "climb_tall", "curve", "intervals"],
+    ids=["pipeline", "pipeline_tall", "curve", "intervals"],
 )
 def test_hostile_names_stay_text_and_each_chart_speaks(chart):
     tree = drawn(chart)

@@ -168,7 +168,7 @@ def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints,
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     path = next(path for path in TASKS if name in path)
     task = harness.read_task(Path(path), with_prompt("Menschen " * LENGTH, held_out, tmp_path), tmp_path / "cache")
-    with pytest.raises(UserError, match=rf"max_length: document 1 of {name} has \d+ tokens, and \d+ have room"):
+    with pytest.raises(UserError, match=rf"max_length: document 1 of {name} has \d+ tokens, and \d+ fit"):
         harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
 
 
@@ -290,14 +290,14 @@ def test_what_is_no_model_is_named_before_anything_starts(checkpoints, tmp_path)
 def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints):
     from cordee.compute import engine
 
-    assert engine.room(checkpoints["first"], None) == 512
-    assert engine.room(checkpoints["first"], 128) == 128
+    assert engine.longest_request(checkpoints["first"], None) == 512
+    assert engine.longest_request(checkpoints["first"], 128) == 128
     with pytest.raises(UserError, match=r"max_length: 1024 tokens were asked for, and .* has 512 positions"):
-        engine.room(checkpoints["first"], 1024)
+        engine.longest_request(checkpoints["first"], 1024)
 
 
 def test_tied_embeddings_are_replaced_in_the_head_too(held_out, tmp_path):
-    """By the stage's own door: vLLM measures of each model what transformers measures."""
+    """By the stage's own entry point: vLLM measures of each model what transformers measures."""
     import subprocess
     import sys
 

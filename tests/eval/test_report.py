@@ -9,8 +9,9 @@ import fake_store
 import pytest
 
 from cordee.errors import Fault
-from eval import comparison, sections, statistics
-from eval.records import Corpus, open_record
+from eval import statistics
+from eval.reporting import comparison, sections
+from eval.reporting.records import Corpus, open_record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,10 +30,10 @@ def change_json(folder, file, change):
 
 
 def test_the_climb_holds_every_stage_that_the_listed_ones_come_from_each_after_its_inputs(report):
-    climb = [stage["stage"] for stage in figures(report(("merged",)))["climb"]]
-    assert sorted(climb) == ["base", "chats", "corpus", "dpo", "merged", "sft", "tokenizer", "tokens"]
+    pipeline = [stage["stage"] for stage in figures(report(("merged",)))["pipeline"]]
+    assert sorted(pipeline) == ["base", "chats", "corpus", "dpo", "merged", "sft", "tokenizer", "tokens"]
     for earlier, later in (("corpus", "tokens"), ("tokens", "base"), ("base", "sft"), ("chats", "sft"), ("sft", "dpo")):
-        assert climb.index(earlier) < climb.index(later)
+        assert pipeline.index(earlier) < pipeline.index(later)
 
 
 def test_the_figures_are_those_of_the_artifacts(report, store):
@@ -56,7 +57,7 @@ def test_the_figures_are_those_of_the_artifacts(report, store):
 
 def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, store):
     def words():
-        return {stage["stage"]: stage["made"] for stage in figures(report(("base",)))["climb"]}
+        return {stage["stage"]: stage["made"] for stage in figures(report(("base",)))["pipeline"]}
 
     assert words()["base"] == "a language model"
     change_json(store["base"], "manifest.json", lambda told: told["metrics"].update(heldout_bits_per_byte=1.31768))
@@ -65,7 +66,7 @@ def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, 
 
 def test_a_corpus_of_one_language_is_in_one_language(report, store):
     change_json(store["corpus"], "corpus.json", lambda told: told.update(languages={"de": told["languages"]["de"]}))
-    assert figures(report(("corpus",)))["climb"][0]["made"] == "a corpus in 1 language"
+    assert figures(report(("corpus",)))["pipeline"][0]["made"] == "a corpus in 1 language"
 
 
 def test_changes_are_paired_document_by_document(report, store):

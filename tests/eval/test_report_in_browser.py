@@ -82,7 +82,7 @@ def measured(chromium, page, width, question, scheme=LIGHT):
 def test_the_page_opens_without_a_word_on_the_console(chromium, page):
     dom, console = chromium(page)
     assert console == []
-    for text in ("The climb", "language identification", "byte entropy", "Romansh", "clear gain", "✓ passed"):
+    for text in ("The pipeline", "language identification", "byte entropy", "Romansh", "clear gain", "✓ passed"):
         assert text in dom
 
 
@@ -123,7 +123,7 @@ def test_what_sticks_out_would_be_seen(chromium, page):
 
 
 def test_on_a_phone_the_results_need_no_sideways_scrolling(chromium, page):
-    cut = "[...d.querySelectorAll('.climb-table, .benchmark table, .heat, .certificate table')]"
+    cut = "[...d.querySelectorAll('.pipeline-table, .benchmark table, .heat, .certificate table')]"
     cut += ".filter(t => t.parentElement.scrollWidth > t.parentElement.clientWidth + 1).length"
     assert measured(chromium, page, 390, cut) == "0"
 

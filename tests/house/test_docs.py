@@ -42,12 +42,11 @@ def test_the_readmes_tree_is_the_real_one():
         told.add(line["name"] if not line["indent"] else f"{folder}{line['name']}")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     top = {f"{name.partition('/')[0]}/" for name in tracked if "/" in name and not name.startswith(".")}
-    rooms = ("cordee/", "pretrain/", "posttrain/", "eval/")
-    modules = {
-        name for name in tracked if name.startswith(rooms) and name.count("/") == 1 and not name.endswith("__init__.py")
-    }
+    packages = ("cordee/", "pretrain/", "posttrain/", "eval/")
+    sources = [name for name in tracked if name.startswith(packages) and not name.endswith("__init__.py")]
+    modules = {name for name in sources if name.count("/") == 1}
     folders = {
-        "/".join(name.split("/")[:2]) + "/" for name in tracked if name.startswith(rooms) and name.count("/") > 1
+        "/".join(name.split("/")[:2]) + "/" for name in tracked if name.startswith(packages) and name.count("/") > 1
     }
     assert told == top | modules | folders
 

@@ -16,13 +16,13 @@ TASKS = sorted((ROOT / "eval" / "tasks").rglob("*.yaml"))
 
 
 def test_all_yaml_files_are_found():
-    shipped = {path for room in ROOT.iterdir() if room.name[0] != "." for path in room.rglob("*.y*ml")}
+    shipped = {path for package in ROOT.iterdir() if package.name[0] != "." for path in package.rglob("*.y*ml")}
     assert shipped - set((ROOT / "runs").rglob("*")) == {*RECIPES, *MODELS, *LAUNCHES, *TASKS}
     assert [len(found) for found in (RECIPES, MODELS, LAUNCHES, TASKS)] == [2, 3, 4, 3]
 
 
 def read_shape(path, folder):
-    from pretrain.model import _read_config
+    from pretrain.training.model import _read_config
 
     (folder / "tokens.json").write_text(json.dumps({"vocab_size": 8192}))
     return _read_config(path, folder)

@@ -1,4 +1,4 @@
-"""No site's path, no address of a package registry, no dependency's name for a module of a room."""
+"""No site's path, no address of a package registry, no dependency's name for a module of a package."""
 
 import subprocess
 from pathlib import Path
@@ -35,12 +35,12 @@ def test_no_file_names_a_site_or_a_registry(name):
     assert "files.python" + "hosted" not in text
 
 
-def test_no_module_of_a_room_bears_a_dependencys_name():
-    for room in ("pretrain", "posttrain", "eval"):
-        assert not {path.stem for path in (ROOT / room).glob("*.py")} & DEPENDENCIES
+def test_no_module_of_a_package_bears_a_dependencys_name():
+    for package in ("pretrain", "posttrain", "eval"):
+        assert not {path.stem for path in (ROOT / package).glob("*.py")} & DEPENDENCIES
 
 
-def test_stages_are_started_by_module_and_rooms_print_nothing():
-    for room in ("pretrain", "posttrain", "eval"):
-        for path in (ROOT / room).glob("*.py"):
+def test_stages_are_started_by_module_and_packages_print_nothing():
+    for package in ("pretrain", "posttrain", "eval"):
+        for path in (ROOT / package).glob("*.py"):
             assert "print(" not in path.read_text(encoding="utf-8").replace("traceback.print", ""), path

@@ -1,4 +1,4 @@
-"""A model, a tokenizer and a context for the tests of this room."""
+"""A model, a tokenizer and a context for the tests of this package."""
 
 import sys
 from pathlib import Path

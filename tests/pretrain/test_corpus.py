@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from cordee.errors import Stopped, UserError
 from cordee.stage import Context
-from pretrain import reading
 from pretrain.corpus import Config, cost, run
+from pretrain.data import reading
 
 UDHR = Path(__file__).parents[2] / "data" / "udhr.parquet"
 

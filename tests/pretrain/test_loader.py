@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from cordee.errors import Fault, UserError
-from pretrain.loader import IGNORED, Stream, _pack, assemble, open_split
-from pretrain.mixture import PERIOD, Mixture
+from pretrain.data.loader import IGNORED, Stream, _pack, assemble, open_split
+from pretrain.data.mixture import PERIOD, Mixture
 
 LENGTHS = np.random.default_rng(3).integers(3, 65, 300).tolist()
 
@@ -29,7 +29,7 @@ def test_packing_leaves_hardly_any_padding():
 
 
 def test_best_fit_takes_the_fullest_row_that_has_room():
-    # 6 and 5 open a row each with room for 4 and 5; 4 fits the first exactly, 3 goes to the second, 2 joins it
+    # 6 and 5 open a row each with 4 and 5 free; 4 fits the first exactly, 3 goes to the second, 2 joins it
     assert [row.tolist() for row in _pack(np.array([6, 5, 4, 3, 2]), 10)] == [[0, 2], [1, 3, 4]]
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from cordee.cost import decoder_parameters
 from cordee.errors import Fault, UserError
-from pretrain.loader import IGNORED, assemble, open_split
-from pretrain.model import Objective, build, parameter_groups, require_documents_apart
+from pretrain.data.loader import IGNORED, assemble, open_split
+from pretrain.training.model import Objective, build, parameter_groups, require_documents_apart
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 MICRO = MODELS / "apertus-micro.yaml"

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 from cordee import worker
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from pretrain import prove_resume, trials
+from pretrain import prove_resume
+from pretrain.training import trials
 
 
 @pytest.fixture

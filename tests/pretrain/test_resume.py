@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cordee.compute import resume
-from pretrain import checkpoint, loop
+from pretrain.training import checkpoint, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"max_steps": 9, "save_steps": [3, 6], "eval_steps": 3, "resume_steps": 2}

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from pretrain.schedules import warmup_stable_decay
+from pretrain.training.schedules import warmup_stable_decay
 
 
 def test_the_rate_rises_stays_and_falls_as_one_minus_the_square_root():

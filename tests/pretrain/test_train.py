@@ -101,8 +101,8 @@ def test_however_a_global_batch_is_split_it_gives_one_gradient(trained):
 
 def test_the_gradient_is_that_of_the_mean_over_all_tokens_of_the_batch(trained, monkeypatch):
     """The norm of the first step's gradient against one taken in float64 over all documents of the batch."""
-    from pretrain import loop
-    from pretrain.model import build
+    from pretrain.training import loop
+    from pretrain.training.model import build
 
     fed = []
     first = loop._accumulate
@@ -144,7 +144,7 @@ def test_a_training_can_go_on_from_a_model_folder(trained):
 
 
 def test_a_loss_that_is_no_number_ends_the_training_before_the_weights_are_touched(trained, monkeypatch):
-    from pretrain import loop
+    from pretrain.training import loop
 
     accumulate, calls = loop._accumulate, []
 
@@ -161,7 +161,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_the_weights_are_touch
 
 
 def test_rows_that_a_process_was_not_given_are_noticed(trained, monkeypatch):
-    from pretrain import loop
+    from pretrain.training import loop
 
     batches = loop._batches
     monkeypatch.setattr(loop, "_batches", lambda training, samples: batches(training, samples)[1:])

@@ -35,7 +35,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The door."""
+    """Entry point."""
     worker.main(Config, run)
 
 

@@ -99,21 +99,21 @@ def open_split(
 def _pack(lengths: Ints, capacity: int) -> tuple[Ints, ...]:
     """Best fit: slots of falling length into rows of `capacity` tokens; returns the slots of each row."""
     rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit `r` is set where a row with room for `r` tokens is open
+    by_free: list[list[int]] = [[] for _ in range(capacity + 1)]
+    free_sizes = 0  # bit `r` is set where a row with `r` free tokens is open
     for slot, length in enumerate(lengths.tolist()):
-        fitting = rooms >> length
+        fitting = free_sizes >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            rooms ^= (not by_room[room]) << room
+            free = length + (fitting & -fitting).bit_length() - 1
+            row = by_free[free].pop()
+            free_sizes ^= (not by_free[free]) << free
         else:
-            room, row = capacity, len(rows)
+            free, row = capacity, len(rows)
             rows.append([])
         rows[row].append(slot)
-        if room > length:
-            by_room[room - length].append(row)
-            rooms |= 1 << (room - length)
+        if free > length:
+            by_free[free - length].append(row)
+            free_sizes |= 1 << (free - length)
     return tuple(np.array(row, dtype=np.int64) for row in rows)
 
 
@@ -147,7 +147,7 @@ class Batch:
 
 
 def assemble(rows: Sequence[tuple[Split, Row]], num_rows: int, sequence_length: int, pad_token_id: int) -> Batch:
-    """Read rows from the disk; rows that are missing to `num_rows`, and room that is left in one, are padded."""
+    """Read rows from the disk; rows that are missing to `num_rows`, and what is left free in one, are padded."""
     shape = (num_rows, sequence_length)
     ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORED, np.int64)
     positions = np.tile(np.arange(sequence_length), (num_rows, 1))

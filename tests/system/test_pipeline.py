@@ -1,4 +1,4 @@
-"""The whole climb on the real engines: accelerate with two processes, TRL, PEFT, vLLM and lm-eval."""
+"""The whole pipeline on the real engines: accelerate with two processes, TRL, PEFT, vLLM and lm-eval."""
 
 import html
 import json
@@ -17,7 +17,7 @@ STAGES = ["corpus", "tokenizer", "tokens", "base", "chats", "sft", "dpo", "merge
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("climb") / "runs"
+    return tmp_path_factory.mktemp("pipeline") / "runs"
 
 
 def guarded(runs: Path) -> dict[str, str]:

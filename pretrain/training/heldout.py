@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from cordee import files
 from cordee.compute.device import is_sharded
 from cordee.errors import Fault
-from pretrain.loader import Row, Split, assemble
-from pretrain.model import Objective
+from pretrain.data.loader import Row, Split, assemble
+from pretrain.training.model import Objective
 
 
 @dataclass(frozen=True)

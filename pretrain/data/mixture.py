@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cordee.errors import UserError
-from pretrain.loader import Row, Split, Stream
+from pretrain.data.loader import Row, Split, Stream
 
 PERIOD = 10_000
 """Samples in the pattern; a weight is met to one part in so many."""

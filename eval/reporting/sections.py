@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from eval import units
-from eval.records import Certificate, Corpus, Record
+from eval.reporting import units
+from eval.reporting.records import Certificate, Corpus, Record
 from eval.statistics import BITS_PER_BYTE
 
 SERIES = {
@@ -20,7 +20,7 @@ PROMPT_CHARACTERS = 600
 SHORT_ANSWER_CHARACTERS = 60
 
 
-def climb(records: list[Record]) -> list[dict[str, Any]]:
+def pipeline(records: list[Record]) -> list[dict[str, Any]]:
     """What each stage made, and what it took; certificates are shown apart."""
     return [
         {

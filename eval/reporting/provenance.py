@@ -4,8 +4,8 @@ import json
 import re
 from typing import Any
 
-from eval import units
-from eval.records import Record
+from eval.reporting import units
+from eval.reporting.records import Record
 
 
 def collect(records: list[Record], missing: list[str], licences: dict[str, int]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def limits(records: list[Record], figures: dict[str, Any]) -> list[str]:
             f"Everything ran with one seed ({seeds.pop()}): how much the results vary between seeds is not known."
         )
     if figures["provenance"]["missing"]:
-        said.append(f"Not in the store any more: {', '.join(figures['provenance']['missing'])}; the climb lacks them.")
+        said.append(f"Not in the store any more, and so not shown: {', '.join(figures['provenance']['missing'])}.")
     if any(git["dirty"] for git in figures["provenance"]["git"]):
         said.append("The code had changes that were not committed, so the commit alone does not give it back.")
     if not figures["certificates"]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from cordee.errors import UserError
-from pretrain.reading import find_files, open_parquet
+from pretrain.data.reading import find_files, open_parquet
 
 
 def training_rows_and_bytes(

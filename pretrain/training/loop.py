@@ -18,13 +18,13 @@ from cordee import files
 from cordee.compute import resume
 from cordee.errors import Fault
 from cordee.stage import Context
-from pretrain import checkpoint, heldout
-from pretrain.heldout import Heldout
-from pretrain.loader import Batch, assemble
-from pretrain.mixture import Mixture, Sample, digest
-from pretrain.model import Objective
-from pretrain.schedules import warmup_stable_decay
-from pretrain.settings import Settings
+from pretrain.data.loader import Batch, assemble
+from pretrain.data.mixture import Mixture, Sample, digest
+from pretrain.training import checkpoint, heldout
+from pretrain.training.heldout import Heldout
+from pretrain.training.model import Objective
+from pretrain.training.schedules import warmup_stable_decay
+from pretrain.training.settings import Settings
 
 
 @dataclass

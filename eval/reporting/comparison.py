@@ -8,7 +8,7 @@ from typing import Any
 
 from cordee.errors import Fault
 from eval import statistics
-from eval.records import Corpus, Language, ModelResults, Record, Results, Task
+from eval.reporting.records import Corpus, Language, ModelResults, Record, Results, Task
 
 Rows = dict[int, tuple[str, float, float]]
 """By document: hash of its content, value, weight."""

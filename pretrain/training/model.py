@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from cordee import files, yaml12
 from cordee.compute.model import open_model, open_tokenizer
 from cordee.errors import Fault, UserError, nearest
-from pretrain.loader import IGNORED
+from pretrain.data.loader import IGNORED
 
 LEAK = 1e-4
 """How much logits may depend on a neighbouring document, as a share of the largest: rounding, and no more."""

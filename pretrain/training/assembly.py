@@ -16,13 +16,13 @@ from cordee.compute import device, resume
 from cordee.cost import training_flops
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from pretrain import checkpoint, loop
-from pretrain.heldout import open_heldout
-from pretrain.loader import open_split
-from pretrain.loop import State, Training
-from pretrain.mixture import Mixture
-from pretrain.model import Objective, build, parameter_groups, require_documents_apart
-from pretrain.settings import Settings
+from pretrain.data.loader import open_split
+from pretrain.data.mixture import Mixture
+from pretrain.training import checkpoint, loop
+from pretrain.training.heldout import open_heldout
+from pretrain.training.loop import State, Training
+from pretrain.training.model import Objective, build, parameter_groups, require_documents_apart
+from pretrain.training.settings import Settings
 
 
 @dataclass(frozen=True)

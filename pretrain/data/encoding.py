@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from cordee.errors import Fault, UserError, nearest
 from cordee.files import read_json
-from pretrain.reading import batches, documents
+from pretrain.data.reading import batches, documents
 
 CHECKED_EVERY = 16
 """One document in so many is decoded again and compared."""

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain.reading import SCHEMA, Document
+from pretrain.data.reading import SCHEMA, Document
 
 ROW_GROUP_BYTES = 32 * 2**20
 ROW_GROUP_ROWS = 10_000

@@ -12,11 +12,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from eval import statistics, units
+from eval import statistics
+from eval.reporting import units
 
 Point = tuple[float, float]
 Stage = Mapping[str, Any]
-"""One stage of the climb: `stage` (its name) and `seconds`, among others."""
+"""One stage of the pipeline: `stage` (its name) and `seconds`, among others."""
 Row = Mapping[str, Any]
 """One checkpoint's row: `model`, `value` and `standard_error`, among others."""
 NAME_CHARACTERS = 15
@@ -43,8 +44,8 @@ class Frame:
         return self.bottom - (value - self.low[1]) / ((self.high[1] - self.low[1]) or 1.0) * (self.bottom - self.top)
 
 
-def climb(identity: str, stages: Sequence[Stage]) -> Markup:
-    """The stages as a rope up a mountain: one stop each, its height the time that had passed (wide screens).
+def pipeline(identity: str, stages: Sequence[Stage]) -> Markup:
+    """The stages as a line up a mountain: one stop each, its height the time that had passed (wide screens).
 
     Args:
         identity: a name for the chart that no other on the page has.
@@ -65,10 +66,10 @@ def climb(identity: str, stages: Sequence[Stage]) -> Markup:
         body.append(_text("stop-name", (x - 5, y + 22), shorten(name), "start"))
         body.append(_text("stop-time", (x - 5, y + 37), units.duration(seconds), "start"))
     body.append(_flag(points[-1]))
-    return _svg(identity, (1060, 386), "climb", "The climb", _climb_words(stops), body)
+    return _svg(identity, (1060, 386), "pipeline", "The pipeline", _pipeline_words(stops), body)
 
 
-def climb_tall(identity: str, stages: Sequence[Stage]) -> Markup:
+def pipeline_tall(identity: str, stages: Sequence[Stage]) -> Markup:
     """The same for narrow screens: the first stage at the foot, the last at the top."""
     stops = _stops(stages)
     step, bottom = 52, 52 * len(stops) + 4
@@ -79,7 +80,7 @@ def climb_tall(identity: str, stages: Sequence[Stage]) -> Markup:
         body.append(_text("stop-name", (112, y + 2), name, "start"))
         body.append(_text("stop-time", (112, y + 19), units.duration(seconds), "start"))
     body.append(_flag(points[-1]))
-    return _svg(identity, (340, bottom + 16), "climb-tall", "The climb", _climb_words(stops), body)
+    return _svg(identity, (340, bottom + 16), "pipeline-tall", "The pipeline", _pipeline_words(stops), body)
 
 
 def _stops(stages: Sequence[Stage]) -> list[tuple[str, float]]:
@@ -87,7 +88,7 @@ def _stops(stages: Sequence[Stage]) -> list[tuple[str, float]]:
     return [(stage["stage"], stage["seconds"]) for stage in stages]
 
 
-def _climb_words(stops: Sequence[tuple[str, float]]) -> str:
+def _pipeline_words(stops: Sequence[tuple[str, float]]) -> str:
     return "; ".join(f"{name} took {units.duration(seconds)}" for name, seconds in stops)
 
 
@@ -212,12 +213,12 @@ def _path(kind: str, points: Sequence[Point]) -> Markup:
 
 
 def _rope(points: Sequence[Point]) -> list[Markup]:
-    """A rope from stop to stop that sags a little, the more the flatter it hangs; drawn twice for its twist."""
+    """A line from stop to stop that sags a little, the more the flatter it hangs; drawn twice for its twist."""
     way = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         sag = 9 * abs(x1 - x0) / (abs(x1 - x0) + abs(y1 - y0) + 1e-9)
         way += f"Q{(x0 + x1) / 2:.1f} {(y0 + y1) / 2 + sag:.1f} {x1:.1f} {y1:.1f}"
-    return [Markup('<path class="{}" d="{}"/>').format(kind, way) for kind in ("rope", "rope-twist")]
+    return [Markup('<path class="{}" d="{}"/>').format(kind, way) for kind in ("line", "line-dash")]
 
 
 def _stop(at: Point) -> Markup:
@@ -231,7 +232,7 @@ def _flag(at: Point) -> Markup:
 
 
 def _massif(points: Sequence[Point], frame: Frame) -> Markup:
-    """The mountain under the rope."""
+    """The mountain under the line."""
     ridge = "".join(f"L{x:.1f} {y + 4:.1f}" for x, y in points)
     form = Markup('<path class="massif" d="M0 {:.1f}L0 {:.1f}{}L1060 {:.1f}L1060 {:.1f}z"/>')
     return form.format(frame.bottom + 50, points[0][1] + 12, ridge, points[-1][1] + 60, frame.bottom + 50)

@@ -244,7 +244,7 @@ def open_record(path: Path) -> Record:
     raise Fault("lies in no artifact: no manifest.json here or above", file=path)
 
 
-def climb(listed: Sequence[Record]) -> tuple[list[Record], list[str]]:
+def pipeline(listed: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """The listed artifacts and all that they come from, each after what it was made from.
 
     Returns:

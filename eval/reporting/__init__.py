@@ -1,0 +1,1 @@
+"""What a report shows: artifacts read, compared, drawn."""

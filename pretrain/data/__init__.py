@@ -1,0 +1,1 @@
+"""Documents to training rows: reading, splitting, encoding, packing, mixing."""
