@@ -168,13 +168,13 @@ def lineage_(what: Annotated[str, typer.Argument(metavar="CHECKPOINT")], runs: R
 
 
 @_command
-def list_(uses: Annotated[str | None, typer.Argument(help="one of them, as in `uses:` (all, by name)")] = None) -> None:
-    """List the stages and proofs that recipes can use, or every key of one of them."""
+def list_(uses: Annotated[str | None, typer.Argument(help="a stage, as in `uses:`, or a package")] = None) -> None:
+    """List the stages and proofs that recipes can use, those of a package of your own, or every key of one stage."""
     from cordee import keys, show, stage
 
-    if uses is None:
-        show.stages(_console())
-    else:
+    if found := list(stage.find(*([uses] if uses else []))):
+        show.stages(_console(), found)
+    elif uses:
         show.keys(_console(), keys.of(stage.load(uses, file="command line").config))
 
 

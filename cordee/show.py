@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cordee import artifact, files, lineage, provenance, stage
+from cordee import artifact, files, lineage, provenance
 from cordee.artifact import Artifact
 from cordee.display import duration, progress_line
 from cordee.keys import Key
@@ -206,9 +206,9 @@ def verify(out: Console, chosen: Iterable[Artifact]) -> bool:
     return all_whole
 
 
-def stages(out: Console) -> None:
-    """Print every stage and the first line of what it says of itself."""
-    for uses, said in stage.find():
+def stages(out: Console, found: Iterable[tuple[str, str]]) -> None:
+    """Print stages, each with the first line of its docstring."""
+    for uses, said in found:
         out.print(f"{uses:<26} {said}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def load(uses: str, *, file: object = None, key: str | None = None) -> Stage:
     Raises:
         UserError: there is no such module, or it is no stage.
     """
-    if not _is_importable(uses):
-        raise UserError(f"no stage {uses!r}", file=file, key=key, hint=nearest(uses, {name for name, _ in find()}))
+    if not _spec(uses):
+        known = {name for name, _ in find(*STAGE_PACKAGES, uses.partition(".")[0])}
+        raise UserError(f"no stage {uses!r}", file=file, key=key, hint=nearest(uses, known))
     module = importlib.import_module(uses)
     config, run = getattr(module, "Config", None), getattr(module, "run", None)
     if not (isinstance(config, type) and issubclass(config, Config) and callable(run)):
@@ -109,10 +111,10 @@ def load(uses: str, *, file: object = None, key: str | None = None) -> Stage:
     return Stage(uses, config, run, getattr(module, "cost", None))
 
 
-def find() -> Iterator[tuple[str, str]]:
-    """The stages of the three packages and the first line of what they say of themselves, read from the source."""
-    for package in STAGE_PACKAGES:
-        spec = importlib.util.find_spec(package)
+def find(*packages: str) -> Iterator[tuple[str, str]]:
+    """The stages of these packages (default: `STAGE_PACKAGES`), each with the first line of its docstring."""
+    for package in packages or STAGE_PACKAGES:
+        spec = _spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for path in sorted(Path(folder).glob("*.py")):
                 tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -121,9 +123,9 @@ def find() -> Iterator[tuple[str, str]]:
                     yield f"{package}.{path.stem}", (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
-def _is_importable(uses: str) -> bool:
-    """Whether a module can be found, in one of the three packages or in a user's own."""
+def _spec(name: str) -> ModuleSpec | None:
+    """Where a module is found, in one of the three packages or in a user's own; None if there is none."""
     try:
-        return all(map(str.isidentifier, uses.split("."))) and importlib.util.find_spec(uses) is not None
+        return importlib.util.find_spec(name) if all(map(str.isidentifier, name.split("."))) else None
     except (ModuleNotFoundError, ValueError):
-        return False
+        return None

@@ -239,7 +239,7 @@ def make(root: Path) -> dict[str, Path]:
             config={"data": [{"tokens": f"artifact {digest('tokens')}", "weight": 1.0}], "optimizer": {"name": "adamw",
                     "learning_rate": 1e-3}, "steps": 300},
             metrics={"tokens": 614_400, "flops": 2.1e13, "parameters": 5_408_768, "loss": 4.1})  # fmt: skip
-    publish("chats", "posttrain.chats", {"heldout.jsonl": "{}\n"}, inputs={"corpus": "corpus"}, metrics={"rows": 5200})
+    publish("chats", "udhr.chats", {"heldout.jsonl": "{}\n"}, inputs={"corpus": "corpus"}, metrics={"rows": 5200})
     publish("sft", "posttrain.sft", {"config.json": "{}", "metrics.jsonl": store.curve(80, 4.0, 1.2, heldout=False)},
             inputs={"model": "base", "data": "chats"}, seconds=96, memory=2_400_000_000,
             metrics={"tokens": 163_840, "flops": 5.6e12, "parameters": 5_408_768})  # fmt: skip

@@ -9,7 +9,7 @@ from cordee.errors import Stopped, UserError
 from cordee.stage import Context
 from eval import benchmark, generate
 
-TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
+TASKS = Path(__file__).resolve().parents[2] / "examples" / "udhr" / "tasks"
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
 
 pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
-TASKS = [str(path) for path in sorted((Path(__file__).resolve().parents[2] / "eval" / "tasks").glob("*.yaml"))]
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = [str(path) for pattern in ("eval/tasks/*.yaml", "examples/*/tasks/*.yaml") for path in ROOT.glob(pattern)]
 LENGTH = 256
 
 

@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
-    path for package in ("cordee", "pretrain", "posttrain", "eval", "data") for path in (ROOT / package).rglob("*.py")
+    path
+    for package in ("cordee", "pretrain", "posttrain", "eval", "data", "examples")
+    for path in (ROOT / package).rglob("*.py")
 )
 FILE_LINES, FUNCTION_LINES = 400, 60
 

@@ -11,7 +11,9 @@ from cordee import alone, prove, recipe, yaml12
 from cordee.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").rglob("*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").rglob("*.md"), *ROOT.glob("examples/*/*.md")]
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE_LINE = re.compile(r"^(?P<indent> *)(?P<name>[\w./-]+)  +\S", re.MULTILINE)
 
@@ -45,9 +47,8 @@ def test_the_readmes_tree_is_the_real_one():
     packages = ("cordee/", "pretrain/", "posttrain/", "eval/")
     sources = [name for name in tracked if name.startswith(packages) and not name.endswith("__init__.py")]
     modules = {name for name in sources if name.count("/") == 1}
-    folders = {
-        "/".join(name.split("/")[:2]) + "/" for name in tracked if name.startswith(packages) and name.count("/") > 1
-    }
+    nested = [name for name in tracked if name.startswith((*packages, "examples/")) and name.count("/") > 1]
+    folders = {"/".join(name.split("/")[:2]) + "/" for name in nested}
     assert told == top | modules | folders
 
 

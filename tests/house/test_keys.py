@@ -12,17 +12,19 @@ from cordee import identity, stage
 from cordee.config import Config, Input, config_in, is_execution
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = [uses for uses, _ in stage.find()]
+PACKAGES = (*stage.STAGE_PACKAGES, "udhr")
+STAGES = [uses for uses, _ in stage.find(*PACKAGES)]
 KEYS = [(uses, name) for uses in STAGES for name in stage.load(uses).config.model_fields]
 
 
-def reached(uses: str, root: Path = ROOT) -> Iterator[ast.Module]:
+def reached(uses: str, *roots: Path) -> Iterator[ast.Module]:
     """A stage's own module and all that it imports of this project, however deep in a function."""
+    roots = roots or (ROOT, ROOT / "examples" / "udhr")
     seen, coming = set(), [uses]
     while coming:
         name = coming.pop()
-        path = root / f"{name.replace('.', '/')}.py"
-        if name in seen or not path.exists():
+        path = next((path for root in roots if (path := root / f"{name.replace('.', '/')}.py").exists()), None)
+        if name in seen or not path:
             continue
         seen.add(name)
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -86,7 +88,7 @@ def test_a_key_is_part_of_the_identity_or_marked(uses, name):
 
 
 @pytest.mark.parametrize(("uses", "name"), KEYS)
-def test_a_key_is_read_by_its_room(uses, name):
+def test_a_key_is_read_by_its_package(uses, name):
     assert name in read_names(uses)
 
 

@@ -12,7 +12,7 @@ from cordee.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").rglob("*.yaml"))
 MODELS, LAUNCHES = (sorted((ROOT / "configs" / name).rglob("*.yaml")) for name in ("models", "accelerate"))
-TASKS = sorted((ROOT / "eval" / "tasks").rglob("*.yaml"))
+TASKS = sorted([*ROOT.glob("eval/tasks/*.yaml"), *ROOT.glob("examples/*/tasks/*.yaml")])
 
 
 def test_all_yaml_files_are_found():

@@ -11,7 +11,7 @@ import pytest
 
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from posttrain import chats, passages, questions
+from udhr import chats, passages, questions
 
 SENTENCES = {
     ("de", "German", "Latn"): "Alle Menschen sind frei und gleich an Würde und Rechten geboren",

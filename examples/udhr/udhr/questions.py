@@ -2,16 +2,17 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from posttrain.passages import Language, Passages, cut
+from udhr.passages import Language, Passages, cut
 
 QUESTION = "Which language is this?\n\n{passage}"
 CONTINUE = "Continue this text:\n\n{passage}"
-Row = dict[str, Any]
+Kind = Literal["language", "continue"]
+Example = dict[str, Any]
 
 
-def chats(language: Language, counts: Mapping[str, int], cutter: Passages, rng: random.Random) -> Iterator[Row]:
+def chats(language: Language, counts: Mapping[Kind, int], cutter: Passages, rng: random.Random) -> Iterator[Example]:
     """The training chats of one language, `counts` of each kind; `passage` is all that was taken from the corpus."""
     for kind, count in counts.items():
         for _ in range(count):
@@ -27,7 +28,7 @@ def chats(language: Language, counts: Mapping[str, int], cutter: Passages, rng: 
 
 def pairs(
     language: Language, others: Sequence[Language], count: int, cutter: Passages, rng: random.Random
-) -> Iterator[Row]:
+) -> Iterator[Example]:
     """A right and a wrong name for a passage; the wrong one is of a language of the same script where there is one."""
     wrong = [other for other in others if other.name != language.name]
     alike = [other for other in wrong if other.script == language.script]
@@ -43,7 +44,7 @@ def pairs(
         }
 
 
-def heldout(language: Language, others: Sequence[Language], choices: int, longest: int, seed: int) -> Iterator[Row]:
+def heldout(language: Language, others: Sequence[Language], choices: int, longest: int, seed: int) -> Iterator[Example]:
     """One question per held-out document of a language, with the right name among `choices` different ones."""
     rng = random.Random(f"{seed}:heldout:{language.tag}")  # noqa: S311 - data, not secrets
     wrong = sorted({other.name for other in others} - {language.name})

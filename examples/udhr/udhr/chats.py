@@ -1,6 +1,6 @@
 """Builds chats with checkable answers from a corpus's own structure: which language is it, and how does it go on?
 
-    python -m posttrain.chats --config chats.yaml
+    python -m udhr.chats --config chats.yaml
 
 Training chats and preference pairs are cut from `train.parquet` only, the held-out questions from `heldout.parquet`
 only; a training passage that stands in a held-out document, of whatever language, is never used.
@@ -56,7 +56,7 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write `messages.parquet`, `preferences.parquet`, `heldout.jsonl` and `chats.json`."""
-    from posttrain import passages, questions
+    from udhr import passages, questions
 
     languages = passages.read(config.corpus, config.languages)
     if len({language.name for language in languages}) < CHOICES:
