@@ -1,7 +1,6 @@
-"""Charts as inline SVG, one function each. Colours are CSS classes, so that a page's theme decides them.
+"""Charts as inline SVG, one function each. Colours come from CSS classes, so that a page's theme sets them.
 
-Every text goes through `Markup.format`, which escapes it. Each chart has a title and a description for readers
-who don't see it.
+Every text goes through `Markup.format`, which escapes it. Each chart has a title and a description for screen readers.
 """
 
 import itertools
@@ -18,9 +17,11 @@ from eval.reporting import units
 Point = tuple[float, float]
 Stage = Mapping[str, Any]
 """One stage of the pipeline: `stage` (its name) and `seconds`, among others."""
-Row = Mapping[str, Any]
-"""One checkpoint's row: `model`, `value` and `standard_error`, among others."""
+Score = Mapping[str, Any]
+"""One checkpoint's score in a task: `model`, `value` and `standard_error`, among others."""
 NAME_CHARACTERS = 15
+UNITS = ((3600, "h"), (60, "min"), (1, "s"))
+"""Of a time axis: seconds and name."""
 
 
 @dataclass(frozen=True)
@@ -44,56 +45,35 @@ class Frame:
         return self.bottom - (value - self.low[1]) / ((self.high[1] - self.low[1]) or 1.0) * (self.bottom - self.top)
 
 
-def pipeline(identity: str, stages: Sequence[Stage]) -> Markup:
-    """The stages as a line up a mountain: one stop each, its height the time that had passed (wide screens).
+def timeline(identity: str, stages: Sequence[Stage], width: int) -> Markup:
+    """One bar per stage, which starts where the one above it ends; time between stages is left out.
 
     Args:
         identity: a name for the chart that no other on the page has.
         stages: in order.
+        width: of the chart, in pixels; names and times take 200 of them.
     """
-    stops = _stops(stages)
-    passed = [math.fsum(seconds for _, seconds in stops[: index + 1]) for index in range(len(stops))]
-    frame = Frame(64, 46, 960, 330, (0, 0), (max(1, len(stops) - 1), passed[-1]))
-    points = [(frame.x(index), frame.y(height)) for index, height in enumerate(passed)]
-    body = [_far_ridges(), _massif(points, frame)]
-    for height in ticks(0, passed[-1] / 60, 4) if passed[-1] >= 120 else ticks(0, passed[-1], 4):
-        seconds, label = (height * 60, f"{height:g} min") if passed[-1] >= 120 else (height, f"{height:g} s")
-        body.append(_line("grid", (frame.left, frame.y(seconds)), (frame.right, frame.y(seconds))))
-        body.append(_text("tick", (frame.left - 14, frame.y(seconds) + 4), label, "end"))
-    body += _rope(points)
-    for (x, y), (name, seconds) in zip(points, stops, strict=True):
-        body.append(_stop((x, y)))
-        body.append(_text("stop-name", (x - 5, y + 22), shorten(name), "start"))
-        body.append(_text("stop-time", (x - 5, y + 37), units.duration(seconds), "start"))
-    body.append(_flag(points[-1]))
-    return _svg(identity, (1060, 386), "pipeline", "The pipeline", _pipeline_words(stops), body)
-
-
-def pipeline_tall(identity: str, stages: Sequence[Stage]) -> Markup:
-    """The same for narrow screens: the first stage at the foot, the last at the top."""
-    stops = _stops(stages)
-    step, bottom = 52, 52 * len(stops) + 4
-    points = [(52 + 26 * math.sin(1.9 * index), bottom - step * index - 14) for index in range(len(stops))]
-    body = _rope(points)
-    for (x, y), (name, seconds) in zip(points, stops, strict=True):
-        body.append(_stop((x, y)))
-        body.append(_text("stop-name", (112, y + 2), name, "start"))
-        body.append(_text("stop-time", (112, y + 19), units.duration(seconds), "start"))
-    body.append(_flag(points[-1]))
-    return _svg(identity, (340, bottom + 16), "pipeline-tall", "The pipeline", _pipeline_words(stops), body)
-
-
-def _stops(stages: Sequence[Stage]) -> list[tuple[str, float]]:
-    """Each stage's name and seconds."""
-    return [(stage["stage"], stage["seconds"]) for stage in stages]
-
-
-def _pipeline_words(stops: Sequence[tuple[str, float]]) -> str:
-    return "; ".join(f"{name} took {units.duration(seconds)}" for name, seconds in stops)
+    ends = list(itertools.accumulate(stage["seconds"] for stage in stages))
+    size, unit = next(((size, unit) for size, unit in UNITS if ends[-1] >= 2 * size), UNITS[-1])
+    marks = [mark * size for mark in ticks(0, ends[-1] / size, width // 160)]
+    frame = Frame(112, 0, width - 88, 30 * len(stages) + 4, (0, 0), (marks[-1], 1))
+    body = []
+    for mark in marks:
+        body.append(_line("grid", (frame.x(mark), frame.top), (frame.x(mark), frame.bottom)))
+        body.append(_text("tick", (frame.x(mark), frame.bottom + 18), f"{mark / size:g} {unit}", "middle"))
+    for index, (stage, end) in enumerate(zip(stages, ends, strict=True)):
+        y, start = 30 * index + 22, frame.x(end - stage["seconds"])
+        length = max(frame.x(end) - start, 2)
+        bar = Markup('<rect class="bar" x="{:.1f}" y="{}" width="{:.1f}" height="18" rx="2"/>')
+        body.append(_text("stage-name", (0, y), shorten(stage["stage"]), "start"))
+        body.append(bar.format(start, y - 13, length))
+        body.append(_text("stage-time", (start + length + 8, y), units.duration(stage["seconds"]), "start"))
+    words = "; ".join(f"{stage['stage']} took {units.duration(stage['seconds'])}" for stage in stages)
+    return _svg(identity, (width, frame.bottom + 28), "timeline", "Time per stage", words, body)
 
 
 def curve(identity: str, title: str, points: Sequence[Point], baseline: tuple[str, float] | None = None) -> Markup:
-    """A learning curve over steps: each value thin, their moving mean strong, the last one named.
+    """A learning curve over steps: values as a thin line, their moving average as a thick one, the last value as text.
 
     Args:
         identity: a name for the chart that no other on the page has.
@@ -135,17 +115,17 @@ def curve(identity: str, title: str, points: Sequence[Point], baseline: tuple[st
     return _svg(identity, (500, 250), "curve", title, words, body)
 
 
-def intervals(identity: str, title: str, rows: Sequence[Row], chance: float | None, percent: bool) -> Markup:
-    """Values with their 95% intervals, one row each, and where chance would lie.
+def intervals(identity: str, title: str, scores: Sequence[Score], chance: float | None, percent: bool) -> Markup:
+    """Values with their 95% intervals, one line per checkpoint, and the value of guessing.
 
     Args:
         identity: a name for the chart that no other on the page has.
         title: what is drawn.
-        rows: one per checkpoint.
-        chance: what guessing gives, if it can be said.
-        percent: whether values are shares; no interval leaves 0 to 1 then.
+        scores: one per checkpoint.
+        chance: the value of guessing, if it is known.
+        percent: whether values are fractions; intervals are then clipped to 0 and 1.
     """
-    values = [(row["model"], row["value"], statistics.Z_95 * (row["standard_error"] or 0.0)) for row in rows]
+    values = [(row["model"], row["value"], statistics.Z_95 * (row["standard_error"] or 0.0)) for row in scores]
     least, most = (0.0, 1.0) if percent else (-math.inf, math.inf)
     reach = [(max(value - half, least), min(value + half, most)) for _, value, half in values]
     ends = [end for pair in reach for end in pair] + ([] if chance is None else [chance])
@@ -154,7 +134,7 @@ def intervals(identity: str, title: str, rows: Sequence[Row], chance: float | No
     def form(value: float) -> str:
         return f"{100 * value:.0f}%" if percent else f"{value:.2f}"
 
-    bottom = 26 + 30 * len(rows)
+    bottom = 26 + 30 * len(scores)
     frame = Frame(112, 22, 414, bottom, (marks[0], 0), (marks[-1], 1))
     body = []
     for mark in marks:
@@ -177,7 +157,7 @@ def intervals(identity: str, title: str, rows: Sequence[Row], chance: float | No
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers at equal steps whose first and last hold the range between them."""
+    """About `count` round numbers at equal distances; the first is at most `low`, the last at least `high`."""
     span = (high - low) or abs(high) or 1.0
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -187,7 +167,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def shorten(name: str) -> str:
-    """A name that fits beside a chart; the table has it whole."""
+    """A name cut to `NAME_CHARACTERS`; the table shows it in full."""
     return name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS - 1]}…"
 
 
@@ -210,38 +190,3 @@ def _line(kind: str, start: Point, end: Point) -> Markup:
 
 def _path(kind: str, points: Sequence[Point]) -> Markup:
     return Markup('<path class="{}" d="M{}"/>').format(kind, "L".join(f"{x:.1f} {y:.1f}" for x, y in points))
-
-
-def _rope(points: Sequence[Point]) -> list[Markup]:
-    """A line from stop to stop that sags a little, the more the flatter it hangs; drawn twice for its twist."""
-    way = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        sag = 9 * abs(x1 - x0) / (abs(x1 - x0) + abs(y1 - y0) + 1e-9)
-        way += f"Q{(x0 + x1) / 2:.1f} {(y0 + y1) / 2 + sag:.1f} {x1:.1f} {y1:.1f}"
-    return [Markup('<path class="{}" d="{}"/>').format(kind, way) for kind in ("line", "line-dash")]
-
-
-def _stop(at: Point) -> Markup:
-    return Markup('<circle class="stop" cx="{:.1f}" cy="{:.1f}" r="5.5"/>').format(*at)
-
-
-def _flag(at: Point) -> Markup:
-    x, y = at
-    pole = _line("pole", (x, y - 6), (x, y - 36))
-    return pole + Markup('<path class="flag" d="M{:.1f} {:.1f}l17 5.5l-17 5.5z"/>').format(x, y - 36)
-
-
-def _massif(points: Sequence[Point], frame: Frame) -> Markup:
-    """The mountain under the line."""
-    ridge = "".join(f"L{x:.1f} {y + 4:.1f}" for x, y in points)
-    form = Markup('<path class="massif" d="M0 {:.1f}L0 {:.1f}{}L1060 {:.1f}L1060 {:.1f}z"/>')
-    return form.format(frame.bottom + 50, points[0][1] + 12, ridge, points[-1][1] + 60, frame.bottom + 50)
-
-
-def _far_ridges() -> Markup:
-    """Two ranges in the distance; they show nothing."""
-    far = (
-        "M0 380L0 250L90 205L150 228L260 150L330 190L420 120L500 176L590 98L680 160L770 84L850 140L940 70L1060 128V380z"
-    )
-    near = "M0 380V300L120 268L210 286L330 226L430 262L560 190L640 236L760 166L860 214L980 150L1060 186V380z"
-    return Markup('<path class="ridge-far" d="{}"/><path class="ridge-near" d="{}"/>').format(far, near)

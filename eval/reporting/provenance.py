@@ -1,4 +1,4 @@
-"""What everything in a report was made from and with, and what the report does not show."""
+"""Sources, software and machines behind a report, and the limits of what it shows."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from eval.reporting.records import Record
 
 
 def collect(records: list[Record], missing: list[str], licences: dict[str, int]) -> dict[str, Any]:
-    """What everything was made from and with; `licences` of the corpus, and how many documents stand under each."""
+    """Sources, software and machines of all artifacts; `licences`: documents of the corpus per licence."""
     versions: dict[str, list[str]] = {}
     for record in records:
         for name, version in [*record.manifest.packages.items(), ("python", record.manifest.python),
@@ -47,7 +47,7 @@ def collect(records: list[Record], missing: list[str], licences: dict[str, int])
 
 
 def listing(records: list[Record]) -> str:
-    """The resolved settings of every stage as YAML; an input stands as the artifact or the file that it was."""
+    """The resolved settings of every stage as YAML; inputs are shown by the name of their artifact or file."""
     lines = []
     for record in records:
         manifest = record.manifest
@@ -67,7 +67,7 @@ _PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*")
 
 
 def _yaml(value: Any, names: dict[str, str]) -> list[str]:
-    """A JSON value as lines of YAML; `names` says what a fingerprint stands for."""
+    """A JSON value as lines of YAML; `names` maps fingerprints to artifacts and files."""
     if isinstance(value, dict) and value:
         pairs = [(key if _PLAIN_KEY.fullmatch(key) else json.dumps(key), item) for key, item in value.items()]
         return [line for key, item in pairs for line in _entry(f"{key}:", _yaml(item, names), _nests(item))]
@@ -92,37 +92,36 @@ def _dashed(lines: list[str]) -> list[str]:
 
 
 def limits(records: list[Record], figures: dict[str, Any]) -> list[str]:
-    """What the report does not show, as far as it can be told from the artifacts."""
-    said = []
+    """The limits of the report, as far as the artifacts tell them."""
+    found = []
     metrics = [record.manifest.metrics for record in records]
     parameters = max((m["parameters"] for m in metrics if m.get("parameters")), default=None)
     if parameters and parameters < 1e9:
-        said.append(
-            f"The largest model here has {units.count(parameters)} parameters. What it can and can't do says little "
-            "of a model of useful size; the figures show that the chain works, and what it cost."
+        found.append(
+            f"The largest model here has {units.count(parameters)} parameters. Its scores do not predict those of a "
+            "model of practical size; they show that the pipeline works and what it costs."
         )
     if figures["benchmarks"]:
-        asked = ", ".join(dict.fromkeys(table["task"].replace("_", " ") for table in figures["benchmarks"]))
-        said.append(f"Only what the benchmarks ask was measured: {asked}.")
-        said.append(
-            "Standard errors count documents as independent draws. Documents that are translations of one another "
-            "are not, so the true uncertainty is larger than stated."
+        tasks = ", ".join(dict.fromkeys(table["task"].replace("_", " ") for table in figures["benchmarks"]))
+        found.append(f"Only these tasks were measured: {tasks}.")
+        found.append(
+            "Standard errors treat documents as independent samples. Translations of one text are not independent, "
+            "so the true uncertainty is larger than stated."
         )
         if any(
             row["change"] and not row["change"]["paired"] for table in figures["benchmarks"] for row in table["rows"]
         ):
-            said.append(
-                "Some changes could not be paired document by document; their errors, if known, are wider than need be."
+            found.append(
+                "Some changes could not be paired by document; their standard errors, where known, are larger than "
+                "those of paired changes."
             )
     seeds = {record.manifest.identity.get("seed") for record in records}
     if len(seeds) == 1:
-        said.append(
-            f"Everything ran with one seed ({seeds.pop()}): how much the results vary between seeds is not known."
-        )
+        found.append(f"All stages used one seed ({seeds.pop()}); the variance between seeds is not known.")
     if figures["provenance"]["missing"]:
-        said.append(f"Not in the store any more, and so not shown: {', '.join(figures['provenance']['missing'])}.")
+        found.append(f"Missing from the store and therefore not shown: {', '.join(figures['provenance']['missing'])}.")
     if any(git["dirty"] for git in figures["provenance"]["git"]):
-        said.append("The code had changes that were not committed, so the commit alone does not give it back.")
+        found.append("The code had uncommitted changes: the commit alone does not reproduce it.")
     if not figures["certificates"]:
-        said.append("No certificate was listed: nothing here is proved beyond the hashes of the files.")
-    return said
+        found.append("No certificates are listed: nothing was verified beyond the hashes of the files.")
+    return found

@@ -10,24 +10,24 @@ SERIES = {
     "loss": "Training loss",
     "heldout_bits_per_byte": "Held-out text (bits per byte)",
     "eval_loss": "Held-out loss",
-    "rewards/accuracies": "Pairs ranked rightly (share)",
+    "rewards/accuracies": "Preference accuracy (fraction of pairs)",
 }
-"""What of `metrics.jsonl` is drawn, and its title."""
+"""The metrics of `metrics.jsonl` that are drawn, and their titles."""
 POINTS = 400
-"""The most points of a curve that are drawn."""
+"""The largest number of points of a curve that are drawn."""
 SAMPLES = 12
 PROMPT_CHARACTERS = 600
 SHORT_ANSWER_CHARACTERS = 60
 
 
 def pipeline(records: list[Record]) -> list[dict[str, Any]]:
-    """What each stage made, and what it took; certificates are shown apart."""
+    """The output and the cost of each stage; certificates have a section of their own."""
     return [
         {
             "artifact": record.name,
             "stage": record.manifest.stage,
             "uses": record.manifest.uses,
-            "made": made(record),
+            "output": output(record),
             **{key: record.manifest.metrics.get(key) for key in ("tokens", "parameters", "flops")},
             "seconds": record.manifest.seconds,
             "peak_memory_bytes": record.manifest.peak_memory_bytes,
@@ -37,8 +37,8 @@ def pipeline(records: list[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def made(record: Record) -> str:
-    """What a stage made, in a few words, from its files and metrics."""
+def output(record: Record) -> str:
+    """A stage's output in a few words, from its files and metrics."""
     keys = ("rows", "vocab_size", "heldout_bits_per_byte")
     rows, vocabulary, bits = (record.manifest.metrics.get(key) for key in keys)
     known = {
@@ -96,7 +96,7 @@ def thin(points: list[list[float]]) -> list[list[float]]:
 
 
 def verdict(tables: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines at the head: each benchmark from its first to its last checkpoint, and the held-out text."""
+    """The summary at the top: each benchmark from its first to its last checkpoint, and the held-out text."""
     lines = [
         {
             "subject": curve["title"].partition(" (")[0],
@@ -118,7 +118,7 @@ def verdict(tables: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> list[d
         lines.append(
             {
                 "subject": table["task"].replace("_", " "),
-                "unit": "of answers right" if table["percent"] else table["metric"].replace("_", " "),
+                "unit": "correct" if table["percent"] else table["metric"].replace("_", " "),
                 "percent": table["percent"],
                 "before": first["value"],
                 "after": last["value"],
@@ -131,7 +131,7 @@ def verdict(tables: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> list[d
 
 
 def samples(records: list[Record]) -> list[dict[str, Any]]:
-    """Of each listed set of generated answers, a fixed choice spread evenly over the file, and the counts over all."""
+    """Of each set of generated answers, a fixed selection at equal distances over the file, and the counts over all."""
     found = []
     for record in records:
         rows = record.samples() if record.holds("samples.jsonl") else []
@@ -162,7 +162,7 @@ def samples(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def right(output: str, reference: str | None) -> bool | None:
-    """Whether a short answer is the reference but for case, outer blanks and a last full stop; None if not short."""
+    """Whether an answer equals a short reference, but for case, outer space and a last full stop; None if not short."""
     if not reference or len(reference) > SHORT_ANSWER_CHARACTERS or "\n" in reference:
         return None
     return _normal(output) == _normal(reference)
@@ -173,13 +173,13 @@ def _normal(text: str) -> str:
 
 
 def cut(text: str) -> str:
-    """A text of at most `PROMPT_CHARACTERS`; says how much was left out."""
+    """A text cut to `PROMPT_CHARACTERS`, with the number of characters that were cut."""
     left_out = len(text) - PROMPT_CHARACTERS
     return text if left_out <= 0 else f"{text[:PROMPT_CHARACTERS]} … [{left_out:,} more characters]"
 
 
 def certificates(records: list[Record]) -> list[dict[str, Any]]:
-    """What was proved, check by check."""
+    """The certificates with their checks."""
     return [
         {"artifact": record.name, **record.read("certificate.json", Certificate).model_dump()}
         for record in records

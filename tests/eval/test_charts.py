@@ -1,3 +1,4 @@
+import itertools
 import re
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -25,17 +26,28 @@ def texts(chart, kind):
     return [node.text for node in drawn(chart).iter("text") if node.get("class") == kind]
 
 
-@pytest.mark.parametrize("pipeline", [charts.pipeline, charts.pipeline_tall])
-def test_the_pipeline_goes_up_stage_by_stage(pipeline):
-    stops = circles(pipeline("c", STAGES), "stop")
-    assert len(stops) == 3
-    assert stops[0][1] > stops[1][1] > stops[2][1]
-    assert texts(pipeline("c", STAGES), "stop-name") == ["corpus", "base", "sft"]
+def number(node, name):
+    return float(node.get(name))
 
 
-def test_the_height_of_a_stop_is_the_time_that_had_passed():
-    heights = [y for _, y in circles(charts.pipeline("c", STAGES), "stop")]
-    assert (heights[0] - heights[1]) / (heights[1] - heights[2]) == pytest.approx(150 / 60, rel=0.01)
+@pytest.mark.parametrize("width", [360, 1060])
+def test_each_bar_starts_where_the_one_above_it_ends_and_is_as_long_as_its_stage(width):
+    chart = charts.timeline("c", STAGES, width)
+    bars = list(drawn(chart).iter("rect"))
+    for above, below in itertools.pairwise(bars):
+        assert number(above, "x") + number(above, "width") == pytest.approx(number(below, "x"), abs=0.2)
+        assert number(above, "y") < number(below, "y")
+    per_second = number(bars[1], "width") / 150
+    assert [number(bar, "width") / per_second for bar in bars] == pytest.approx([30, 150, 60], abs=1)
+    assert texts(chart, "stage-name") == ["corpus", "base", "sft"]
+    assert [text.replace("\N{NO-BREAK SPACE}", " ") for text in texts(chart, "stage-time")] == [
+        "30.0 s", "2 min 30 s", "1 min 00 s",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "last"), [(1.0, "1 s"), (119.0, "120 s"), (240.0, "4 min"), (86_400.0, "25 h")])
+def test_the_axis_is_in_the_unit_that_fits(seconds, last):
+    assert texts(charts.timeline("c", [{"stage": "base", "seconds": seconds}], 1060), "tick")[-1] == last
 
 
 def test_a_curve_runs_through_its_points_and_names_its_last_value():
@@ -85,12 +97,11 @@ def test_intervals_reach_as_far_as_the_errors():
 @pytest.mark.parametrize(
     "chart",
     [
-        charts.pipeline(HOSTILE, [{"stage": HOSTILE, "seconds": 1.0}]),
-        charts.pipeline_tall(HOSTILE, [{"stage": HOSTILE, "seconds": 0.0}]),
+        charts.timeline(HOSTILE, [{"stage": HOSTILE, "seconds": 0.0}], 360),
         charts.curve(HOSTILE, HOSTILE, [(1, 2.0), (2, 2.0)], (HOSTILE, 1.0)),
         charts.intervals("c", HOSTILE, [{"model": HOSTILE, "value": 1.0, "standard_error": 0.0}], None, percent=False),
     ],
-    ids=["pipeline", "pipeline_tall", "curve", "intervals"],
+    ids=["timeline", "curve", "intervals"],
 )
 def test_hostile_names_stay_text_and_each_chart_speaks(chart):
     tree = drawn(chart)

@@ -29,7 +29,7 @@ def change_json(folder, file, change):
         fake_store.rehash(folder)
 
 
-def test_the_climb_holds_every_stage_that_the_listed_ones_come_from_each_after_its_inputs(report):
+def test_the_pipeline_has_every_stage_that_the_listed_ones_depend_on_each_after_its_inputs(report):
     pipeline = [stage["stage"] for stage in figures(report(("merged",)))["pipeline"]]
     assert sorted(pipeline) == ["base", "chats", "corpus", "dpo", "merged", "sft", "tokenizer", "tokens"]
     for earlier, later in (("corpus", "tokens"), ("tokens", "base"), ("base", "sft"), ("chats", "sft"), ("sft", "dpo")):
@@ -57,7 +57,7 @@ def test_the_figures_are_those_of_the_artifacts(report, store):
 
 def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, store):
     def words():
-        return {stage["stage"]: stage["made"] for stage in figures(report(("base",)))["pipeline"]}
+        return {stage["stage"]: stage["output"] for stage in figures(report(("base",)))["pipeline"]}
 
     assert words()["base"] == "a language model"
     change_json(store["base"], "manifest.json", lambda told: told["metrics"].update(heldout_bits_per_byte=1.31768))
@@ -66,7 +66,7 @@ def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, 
 
 def test_a_corpus_of_one_language_is_in_one_language(report, store):
     change_json(store["corpus"], "corpus.json", lambda told: told.update(languages={"de": told["languages"]["de"]}))
-    assert figures(report(("corpus",)))["pipeline"][0]["made"] == "a corpus in 1 language"
+    assert figures(report(("corpus",)))["pipeline"][0]["output"] == "a corpus in 1 language"
 
 
 def test_changes_are_paired_document_by_document(report, store):
@@ -195,7 +195,7 @@ def test_what_was_not_listed_is_left_out_and_named(report):
     shown, page = figures(folder), (folder / "index.html").read_text(encoding="utf-8")
     assert shown["benchmarks"] == shown["samples"] == shown["languages"] == []
     assert 'id="benchmarks"' not in page
-    assert any("No certificate" in line for line in shown["limits"])
+    assert any("No certificates" in line for line in shown["limits"])
 
 
 def test_an_ancestor_that_is_gone_is_named(report, store):
