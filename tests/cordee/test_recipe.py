@@ -154,7 +154,7 @@ def test_what_a_stages_own_check_says_is_the_whole_line(write):
 
 
 TRAINING = """
-name: mountain
+name: training
 stages:
   base: {uses: pretrain.train, model: model.yaml, data: [{tokens: tokens}], max_steps: 240, sequence_length: 256,
          global_batch_size: 16, learning_rate: 2e-3}
@@ -191,7 +191,7 @@ def test_keys_that_do_not_fit_each_other_are_found_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     for name, text in (("fsdp2.yaml", "num_processes: 4"), ("list.yaml", "[1]"), ("broken.yaml", "a: [")):
         write(name, text)
-    file = write("mountain.yaml", TRAINING)
+    file = write("training.yaml", TRAINING)
     assert recipe.load(file, ["base.launch={num_processes: 4, config_file: fsdp2.yaml}",
                               "base.per_device_train_batch_size=4", "base.save_steps=[80, 240]"]).stages  # fmt: skip
     with pytest.raises(UserError) as caught:
@@ -213,9 +213,9 @@ def test_keys_that_do_not_fit_each_other_are_found_before_anything_starts(
 def test_a_models_yaml_that_is_wrong_is_one_line_in_the_plan(write, cordee, tmp_path, model, message):
     write("tokens/tokens.json", '{"vocab_size": 512}')
     write("chats.jsonl", '{"messages": []}\n')
-    write("mountain.yaml", TRAINING)
+    write("training.yaml", TRAINING)
     (tmp_path / "model.yaml").write_bytes(model if isinstance(model, bytes) else model.encode())
-    planned = cordee("plan", "mountain.yaml")
+    planned = cordee("plan", "training.yaml")
     assert (planned.returncode, planned.stderr.count("\n")) == (2, 1), planned.stderr
     assert message in planned.stderr
 
@@ -225,9 +225,9 @@ def test_a_models_yaml_that_is_wrong_is_one_line_in_the_plan(write, cordee, tmp_
     [
         (
             "sft.model=tokens",
-            "mountain.yaml: stages.sft: {}/tokens: model: is no Hugging Face model: it has no config.",
+            "training.yaml: stages.sft: {}/tokens: model: is no Hugging Face model: it has no config.",
         ),
-        ("sft.data.0.path=mountain.yaml", "mountain.yaml: stages.sft: {}/mountain.yaml: is neither .parquet nor"),
+        ("sft.data.0.path=training.yaml", "training.yaml: stages.sft: {}/training.yaml: is neither .parquet nor"),
     ],
 )
 def test_what_a_stage_can_not_use_is_one_line_in_the_plan_before_anything_starts(
@@ -236,8 +236,8 @@ def test_what_a_stage_can_not_use_is_one_line_in_the_plan_before_anything_starts
     write("tokens/tokens.json", '{"vocab_size": 512}')
     write("chats.jsonl", '{"messages": []}\n')
     write("model.yaml", "hidden_size: 256")
-    write("mountain.yaml", TRAINING)
-    planned = cordee("plan", "mountain.yaml", override)
+    write("training.yaml", TRAINING)
+    planned = cordee("plan", "training.yaml", override)
     assert (planned.returncode, planned.stderr.count("\n")) == (2, 1), planned.stderr
     assert planned.stderr.startswith(f"cordee: {message.format(tmp_path)}")
 
@@ -247,7 +247,7 @@ def test_a_models_yaml_that_leaves_fields_to_transformers_is_planned_without_its
     write("tokens/tokens.json", '{"vocab_size": 512}')
     write("chats.jsonl", '{"messages": []}\n')
     write("model.yaml", "hidden_size: 256\nrms_norm_eps: 1e-5")
-    base = plan.make(recipe.load(write("mountain.yaml", TRAINING)), Store(tmp_path / "runs")).stage("base")
+    base = plan.make(recipe.load(write("training.yaml", TRAINING)), Store(tmp_path / "runs")).stage("base")
     assert (base.cost.tokens, base.cost.vocab_size, base.cost.parameters) == (240 * 16 * 256, 512, None)
 
 

@@ -1,5 +1,6 @@
-"""No site's path, no address of a package registry, no dependency's name for a module of a package."""
+"""No site's path, no registry's address, no metaphor, and no module of a package with a dependency's name."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("capstor", "iopsstor", "weka", "nid0")
+METAPHORS = (
+    *("[Rr]ooms?", "[Rr]opes?", "[Cc]limb(s|ed|ing)?", "[Dd]oors?"),
+    *("[Mm]ountains?", "[Gg]laciers?", "[Mm]assif", "[Ss]ummits?"),
+)
+"""As regular expressions, which this file itself does not match; the abbreviation of rotary embeddings is none."""
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[
     :-1
 ]
@@ -33,6 +39,21 @@ def test_no_file_names_a_site_or_a_registry(name):
     assert "index-" + "url" not in text
     assert "registry" + ".npmjs" not in text
     assert "files.python" + "hosted" not in text
+
+
+def metaphors(text):
+    return [found[0] for found in re.finditer(rf"\b({'|'.join(METAPHORS)})\b", text)]
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if not name.startswith("data/")])
+def test_no_file_uses_a_metaphor(name):
+    """The field's terms instead: package, core, pipeline, entry point."""
+    assert metaphors((ROOT / name).read_text(encoding="utf-8")) == []
+
+
+def test_a_metaphor_is_seen():
+    planted = "the whole " + "cli" + "mb; two " + "ro" + "oms; Ro" + "PE and rope_theta are no ro" + "pe"
+    assert metaphors(planted) == ["cli" + "mb", "ro" + "oms", "ro" + "pe"]
 
 
 def test_no_module_of_a_package_bears_a_dependencys_name():

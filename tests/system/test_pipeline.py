@@ -33,90 +33,91 @@ def call(runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def climbed(runs) -> Path:
+def published(runs) -> Path:
+    """The folder of the tiny recipe's artifacts, after one run of the whole pipeline."""
     done = call(runs, "run", RECIPE)
     assert done.returncode == 0, done.stdout + done.stderr
     return runs / "tiny"
 
 
 @pytest.mark.timeout(1200)
-def test_the_climb_publishes_every_stage(climbed):
+def test_the_pipeline_publishes_every_stage(published):
     for name in STAGES:
-        assert (climbed / f"{name}@1" / "manifest.json").exists()
-    assert call(climbed.parent, "verify").returncode == 0
+        assert (published / f"{name}@1" / "manifest.json").exists()
+    assert call(published.parent, "verify").returncode == 0
 
 
-def test_two_processes_trained(climbed):
+def test_two_processes_trained(published):
     """As the processes themselves counted, not as they were asked for."""
     for name in ("base", "sft", "dpo"):
-        manifest = json.loads((climbed / f"{name}@1" / "manifest.json").read_text())
+        manifest = json.loads((published / f"{name}@1" / "manifest.json").read_text())
         assert manifest["metrics"]["num_processes"] == 2
 
 
-def test_every_checkpoint_was_measured_by_lm_eval_in_vllm(climbed):
-    table = json.loads((climbed / "benchmarks@1" / "results.json").read_text())
+def test_every_checkpoint_was_measured_by_lm_eval_in_vllm(published):
+    table = json.loads((published / "benchmarks@1" / "results.json").read_text())
     assert table["engine"]["name"] == "vllm"
     assert [row["name"] for row in table["models"]] == ["base-6", "base", "sft", "dpo"]
     for row in table["models"]:
         assert set(row["results"]) == {"language_choice", "language_answer", "heldout_bits_per_byte"}
         (own,) = [
             json.loads(path.read_text())
-            for path in (climbed / "benchmarks@1" / "lm_eval" / row["name"]).glob("results_*.json")
+            for path in (published / "benchmarks@1" / "lm_eval" / row["name"]).glob("results_*.json")
             if "language_choice" in json.loads(path.read_text())["results"]
         ]
         assert own["results"]["language_choice"]["acc,none"] == row["results"]["language_choice"]["acc"]
 
 
-def test_the_last_checkpoint_of_training_is_the_model_that_was_published(climbed):
-    manifest = json.loads((climbed / "base@1" / "manifest.json").read_text())
+def test_the_last_checkpoint_of_training_is_the_model_that_was_published(published):
+    manifest = json.loads((published / "base@1" / "manifest.json").read_text())
     assert {"model.safetensors", "checkpoints/6/model.safetensors"} <= {item["path"] for item in manifest["files"]}
     assert not any(item["path"].startswith("resume/") for item in manifest["files"])
 
 
-def test_a_second_run_does_nothing_again_in_less_than_five_seconds(climbed):
+def test_a_second_run_does_nothing_again_in_less_than_five_seconds(published):
     started = time.monotonic()
-    done = call(climbed.parent, "run", RECIPE)
+    done = call(published.parent, "run", RECIPE)
     assert (done.returncode, "published" in done.stdout) == (0, False)
     assert time.monotonic() - started < 5
 
 
-def test_a_changed_key_is_named_and_only_what_follows_is_made_again(climbed):
+def test_a_changed_key_is_named_and_only_what_follows_is_made_again(published):
     override = "sft.trainer.learning_rate=5e-4"
-    planned = call(climbed.parent, "plan", RECIPE, override)
+    planned = call(published.parent, "plan", RECIPE, override)
     assert "sft is stale: trainer.learning_rate 0.001 → 0.0005" in planned.stdout
     states = {line.split()[1]: line.split()[5] for line in planned.stdout.splitlines() if line.startswith("│")}
     assert {name for name, state in states.items() if state == "stale"} == {
         "sft", "dpo", "merged", "samples", "benchmarks", "report",
     }  # fmt: skip
-    done = call(climbed.parent, "stage", RECIPE, "sft", override)
+    done = call(published.parent, "stage", RECIPE, "sft", override)
     assert done.returncode == 0, done.stderr
-    assert (climbed / "sft@1").exists()
-    assert (climbed / "sft@2").exists()
-    assert not (climbed / "base@2").exists()
+    assert (published / "sft@1").exists()
+    assert (published / "sft@2").exists()
+    assert not (published / "base@2").exists()
 
 
-def test_lineage_leads_back_to_the_corpus_and_its_licence(climbed):
-    told = call(climbed.parent, "lineage", "tiny/merged@1").stdout
+def test_lineage_leads_back_to_the_corpus_and_its_licence(published):
+    told = call(published.parent, "lineage", "tiny/merged@1").stdout
     assert "data/udhr.parquet" in told
     assert "licence: Universal Declaration of Human Rights" in told
 
 
 @pytest.mark.timeout(1200)
-def test_what_is_claimed_is_proven_and_stands_in_the_report(climbed):
-    done = call(climbed.parent, "prove", RECIPE)
+def test_what_is_claimed_is_proven_and_stands_in_the_report(published):
+    done = call(published.parent, "prove", RECIPE)
     assert done.returncode == 0, done.stdout + done.stderr
-    page = html.unescape((climbed / "report@2" / "index.html").read_text())
+    page = html.unescape((published / "report@2" / "index.html").read_text())
     for name, stage in (("resume", "base"), ("masks", "sft"), ("parity", "merged")):
-        certificate = json.loads((climbed / f"prove-{name}-{stage}@1" / "certificate.json").read_text())
+        certificate = json.loads((published / f"prove-{name}-{stage}@1" / "certificate.json").read_text())
         assert certificate["passed"]
         assert all(check["passed"] for check in certificate["checks"])
         assert certificate["claim"] in page
-    again = call(climbed.parent, "prove", RECIPE)
+    again = call(published.parent, "prove", RECIPE)
     assert (again.returncode, "published" in again.stdout) == (0, False)
 
 
-def test_no_step_reached_for_a_network(climbed):
-    assert not (climbed.parent.parent / "network.log").exists()
+def test_no_step_reached_for_a_network(published):
+    assert not (published.parent.parent / "network.log").exists()
 
 
 REACHES = ["socket.create_connection(('192.0.2.1', 80))", "urllib.request.urlopen('http://example.org')"]
