@@ -136,7 +136,7 @@ def prove_(
         show.left_out(out, others)
     for name in names:
         for made, proven in prove.plans(loaded, store, name):
-            show.certificate(out, runner.run(made, out, proves=proven)[made.stages[-1].name])
+            show.proof(out, runner.run(made, out, proves=proven)[made.stages[-1].name])
     made = plan.make(loaded, store)
     if {planned.item.stage.uses for planned in made.stages if planned.state != "done"} == {plan.REPORT}:
         show.reports(out, runner.run(made, out).values())

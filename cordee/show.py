@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cordee import artifact, files, lineage, provenance
+from cordee import artifact, certificate, files, lineage, provenance
 from cordee.artifact import Artifact
 from cordee.display import duration, progress_line
 from cordee.keys import Key
@@ -183,14 +183,13 @@ def left_out(out: Console, proofs: Iterable[Proof]) -> None:
         out.print(f"{proof.name}: left out, no stage uses {proof.proves}", highlight=False, soft_wrap=True)
 
 
-def certificate(out: Console, made: Artifact) -> None:
+def proof(out: Console, made: Artifact) -> None:
     """Print a certificate: its claim, and each check with value and limit."""
-    held = files.read_json(made.path / "certificate.json")
-    out.print(f"{made.name}: {held['claim']}", markup=False, highlight=False, soft_wrap=True)
-    for check in held["checks"]:
-        mark = "passed" if check["passed"] else "FAILED"
-        value = f"{check['value']:.3g}" if isinstance(check["value"], float) else check["value"]
-        line = f"  {mark}  {check['name']}: {value} (limit {check['limit']})"
+    held = certificate.read(made.path)
+    out.print(f"{made.name}: {held.claim}", markup=False, highlight=False, soft_wrap=True)
+    for check in held.checks:
+        mark = "passed" if check.passed else "FAILED"
+        line = f"  {mark}  {check.name}: {certificate.shown(check.value)} (limit {check.limit})"
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

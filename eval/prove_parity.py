@@ -10,13 +10,17 @@ from typing import Any
 
 from pydantic import Field
 
-from cordee import files, worker
+from cordee import certificate, worker
+from cordee.certificate import Certificate, at_least, at_most
 from cordee.config import Config as Keys
 from cordee.config import Execution, Input
-from cordee.errors import Fault
 from cordee.stage import Context
 
 PROVES = "posttrain.merge"
+CLAIM = (
+    "training, vLLM and lm-eval see the same token ids, and adapter, merged checkpoint and vLLM give the same "
+    "log-probabilities"
+)
 ENGINE_LIMIT = 0.05
 """Nats: vLLM computes xIELU's slopes in bfloat16, whatever type was asked for."""
 SERVED_LIMIT = 1e-3
@@ -48,7 +52,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Encode and score the same chats in each form, and write `certificate.json`.
 
     Raises:
-        Fault: two forms differ by more than their limit.
+        Fault: two forms differ by more than their limit; no certificate is written.
     """
     import torch
     from peft import PeftModel
@@ -85,12 +89,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     served = engine.Engine(lm.model).score(ids)
     otherwise = parity.otherwise_in_lm_eval(lm, chats, ids, stop_token_ids(config.artifact))
     checks = [
-        _check("chats that vLLM encodes otherwise than training", parity.otherwise_in_vllm(lm.model, chats, ids), 0),
-        _check("chats that lm-eval encodes otherwise than training", otherwise, 0),
-        _check("adapter and merged: max |Δlogprob| in nats", parity.apart(unmerged, merged), MERGE_LIMIT[dtype]),
-        _check("transformers and vLLM: max |Δlogprob| in nats", parity.apart(merged, served), ENGINE_LIMIT),
-        _check("the same, with the slopes of xIELU that vLLM has", parity.apart(as_served, served), SERVED_LIMIT),
-        _check("same most likely token", parity.agreement(merged, served), TOP1_LIMIT, at_least=True),
+        at_most("chats that vLLM encodes otherwise than training", parity.otherwise_in_vllm(lm.model, chats, ids), 0),
+        at_most("chats that lm-eval encodes otherwise than training", otherwise, 0),
+        at_most("adapter and merged: max |Δlogprob| in nats", parity.apart(unmerged, merged), MERGE_LIMIT[dtype]),
+        at_most("transformers and vLLM: max |Δlogprob| in nats", parity.apart(merged, served), ENGINE_LIMIT),
+        at_most("the same, with the slopes of xIELU that vLLM has", parity.apart(as_served, served), SERVED_LIMIT),
+        at_least("same most likely token", parity.agreement(merged, served), TOP1_LIMIT),
     ]
     effect = parity.apart(before, merged)
     evidence = [
@@ -98,34 +102,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         f"the adapter moves log-probabilities by up to {effect:.3g} nats",
         f"vLLM {engine.describe('vllm')['version']}",
     ]
-    _write(context, config, checks, evidence)
+    proven = Certificate(proof="parity", of=PROVES, claim=CLAIM, checks=tuple(checks), evidence=evidence)
+    certificate.write(context.out, proven)
     return {
-        "rows": len(ids), "tokens": sum(map(len, ids)), "max_difference_nats": checks[3]["value"],
+        "rows": len(ids), "tokens": sum(map(len, ids)), "max_difference_nats": checks[3].value,
         "adapter_effect_nats": effect,
     }  # fmt: skip
-
-
-def _write(context: Context, config: Config, checks: list[dict[str, Any]], evidence: list[str]) -> None:
-    """Write the certificate of checks that all passed."""
-    for check in checks:
-        if not check["passed"]:
-            raise Fault(
-                f"not proven: {check['name']}: {check['value']:.3g}, the limit is {check['limit']}",
-                file=config.artifact,
-            )
-    claim = "training, vLLM and lm-eval see the same token ids, and adapter, merged checkpoint and vLLM give the same "
-    files.write_json(
-        context.out / "certificate.json",
-        {
-            "proof": "parity", "of": PROVES, "claim": f"{claim}log-probabilities",
-            "passed": True, "checks": checks, "evidence": evidence,
-        },
-    )  # fmt: skip
-
-
-def _check(name: str, value: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:
-    """One line of the certificate."""
-    return {"name": name, "value": value, "limit": limit, "passed": value >= limit if at_least else value <= limit}
 
 
 def main() -> None:

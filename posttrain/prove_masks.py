@@ -9,7 +9,8 @@ source, the counts that must be 0, the share of tokens with loss, and examples o
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cordee import files, worker
+from cordee import certificate, worker
+from cordee.certificate import Certificate, Check, at_least, at_most
 from cordee.cost import Cost
 from cordee.errors import Fault
 from cordee.stage import Context
@@ -59,41 +60,33 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     checks = list(_mask_checks(found))
     if trainer.accelerator.num_processes == 1:
         seen = sum(audit.chats for audit in found.values())
-        checks.append(_check("chats in one epoch", seen, str(len(chats)), passed=seen == len(chats)))
+        checks.append(Check(name="chats in one epoch", value=seen, limit=len(chats), passed=seen == len(chats)))
     if context.is_main:
         checks += _attention_checks(moved, packing=trainer.args.packing)
-    for check in checks:
-        if not check["passed"]:
-            raise Fault(f"not proven: {check['name']} is {check['value']}, and must be {check['limit']}")
     tokens, loss_tokens = (sum(getattr(audit, name) for audit in found.values()) for name in ("tokens", "loss_tokens"))
     if context.is_main:
         (context.out / "resume").rmdir()  # the trainer makes it; nothing was trained
-        files.write_json(
-            context.out / "certificate.json",
-            {
-                "proof": "masks",
-                "of": PROVES,
-                "claim": CLAIM,
-                "passed": True,
-                "checks": checks,
-                "evidence": _examples(found, trainer.processing_class),
-            },
-        )
+        examples = _examples(found, trainer.processing_class)
+        proven = Certificate(proof="masks", of=PROVES, claim=CLAIM, checks=tuple(checks), evidence=examples)
+        certificate.write(context.out, proven)
     return {"tokens": tokens, "loss_tokens": loss_tokens, "rows": len(chats), "checks": len(checks)}
 
 
-def _mask_checks(found: "dict[str, Audit]") -> Iterator[dict[str, Any]]:
+def _mask_checks(found: "dict[str, Audit]") -> Iterator[Check]:
     """The counts of each source, and the share of its tokens that carries loss."""
     for file, audit in found.items():
         source = f"of {file.rpartition('/')[2] or 'no source'}"
         for name, count in audit.faults.items():
-            yield _check(f"{name.replace('_', ' ')} {source}", count, "0", passed=count == 0)
+            yield at_most(f"{name.replace('_', ' ')} {source}", count, 0)
         share = audit.loss_tokens / max(audit.tokens, 1)
-        yield _check(f"chats seen {source}", audit.chats, "at least 1", passed=audit.chats > 0)
-        yield _check(f"share of tokens with loss {source}", round(share, 6), "above 0, below 1", passed=0 < share < 1)
+        yield at_least(f"chats seen {source}", audit.chats, 1)
+        yield Check(
+            name=f"share of tokens with loss {source}", value=round(share, 6), limit="above 0, below 1",
+            passed=0 < share < 1,
+        )  # fmt: skip
 
 
-def _attention_checks(moved: "list[Leak]", *, packing: bool) -> Iterator[dict[str, Any]]:
+def _attention_checks(moved: "list[Leak]", *, packing: bool) -> Iterator[Check]:
     """Change the first chat of a packed row: its own logits must move, and no others."""
     from posttrain.masks import LEAK_LIMIT
 
@@ -103,18 +96,12 @@ def _attention_checks(moved: "list[Leak]", *, packing: bool) -> Iterator[dict[st
         raise Fault(
             "packing is on, but no two chats fit into one row, so there is nothing to prove", key="trainer.packing"
         )
-    own, others = moved[0].changed_chat, moved[0].other_chats
-    yield _check(
-        "largest change of a logit in the chat that was changed", own, f"above {LEAK_LIMIT}", passed=own > LEAK_LIMIT
-    )
-    yield _check(
-        "largest change in the chats packed behind it", others, f"{LEAK_LIMIT} at most", passed=others <= LEAK_LIMIT
-    )
-
-
-def _check(name: str, value: float, limit: str, *, passed: bool) -> dict[str, Any]:
-    """One line of the certificate."""
-    return {"name": name, "value": value, "limit": limit, "passed": passed}
+    own = moved[0].changed_chat
+    yield Check(
+        name="largest change of a logit in the chat that was changed", value=own, limit=f"above {LEAK_LIMIT}",
+        passed=own > LEAK_LIMIT,
+    )  # fmt: skip
+    yield at_most("largest change in the chats packed behind it", moved[0].other_chats, LEAK_LIMIT)
 
 
 def _examples(found: "dict[str, Audit]", tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, str]]:

@@ -140,26 +140,7 @@ class Sample(Shape):
     outputs: dict[str, str]
 
 
-class Check(Shape):
-    """One check of a proof."""
-
-    name: str
-    value: Any = None
-    limit: Any = None
-    passed: bool
-
-
-class Certificate(Shape):
-    """`certificate.json`."""
-
-    proof: str
-    of: str
-    claim: str
-    passed: bool
-    checks: list[Check]
-
-
-AnyShape = TypeVar("AnyShape", bound=Shape)
+AnyShape = TypeVar("AnyShape", bound=BaseModel)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from cordee.certificate import NAME, Certificate
 from eval.reporting import units
-from eval.reporting.records import Certificate, Corpus, Record
+from eval.reporting.records import Corpus, Record
 from eval.statistics import BITS_PER_BYTE
 
 SERIES = {
@@ -33,7 +34,7 @@ def pipeline(records: list[Record]) -> list[dict[str, Any]]:
             "peak_memory_bytes": record.manifest.peak_memory_bytes,
         }
         for record in records
-        if not record.holds("certificate.json")
+        if not record.holds(NAME)
     ]
 
 
@@ -181,7 +182,7 @@ def cut(text: str) -> str:
 def certificates(records: list[Record]) -> list[dict[str, Any]]:
     """The certificates with their checks."""
     return [
-        {"artifact": record.name, **record.read("certificate.json", Certificate).model_dump()}
+        {"artifact": record.name, **record.read(NAME, Certificate).model_dump(exclude={"evidence"})}
         for record in records
-        if record.holds("certificate.json")
+        if record.holds(NAME)
     ]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cordee import files
+from cordee.certificate import Check, at_least, at_most
 from cordee.errors import Fault
 from cordee.stage import Context
 from cordee.worker import die_with_parent
@@ -155,7 +156,7 @@ def other_processes(processes: int) -> int | None:
     return None if torch.cuda.device_count() == 1 else 2
 
 
-def same_bits(one: Ended, other: Ended) -> list[dict[str, Any]]:
+def same_bits(one: Ended, other: Ended) -> list[Check]:
     """Checks that a continued training is the uninterrupted one."""
     first, second = one.weights(), other.weights()
     names = first.keys() | second.keys()
@@ -164,37 +165,28 @@ def same_bits(one: Ended, other: Ended) -> list[dict[str, Any]]:
     losses = sum(one.rows().get(step, {}).get("loss") != other.rows().get(step, {}).get("loss") for step in steps)
     resumed = other.resumed_from()
     return [
-        {"name": "went on from a resume point (its step)", "value": resumed, "limit": ">= 1", "passed": resumed >= 1},
-        _none_differ("steps whose samples differ", _differing_samples(one, other)),
-        _none_differ("steps whose loss differs in any bit", losses),
-        _none_differ("weight tensors that differ in any bit", differing),
+        at_least("went on from a resume point (its step)", resumed, 1),
+        at_most("steps whose samples differ", _differing_samples(one, other), 0),
+        at_most("steps whose loss differs in any bit", losses, 0),
+        at_most("weight tensors that differ in any bit", differing, 0),
     ]
 
 
-def same_within_rounding(one: Ended, other: Ended) -> list[dict[str, Any]]:
+def same_within_rounding(one: Ended, other: Ended) -> list[Check]:
     """Checks that a training at another number of processes is the same but for rounding."""
     begun, first, second = one.weights("checkpoints/1"), one.weights(), other.weights()
     apart = _norm([second[name] - first[name] for name in first])
     moved = _norm([first[name] - begun[name] for name in first])
-    share, limit = apart / moved, CHANGE_LIMIT[one.precision]
+    distance = "weights at another number of processes: distance as a share of what training moved them"
     return [
-        _none_differ("steps whose samples differ at another number of processes", _differing_samples(one, other)),
-        {
-            "name": "weights at another number of processes: distance as a share of what training moved them",
-            "value": share,
-            "limit": limit,
-            "passed": share <= limit,
-        },
+        at_most("steps whose samples differ at another number of processes", _differing_samples(one, other), 0),
+        at_most(distance, apart / moved, CHANGE_LIMIT[one.precision]),
     ]
 
 
 def _differing_samples(one: Ended, other: Ended) -> int:
     steps = one.rows().keys() | other.rows().keys()
     return sum(one.rows().get(step, {}).get("samples") != other.rows().get(step, {}).get("samples") for step in steps)
-
-
-def _none_differ(name: str, count: int) -> dict[str, Any]:
-    return {"name": name, "value": count, "limit": 0, "passed": count == 0}
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:

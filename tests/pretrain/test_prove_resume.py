@@ -61,7 +61,7 @@ def ended(trained):
 
 
 def failed(checks):
-    return [check["name"] for check in checks if not check["passed"]]
+    return [check.name for check in checks if not check.passed]
 
 
 def test_equal_trainings_pass(ended):
