@@ -10,6 +10,7 @@ from cordee import files
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 
+MANIFEST = "manifest.json"
 LONGEST_HEADER = 100_000_000
 """Bytes: the limit of the safetensors format."""
 
@@ -35,6 +36,24 @@ def require(folder: Path, key: str | None = None) -> None:
         raise UserError("holds no weights: it has no *.safetensors", file=folder, key=key)
 
 
+def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> None:
+    """Compare a folder's weights (or the files named) with the manifest of the artifact that it lies in, if any.
+
+    Raises:
+        Fault: a file's size or SHA-256 is not what was published.
+    """
+    owner = next((above for above in (folder, *folder.parents[:3]) if (above / MANIFEST).is_file()), None)
+    if owner is None:
+        return
+    published = {item["path"]: item for item in files.read_json(owner / MANIFEST).get("files", [])}
+    for path in sorted(folder.iterdir()):
+        item = published.get(path.relative_to(owner).as_posix())
+        if item is None or (path.suffix != ".safetensors" if names is None else path.name not in names):
+            continue
+        if path.stat().st_size != item["bytes"] or files.sha256(path) != item["sha256"]:
+            raise Fault("is damaged: its content differs from what was published", file=path)
+
+
 def cost(folder: Path, key: str, given: Mapping[str, Cost]) -> Cost:
     """What a plan knows of the model that a stage is given as `key`: what its stage told, or its files tell.
 
@@ -48,6 +67,21 @@ def cost(folder: Path, key: str, given: Mapping[str, Cost]) -> Cost:
     shape = config.get("text_config", config)
     sizes = [_parameters(path) for path in folder.glob("model*.safetensors")]
     return Cost(parameters=sum(sizes) or None, vocab_size=shape.get("vocab_size"))
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """The id of each token in a folder's `tokenizer.json`, added tokens among them.
+
+    Raises:
+        Fault: the file is damaged.
+    """
+    content = files.read_json(folder / "tokenizer.json")
+    try:
+        own = content["model"]["vocab"]  # of a unigram model, a list of tokens with their scores
+        ids = dict(own) if isinstance(own, dict) else {token: number for number, (token, _) in enumerate(own)}
+        return ids | {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise Fault(f"is no tokenizer: {error!r}", file=folder / "tokenizer.json") from error
 
 
 def _parameters(file: Path) -> int:

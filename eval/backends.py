@@ -12,7 +12,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from cordee.compute import device, engine
-from cordee.compute.model import open_model, open_tokenizer, special_tokens
+from cordee.compute.model import open_model
+from cordee.compute.tokenizer import open_tokenizer, special_tokens
 from cordee.errors import Fault, UserError
 
 REQUESTS_AT_ONCE = 256

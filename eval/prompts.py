@@ -9,7 +9,8 @@ import transformers
 
 from cordee import files
 from cordee.compute import device
-from cordee.compute.model import open_model, open_tokenizer, special_tokens, stop_token_ids
+from cordee.compute.model import open_model, stop_token_ids
+from cordee.compute.tokenizer import open_tokenizer, special_tokens
 from cordee.errors import UserError
 
 

@@ -59,7 +59,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     from cordee.compute import engine
     from cordee.compute.logprobs import MERGE_LIMIT, score
-    from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
+    from cordee.compute.model import open_model, stop_token_ids
+    from cordee.compute.tokenizer import open_tokenizer
     from eval import backends, parity
 
     engine.choose("vllm")

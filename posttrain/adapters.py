@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from cordee import files
-from cordee.compute.model import copy_tokenizer, require_undamaged
+from cordee import files, model_folder
+from cordee.compute.tokenizer import copy_tokenizer
 from cordee.errors import Fault, UserError, nearest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -172,7 +172,7 @@ def _require_adapter(folder: Path) -> None:
         raise UserError(what, file=folder, key="adapter")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"holds no weights: it has no {WEIGHTS}", file=folder, key="adapter")
-    require_undamaged(folder)
+    model_folder.require_undamaged(folder)
     try:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

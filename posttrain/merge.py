@@ -61,7 +61,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Merge, compare, save, open again, compare."""
     from cordee.compute import device
     from cordee.compute.logprobs import MERGE_LIMIT, score
-    from cordee.compute.model import open_model, open_tokenizer, save_model
+    from cordee.compute.model import open_model, save_model
+    from cordee.compute.tokenizer import open_tokenizer
     from posttrain import adapters
     from posttrain.pairs import conversations
 

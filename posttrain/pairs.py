@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cordee.compute.model import special_tokens
+from cordee.compute.tokenizer import special_tokens
 from cordee.errors import Fault, UserError
 from posttrain.reading import Messages, Record, read
 from posttrain.rows import Stops

@@ -14,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cordee.compute.model import special_tokens
+from cordee.compute.tokenizer import special_tokens
 from cordee.errors import UserError
 from posttrain import reading
 

@@ -31,6 +31,7 @@ from transformers import (
 from cordee import files
 from cordee.compute import device
 from cordee.compute import model as compute
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain.settings import TrlConfig
@@ -114,7 +115,7 @@ def open_model(config: TrlConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     model = compute.open_model(
         config.model, dtype=None if dtype == "auto" else getattr(torch, dtype), key="model", **options
     )
-    tokenizer = compute.open_tokenizer(config.model, key="model")
+    tokenizer = open_tokenizer(config.model, key="model")
     if not tokenizer.chat_template:
         raise UserError("its tokenizer has no chat template", file=config.model, key="model")
     if tokenizer.pad_token_id is None:

@@ -2,23 +2,23 @@
 
     python -m pretrain.tokens --config tokens.yaml
 
-Each document is `<s>` … `</s>`. Text that spells a special token is encoded as the characters that it is.
+Each document stands between the tokenizer's bos and eos tokens; where it has no bos, eos stands on both sides.
+Text that spells a special token is encoded as the characters that it is.
 """
 
 import json
-import shutil
 import time
 from array import array
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cordee import worker
+from cordee import model_folder, worker
 from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.cost import Cost
 from cordee.errors import Stopped
-from cordee.files import TOKENIZER_FILES, read_json, write_json, write_text
+from cordee.files import read_json, write_json, write_text
 from cordee.stage import Context
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Config(BaseConfig):
     corpus: Input
     """A corpus: its `train.parquet` and `heldout.parquet`."""
     tokenizer: Input
-    """A tokenizer: a folder with `tokenizer.json` and `tokenizer_config.json`."""
+    """A tokenizer: a folder with `tokenizer.json` and `tokenizer_config.json`, a model's too."""
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
@@ -45,14 +45,13 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
         rows = sum(language["train_documents"] for language in languages)
         tokens = sum(language["train_bytes"] for language in languages) / BYTES_PER_TOKEN + 2 * rows
     if vocab_size is None and (config.tokenizer / "tokenizer.json").is_file():
-        from pretrain.data.encoding import load
-
-        vocab_size = load(config.tokenizer).vocab_size
+        vocab_size = max(model_folder.vocabulary(config.tokenizer).values()) + 1
     return Cost(tokens=tokens, rows=rows, vocab_size=vocab_size)
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write the ids and offsets of both splits, `tokens.json`, and a copy of the tokenizer."""
+    from cordee.compute.tokenizer import copy_tokenizer
     from pretrain.data.encoding import load
     from pretrain.data.reading import open_parquet, split_file
 
@@ -64,9 +63,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     train_tokens, train_bytes = _write_split(files["train"], encoder, context, 0, total)
     heldout_tokens, heldout_bytes = _write_split(files["heldout"], encoder, context, rows["train"], total)
     (context.out / "tokenizer").mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (file := config.tokenizer / name).exists():
-            shutil.copyfile(file, context.out / "tokenizer" / name)
+    copy_tokenizer(config.tokenizer, context.out / "tokenizer")
     counts = {
         "vocab_size": encoder.vocab_size,
         "train_tokens": train_tokens.total(),

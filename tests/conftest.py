@@ -1,4 +1,4 @@
-"""What all tests share: the repository's root, a store, and the toy stages that live beside the tests."""
+"""What all tests share: the repository's root, a store, toy stages, and small tokenizers of the known families."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TOYS = str(ROOT / "tests" / "stages")
-sys.path.insert(0, TOYS)
+sys.path[:0] = [TOYS, str(ROOT / "tests" / "stock")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TOYS, os.environ.get("PYTHONPATH")]))
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[name] = "1"

@@ -22,7 +22,8 @@ from transformers.activations import XIELUActivation
 from cordee import model_folder
 from cordee.compute.device import default
 from cordee.compute.logprobs import Scores, score
-from cordee.compute.model import open_model, open_tokenizer, stop_token_ids
+from cordee.compute.model import open_model, stop_token_ids
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 
 PROBE_LIMIT = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}

@@ -3,7 +3,6 @@
 `from_pretrained` initialises weights that a checkpoint lacks at random, and warns; here that is an error.
 """
 
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cordee import files, model_folder
-from cordee.errors import Fault, UserError
+from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer
+from cordee.errors import Fault
 
 END_OF_TURN = "<|assistant_end|>"
-_MANIFEST = "manifest.json"
 _NOT_OWN = {"bos_token_id", "pad_token_id", "eos_token_id", "transformers_version", "_from_model_config"}
 
 
@@ -33,7 +32,7 @@ def open_model(
         Fault: it is one, and it is damaged, incomplete or does not fit its own config.
     """
     model_folder.require(folder, key)
-    require_undamaged(folder)
+    model_folder.require_undamaged(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -55,22 +54,6 @@ def open_model(
         if not torch.isfinite(parameter).all():
             raise Fault(f"{name} holds values that are not finite", file=folder)
     return model
-
-
-def open_tokenizer(folder: Path, *, key: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
-
-    Raises:
-        UserError: the folder holds none.
-        Fault: it is damaged.
-    """
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError("holds no tokenizer: it has no tokenizer.json", file=folder, key=key)
-    require_undamaged(folder, files.TOKENIZER_FILES)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception for a file that it can't read
-        raise Fault(f"can't be opened as a tokenizer: {error}", file=folder) from error
 
 
 def save_model(
@@ -102,42 +85,11 @@ def save_model(
     files.sync_folder(folder)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files byte by byte: a tokenizer that was opened and saved again can differ."""
-    for name in files.TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Finds a special token spelled out in a text, where it would become the token itself."""
-    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
-
-
 def stop_token_ids(folder: Path) -> list[int]:
     """The ids that end a generation of the model in a folder: its own, the end of the text, and of a turn."""
     config = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     own = config.eos_token_id if config else None
     return _ends(open_tokenizer(folder), own if isinstance(own, list) else [own])
-
-
-def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> None:
-    """Compare a folder's weights (or the files named) with the manifest of the artifact that it lies in, if any.
-
-    Raises:
-        Fault: a file's size or SHA-256 is not what was published.
-    """
-    owner = next((above for above in (folder, *folder.parents[:3]) if (above / _MANIFEST).is_file()), None)
-    if owner is None:
-        return
-    published = {item["path"]: item for item in files.read_json(owner / _MANIFEST).get("files", [])}
-    for path in sorted(folder.iterdir()):
-        item = published.get(path.relative_to(owner).as_posix())
-        if item is None or (path.suffix != ".safetensors" if names is None else path.name not in names):
-            continue
-        if path.stat().st_size != item["bytes"] or files.sha256(path) != item["sha256"]:
-            raise Fault("is damaged: its content differs from what was published", file=path)
 
 
 def _generation_config(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from cordee import model_folder
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError, nearest
-from cordee.files import read_json
 from pretrain.data.reading import batches, documents
 
 CHECKED_EVERY = 16
@@ -35,36 +36,38 @@ class Encoder:
         """Ids of each text, without any special token."""
         return [item.ids for item in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def comparable(self, text: str) -> str:
+        """A text as its ids hold it: normalized, and without spaces in front, which SentencePiece adds and removes."""
+        normalizer = self.tokenizer.normalizer
+        return str(normalizer.normalize_str(text) if normalizer else text).lstrip(" ▁")
+
 
 def load(folder: Path) -> Encoder:
-    """Load the tokenizer of a folder.
+    """The tokenizer of a folder, as training and evaluation open it; without a bos token, eos stands in its place.
 
     Raises:
-        UserError: the folder holds no tokenizer, or its tokenizer names no bos or eos token.
+        UserError: the folder holds no tokenizer, its tokenizer names no eos token, or one that `tokenizer.json` lacks.
     """
-    file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    for needed in (file, config_file):
-        if not needed.is_file():
-            raise UserError(f"holds no {needed.name}", file=folder, key="tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises no narrower type
-        raise UserError(f"can't be read as a tokenizer: {error}", file=file, key="tokenizer") from error
+    opened = open_tokenizer(folder, key="tokenizer")
+    known = model_folder.vocabulary(folder)
+    for name in ("bos_token", "eos_token"):
+        token = getattr(opened, name)
+        if token is None and name == "bos_token":
+            continue
+        if token not in known:  # transformers adds a token that is named and not there
+            hint = nearest(token, known) if token else ""
+            file = folder / "tokenizer_config.json"
+            raise UserError(f"{name} {token!r} is not in the vocabulary", file=file, key="tokenizer", hint=hint)
+    tokenizer: Tokenizer = opened.backend_tokenizer
     tokenizer.encode_special_tokens = True  # "</s>" in a document is text, not the end of a document
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    ids = {}
-    for name in ("bos_token", "eos_token"):
-        token = read_json(config_file).get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token not in vocabulary:
-            hint = nearest(token, vocabulary) if token else ""
-            raise UserError(f"{name} {token!r} is not in the vocabulary", file=config_file, key="tokenizer", hint=hint)
-        ids[f"{name}_id"] = vocabulary[token]
+    begin, end = opened.bos_token_id, opened.eos_token_id
+    begin = end if begin is None else begin
     added = tokenizer.get_added_tokens_decoder()
-    special_ids = tuple(sorted({*ids.values(), *(number for number, token in added.items() if token.special)}))
-    return Encoder(tokenizer=tokenizer, special_ids=special_ids, vocab_size=max(vocabulary.values()) + 1, **ids)
+    special_ids = {begin, end, *(number for number, token in added.items() if token.special)}
+    vocab_size = max(opened.get_vocab().values()) + 1
+    return Encoder(tokenizer, begin, end, tuple(sorted(special_ids)), vocab_size)
 
 
 def bytes_per_token(folder: Path, file: Path) -> float:
@@ -91,7 +94,7 @@ def check(encoder: Encoder, texts: Sequence[str], ids: Sequence[Sequence[int]], 
             raise Fault(f"the tokenizer made the special token {token!r} out of text", file=row)
         if (first + index) % CHECKED_EVERY == 0:
             back = encoder.tokenizer.decode(text_ids, skip_special_tokens=False)
-            if back != text:
+            if encoder.comparable(back) != encoder.comparable(text):
                 at = next((n for n, (a, b) in enumerate(zip(back, text, strict=False)) if a != b), len(back))
                 problem = f"the tokenizer is not lossless: {text[at : at + 20]!r} came back as {back[at : at + 20]!r}"
                 raise Fault(f"{problem} (character {at + 1})", file=row)

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cordee import files, yaml12
-from cordee.compute.model import open_model, open_tokenizer
+from cordee.compute.model import open_model
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError, nearest
 from pretrain.data.loader import IGNORED
 

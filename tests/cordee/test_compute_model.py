@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cordee import files
-from cordee.compute.model import open_model, open_tokenizer, save_model, stop_token_ids
+from cordee.compute.model import open_model, save_model, stop_token_ids
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 
 SPECIAL = ("<s>", "</s>", "<pad>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")

@@ -42,7 +42,7 @@ def engine(models):
 
 
 def test_after_a_reload_it_gives_the_new_checkpoints_logprobs(engine, checkpoints):
-    from cordee.compute.model import open_tokenizer
+    from cordee.compute.tokenizer import open_tokenizer
 
     ids = open_tokenizer(checkpoints["first"])("Alle Menschen")["input_ids"]
     engine.load(checkpoints["first"])
@@ -59,7 +59,8 @@ def test_all_that_differs_from_transformers_is_xielus_slopes(engine, checkpoints
 
     from cordee.compute.engine import as_served
     from cordee.compute.logprobs import score
-    from cordee.compute.model import open_model, open_tokenizer
+    from cordee.compute.model import open_model
+    from cordee.compute.tokenizer import open_tokenizer
 
     engine.load(checkpoints["second"])
     ids = [open_tokenizer(checkpoints["second"])("Tous les hommes naissent libres et égaux. " * 4)["input_ids"]]
@@ -136,7 +137,8 @@ def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_ou
     import torch
 
     from cordee.compute.logprobs import score
-    from cordee.compute.model import open_model, open_tokenizer
+    from cordee.compute.model import open_model
+    from cordee.compute.tokenizer import open_tokenizer
     from eval import harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
@@ -248,7 +250,8 @@ def test_a_template_that_lm_eval_would_send_otherwise_is_a_fault(models, checkpo
 
 
 def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monkeypatch):
-    from cordee.compute.model import open_tokenizer, stop_token_ids
+    from cordee.compute.model import stop_token_ids
+    from cordee.compute.tokenizer import open_tokenizer
     from eval import parity
 
     lm = models.open(checkpoints["first"])

@@ -191,7 +191,8 @@ def test_trl_computes_the_loss_that_was_asked_for(
     from trl import DPOConfig
 
     from cordee.compute.logprobs import score
-    from cordee.compute.model import open_model, open_tokenizer
+    from cordee.compute.model import open_model
+    from cordee.compute.tokenizer import open_tokenizer
     from posttrain import adapters, dpo, pairs, reading, training
 
     asked = config(model_folder, pairs_file, trainer={"loss_type": [loss_type], "beta": beta})
@@ -316,7 +317,8 @@ def test_a_pair_that_would_train_the_wrong_thing_stops_the_run_by_file_and_row(
 def test_a_template_that_renders_pairs_wrongly_is_refused(
     model_folder: Path, pairs_file: Path, template: str, old: str, new: str, message: str
 ) -> None:
-    from cordee.compute.model import open_model, open_tokenizer
+    from cordee.compute.model import open_model
+    from cordee.compute.tokenizer import open_tokenizer
     from posttrain import pairs, reading
     from posttrain.rows import Stops
 

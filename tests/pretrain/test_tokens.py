@@ -7,9 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, normalizers
+import stock_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.cost import Cost
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
@@ -137,11 +139,40 @@ def test_a_tokenizer_that_is_not_lossless_is_a_fault_that_names_the_document(bui
     place, _ = built
     broken = copy_of(place / "tokenizer", tmp_path / "broken")
     inner = Tokenizer.from_file(str(broken / "tokenizer.json"))
-    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), inner.pre_tokenizer])
     inner.save(str(broken / "tokenizer.json"))
-    with pytest.raises(Fault, match=r"train\.parquet, row 1: the tokenizer is not lossless: 'Satz Nummer") as caught:
+    with pytest.raises(Fault, match=r"train\.parquet, row 1: the tokenizer is not lossless: ' Satz") as caught:
         encode(place / "corpus", broken, tmp_path / "out")
-    assert "came back as 'satz" in str(caught.value)
+    assert "came back as 'SatzNummer" in str(caught.value)
+
+
+@pytest.mark.parametrize("maker", ["llama2", "metaspace", "gemma", "qwen2", "gpt2", "pythia"])
+def test_stock_tokenizers_encode_what_their_normalizer_changes(maker, tmp_path):
+    texts = ["cafe\u0301 number 1", "  two spaces in front", "plain", " ligature \ufb01"]
+    folder = stock_tokenizers.write(tmp_path / "tokenizer", stock_tokenizers.STOCK[maker]())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.setdefault("eos_token", "<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoder = encoding.load(folder)
+    for text in texts:
+        encoding.check(encoder, [text], encoder.encode([text]), "train.parquet", 0)
+    opened, own = open_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert encoder.encode(texts) == [own.encode(text, add_special_tokens=False).ids for text in texts]
+    assert encoder.encode(texts) == opened(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_without_a_bos_token_eos_separates(built, tmp_path):
+    place, _ = built
+    folder = stock_tokenizers.write(tmp_path / "qwen", stock_tokenizers.qwen2())
+    encode(place / "corpus", folder, tmp_path / "out")
+    opened = open_tokenizer(folder)
+    assert opened.bos_token_id is None
+    texts = pq.read_table(place / "corpus" / "train.parquet")["text"].to_pylist()
+    for text, ids in zip(texts, documents_of(tmp_path / "out", "train"), strict=True):
+        assert (ids[0], ids[-1]) == (opened.eos_token_id, opened.eos_token_id)
+        assert opened.eos_token_id not in ids[1:-1]
+        assert opened.decode(ids[1:-1]) == text
+    assert json.loads((tmp_path / "out" / "tokens.json").read_text())["bos_token_id"] == opened.eos_token_id
 
 
 def test_a_special_token_made_out_of_text_is_a_fault(built):
@@ -165,18 +196,21 @@ def test_ids_take_two_bytes_while_they_fit(built, tmp_path, largest, dtype):
     assert documents_of(tmp_path / "out", "train") == documents_of(place / "out", "train")
 
 
-def test_a_tokenizer_without_bos_or_without_files_is_a_user_error(built, tmp_path):
+def test_a_tokenizer_without_its_named_tokens_or_without_files_is_a_user_error(built, tmp_path):
     place, _ = built
     broken = copy_of(place / "tokenizer", tmp_path / "broken")
     settings = json.loads((broken / "tokenizer_config.json").read_text())
     (broken / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<bos>"}))
     with pytest.raises(UserError, match=r"tokenizer: bos_token '<bos>' is not in the vocabulary"):
         encode(place / "corpus", broken, tmp_path / "out")
+    (broken / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    with pytest.raises(UserError, match=r"tokenizer: eos_token None is not in the vocabulary"):
+        encode(place / "corpus", broken, tmp_path / "out")
     (broken / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="can't be read as a tokenizer"):
+    with pytest.raises(Fault, match="can't be opened as a tokenizer"):
         encode(place / "corpus", broken, tmp_path / "out")
     (broken / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         encode(place / "corpus", broken, tmp_path / "out")
 
 
