@@ -1,8 +1,8 @@
-"""Makes one self-contained page of what a recipe's stages made, what it took and what it is worth.
+"""Writes a self-contained HTML page about a recipe's artifacts: stages, curves, benchmarks, samples, provenance.
 
     python -m eval.report --config FILE
 
-It reads artifacts and nothing else: `index.html` for people (no network, no script), `report.json` for machines.
+Reads artifacts and nothing else. Writes `index.html` (no network, no scripts) and `report.json` (the same figures).
 Needs neither torch nor transformers.
 """
 
@@ -27,9 +27,9 @@ class Config(BaseConfig):
     title: str = ""
     """The heading; empty: the recipe's name."""
     artifacts: list[Input] = Field(min_length=1)
-    """The artifacts to show, in the order in which they were trained; what they come from is found by itself."""
+    """The artifacts to show, in the order in which they were trained; their inputs are found through manifests."""
     certificates: list[Input] = Field(default=[])
-    """Proofs to show."""
+    """Certificates to show."""
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def collect(config: Config) -> dict[str, Any]:
 
 
 def render(figures: dict[str, Any]) -> str:
-    """The page; its policy forbids scripts and anything that is not in the page."""
+    """The page; its content security policy forbids scripts and external resources."""
     import jinja2
     from markupsafe import Markup
 

@@ -1,1 +1,1 @@
-"""What a report shows: artifacts read, compared, drawn."""
+"""The parts of a report: records of artifacts, comparisons, charts."""

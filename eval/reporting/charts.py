@@ -26,7 +26,7 @@ UNITS = ((3600, "h"), (60, "min"), (1, "s"))
 
 @dataclass(frozen=True)
 class Frame:
-    """The plotting area of a chart, and how data maps into it."""
+    """The plotting area of a chart and the mapping of data to it."""
 
     left: float
     top: float
@@ -37,11 +37,11 @@ class Frame:
     high: Point
 
     def x(self, value: float) -> float:
-        """Where a value lies across."""
+        """The horizontal position of a value."""
         return self.left + (value - self.low[0]) / ((self.high[0] - self.low[0]) or 1.0) * (self.right - self.left)
 
     def y(self, value: float) -> float:
-        """Where a value lies, from the top down."""
+        """The vertical position of a value, from the top down."""
         return self.bottom - (value - self.low[1]) / ((self.high[1] - self.low[1]) or 1.0) * (self.bottom - self.top)
 
 
@@ -49,7 +49,7 @@ def timeline(identity: str, stages: Sequence[Stage], width: int) -> Markup:
     """One bar per stage, which starts where the one above it ends; time between stages is left out.
 
     Args:
-        identity: a name for the chart that no other on the page has.
+        identity: the id of the chart, unique on the page.
         stages: in order.
         width: of the chart, in pixels; names and times take 200 of them.
     """
@@ -76,10 +76,10 @@ def curve(identity: str, title: str, points: Sequence[Point], baseline: tuple[st
     """A learning curve over steps: values as a thin line, their moving average as a thick one, the last value as text.
 
     Args:
-        identity: a name for the chart that no other on the page has.
-        title: what is drawn, and its unit.
+        identity: the id of the chart, unique on the page.
+        title: the quantity and its unit.
         points: step and value.
-        baseline: a value to compare with, and its name.
+        baseline: name and value of a reference line.
     """
     steps, values = [x for x, _ in points], [y for _, y in points]
     marks = ticks(
@@ -119,8 +119,8 @@ def intervals(identity: str, title: str, scores: Sequence[Score], chance: float 
     """Values with their 95% intervals, one line per checkpoint, and the value of guessing.
 
     Args:
-        identity: a name for the chart that no other on the page has.
-        title: what is drawn.
+        identity: the id of the chart, unique on the page.
+        title: the quantity.
         scores: one per checkpoint.
         chance: the value of guessing, if it is known.
         percent: whether values are fractions; intervals are then clipped to 0 and 1.

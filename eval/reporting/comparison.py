@@ -1,4 +1,4 @@
-"""What benchmarks say of the checkpoints: values, changes against the checkpoint before, and values by language."""
+"""Benchmark results by checkpoint: values, changes relative to the previous checkpoint, and values by language."""
 
 import math
 import re
@@ -10,22 +10,22 @@ from cordee.errors import Fault
 from eval import statistics
 from eval.reporting.records import Corpus, Language, ModelResults, Record, Results, Task
 
-Rows = dict[int, tuple[str, float, float]]
-"""By document: hash of its content, value, weight."""
+Scores = dict[int, tuple[str, float, float]]
+"""By document number: hash of its content, value, weight."""
 SIGNIFICANT = 0.05
 SCRIPTS = {
     "Arab": "Arabic", "Beng": "Bengali", "Cyrl": "Cyrillic", "Deva": "Devanagari", "Ethi": "Ethiopic",
     "Grek": "Greek", "Hans": "Chinese (simplified)", "Hant": "Chinese (traditional)", "Hebr": "Hebrew",
     "Latn": "Latin", "Mymr": "Myanmar", "Tibt": "Tibetan",
 }  # fmt: skip
-"""ISO 15924 codes of scripts that several languages share; others are shown by their code."""
+"""Names of scripts by ISO 15924 code; scripts that are not listed are shown by their code."""
 
 
 def benchmarks(records: list[Record]) -> list[dict[str, Any]]:
     """Every task of every listed benchmark, one row per checkpoint; p-values are adjusted over all of them.
 
     Raises:
-        Fault: a result file is damaged or lacks a value that it announces.
+        Fault: a result file is damaged, or a value is missing.
     """
     tables = [table for record in records if record.holds("results.json") for table in _tables(record)]
     changes = [row["change"] for table in tables for row in table["rows"] if row["change"]]
@@ -37,7 +37,7 @@ def benchmarks(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def is_percent(task: Task) -> bool:
-    """Whether a task's values are shares of right answers."""
+    """Whether a task's values are fractions of correct answers."""
     return task.metric.startswith(("acc", "exact_match", "pass", "f1"))
 
 
@@ -47,7 +47,7 @@ def _tables(record: Record) -> Iterator[dict[str, Any]]:
     for name, task in results.tasks.items():
         models = [model for model in results.models if name in model.results]
         rows: list[dict[str, Any]] = []
-        scored: Rows = {}
+        scored: Scores = {}
         for model in models:
             value, error = _value(record, model, name, task)
             before, scored = scored, _scored(record, model.name, name, task, value)
@@ -65,16 +65,16 @@ def _tables(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def _value(record: Record, model: ModelResults, task_name: str, task: Task) -> tuple[float, float | None]:
-    """A model's value in a task and its standard error, where the benchmark gives one."""
+    """A model's value in a task and its standard error, or None if there is none."""
     found = model.results[task_name]
     value, error = found.get(task.metric), found.get(f"{task.metric}_stderr")
     if not isinstance(value, float | int) or not math.isfinite(value):
         key = f"models.{model.name}.results.{task_name}.{task.metric}"
-        raise Fault(f"is {value!r}, which is no number", file=record.path / "results.json", key=key)
+        raise Fault(f"is {value!r}, not a number", file=record.path / "results.json", key=key)
     return float(value), float(error) if isinstance(error, float | int) and math.isfinite(error) else None
 
 
-def _change(earlier: dict[str, Any], before: Rows, later: dict[str, Any], after: Rows) -> dict[str, Any]:
+def _change(earlier: dict[str, Any], before: Scores, later: dict[str, Any], after: Scores) -> dict[str, Any]:
     """The change between two checkpoints: paired where both were scored on the same documents."""
     same = bool(before) and {doc: row[0::2] for doc, row in before.items()} == {
         doc: row[0::2] for doc, row in after.items()
@@ -96,29 +96,29 @@ def _change(earlier: dict[str, Any], before: Rows, later: dict[str, Any], after:
     }
 
 
-def _columns(rows: Rows) -> tuple[list[float], list[float]]:
+def _columns(rows: Scores) -> tuple[list[float], list[float]]:
     """Values and weights in the order of the documents."""
     return [rows[document][1] for document in sorted(rows)], [rows[document][2] for document in sorted(rows)]
 
 
-def _scored(record: Record, model: str, task_name: str, task: Task, value: float) -> Rows:
-    """The documents that a model was scored on, from lm-eval's sample file.
+def _scored(record: Record, model: str, task_name: str, task: Task, value: float) -> Scores:
+    """The score of each document, from lm-eval's sample file.
 
-    Empty where there is no such file, or where the documents do not add up to the published value (a metric that
-    is no mean over documents): a change is then unpaired, and the report says so.
+    Empty if there is no such file, or if the mean over documents is not the published value (the metric is then no mean
+    over documents): the change is then unpaired, and the report says so.
     """
     pattern = re.compile(rf"lm_eval/{re.escape(model)}/(?:.*/)?samples_{re.escape(task_name)}_\d{{4}}-[^/]*\.jsonl")
     found = sorted(item.path for item in record.manifest.files if pattern.fullmatch(item.path))
     if not found:
         return {}
-    rows: Rows = {}
+    rows: Scores = {}
     for number, row in enumerate(record.rows(found[-1]), 1):
         try:
             score = statistics.score(task.metric, row[task.metric])
             rows.setdefault(int(row["doc_id"]), (str(row.get("doc_hash", "")), *score))
         except (ValueError, KeyError, TypeError) as error:
             raise Fault(
-                f"row {number} holds no doc_id and {task.metric} ({type(error).__name__}: {error})",
+                f"row {number} has no doc_id and {task.metric} ({type(error).__name__}: {error})",
                 file=record.path / found[-1],
             ) from error
     if not rows or not math.isclose(statistics.ratio_mean(*_columns(rows))[0], value, rel_tol=1e-6, abs_tol=1e-9):
@@ -127,7 +127,7 @@ def _scored(record: Record, model: str, task_name: str, task: Task, value: float
 
 
 def languages(records: list[Record], corpus: Corpus | None) -> list[dict[str, Any]]:
-    """For each task with values by language: the languages by script, a value and a shade per checkpoint."""
+    """For each task with values by language: languages grouped by script, with a value and a shade per checkpoint."""
     tables = []
     for record in records:
         if not record.holds("results.json"):
@@ -164,7 +164,7 @@ def _by_language(name: str, task: Task, models: list[ModelResults], known: dict[
 
 
 def _grouped(scripts: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Scripts by name, the one with most languages first; those with one language come together at the end."""
+    """Scripts sorted by number of languages; scripts with one language form the last group."""
     large = {SCRIPTS.get(script, script): rows for script, rows in scripts.items() if len(rows) > 1}
     single = [row for rows in scripts.values() if len(rows) == 1 for row in rows]
     groups = sorted(large.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -182,7 +182,7 @@ def shade(value: float, low: float, high: float, higher_is_better: bool) -> int:
 
 
 def checkpoints(tables: list[dict[str, Any]], by_language: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per checkpoint its values, and the languages in which it is best and worst."""
+    """For each checkpoint its values and its best and worst languages."""
     cards: dict[str, dict[str, Any]] = {}
     for table in tables:
         for row in table["rows"]:

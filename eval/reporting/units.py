@@ -1,4 +1,4 @@
-"""Numbers as people read them: units, signs, superscripts, and no more digits than mean something."""
+"""Numbers formatted for people: units, signs, superscripts, significant digits."""
 
 import math
 from typing import Any
@@ -85,7 +85,7 @@ def p_value(value: float | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of any kind in a few characters: certificates hold numbers, words and booleans."""
+    """A value of a certificate in a few characters: a number, a string or a boolean."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

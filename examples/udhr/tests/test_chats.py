@@ -102,15 +102,15 @@ def test_held_out_questions_come_from_held_out_documents_and_offer_four_names(co
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(corpus: Path, context: Context) -> None:
-    def made(seed: int) -> list[bytes]:
+    def written(seed: int) -> list[bytes]:
         chats.run(config(corpus), Context(out=context.out, seed=seed, events=context.events))
         return [
             (context.out / name).read_bytes() for name in ("messages.parquet", "preferences.parquet", "heldout.jsonl")
         ]
 
-    first = made(1)
-    assert made(1) == first
-    assert all(one != other for one, other in zip(made(2), first, strict=True))
+    first = written(1)
+    assert written(1) == first
+    assert all(one != other for one, other in zip(written(2), first, strict=True))
 
 
 def test_a_passage_that_is_held_out_too_is_never_used(tmp_path: Path, context: Context) -> None:
@@ -130,7 +130,7 @@ def test_a_training_passage_that_is_held_out_is_a_fault(corpus: Path) -> None:
     cutter = passages.Passages(passages.read(corpus, None), 10, 40)
     cutter.check(["a passage of nobody's text"])
     planted = rows("heldout")[4]["text"][3:25]
-    with pytest.raises(Fault, match="stands in a held-out document"):
+    with pytest.raises(Fault, match="occurs in a held-out document"):
         cutter.check(["a passage of nobody's text", planted])
 
 

@@ -1,9 +1,9 @@
-"""Builds chats with checkable answers from a corpus's own structure: which language is it, and how does it go on?
+"""Builds chats, preference pairs and held-out questions from a corpus: name the language, or continue the text.
 
     python -m udhr.chats --config chats.yaml
 
-Training chats and preference pairs are cut from `train.parquet` only, the held-out questions from `heldout.parquet`
-only; a training passage that stands in a held-out document, of whatever language, is never used.
+Training chats and pairs use passages of `train.parquet` only, held-out questions those of `heldout.parquet` only. A
+training passage that also occurs in a held-out document, of any language, is never used.
 """
 
 import json
@@ -25,18 +25,18 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Config(Keys):
-    """What chats are made of."""
+    """The corpus, the number of chats and their length."""
 
     corpus: Input
     """The corpus (`$corpus`)."""
     languages: list[str] | None = Field(default=None, min_length=CHOICES)
-    """Tags of the languages to ask about; all of the corpus if not given; at least 4, for the choices."""
+    """Tags of the languages to ask about, at least 4; default: all languages of the corpus."""
     chats_per_language: dict[Literal["language", "continue"], Count] = Field(default={"language": 80, "continue": 0})
-    """Training chats of each kind and language: name the language of a passage; continue an opening."""
+    """Training chats per language and kind: name the language of a passage; continue a text."""
     preferences_per_language: Count = 20
-    """Pairs of a right and a wrong language name, per language."""
+    """Preference pairs per language: the correct name against a wrong one."""
     passage_characters: tuple[int, int] = (40, 160)
-    """Shortest and longest passage; a held-out document is cut to the longest. From 8 on."""
+    """Shortest and longest passage in characters, at least 8; held-out texts are cut to the longest."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "Config":
@@ -46,7 +46,7 @@ class Config(Keys):
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
-    """Chats, and their tokens at three bytes each; unknown where the languages are not listed."""
+    """Number of chats, and of their tokens at about two characters each; unknown if `languages` is not given."""
     del given
     if config.languages is None:
         return Cost()
@@ -55,12 +55,20 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Write `messages.parquet`, `preferences.parquet`, `heldout.jsonl` and `chats.json`."""
+    """Write `messages.parquet`, `preferences.parquet`, `heldout.jsonl` and `chats.json`.
+
+    Raises:
+        UserError: the corpus lacks a file, a column, a language, or text that is long enough.
+    """
     from udhr import passages, questions
 
     languages = passages.read(config.corpus, config.languages)
     if len({language.name for language in languages}) < CHOICES:
-        raise UserError(f"fewer than {CHOICES} languages: no choices to offer", file=config.corpus, key="languages")
+        raise UserError(
+            f"has fewer than {CHOICES} languages, so a question has too few choices",
+            file=config.corpus,
+            key="languages",
+        )
     shortest, longest = config.passage_characters
     cutter = passages.Passages(languages, shortest, longest)
     chats: list[dict[str, Any]] = []
@@ -91,7 +99,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]], messages: tuple[str, ...]) -> None:
-    """Write a Parquet file whose columns `messages` are lists of {role, content}; whole or not at all."""
+    """Write a Parquet file atomically; the columns `messages` are lists of {role, content}."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Passages of a corpus: cut where words end, and never one that a held-out document holds too."""
+"""Passages of a corpus, cut at word boundaries, none of which occurs in a held-out document."""
 
 import random
 import unicodedata
@@ -14,7 +14,7 @@ from cordee.errors import Fault, UserError, nearest
 COLUMNS = ("text", "language", "language_name", "script", "article")
 TRIES = 200
 VIRAMA = 9
-"""Unicode's combining class of the signs that join the next letter to the one before."""
+"""Unicode combining class of the signs that join two letters."""
 
 
 @dataclass
@@ -30,10 +30,10 @@ class Language:
 
 
 def read(corpus: Path, tags: Sequence[str] | None) -> list[Language]:
-    """The corpus's languages in the order of their tags, or those of them that are asked for.
+    """The languages of a corpus, sorted by tag; all, or those with the given tags.
 
     Raises:
-        UserError: the corpus lacks a file, a column, a language that is asked for, its name, or its held-out text.
+        UserError: the corpus lacks a file, a column, one of the languages, its name or its held-out text.
     """
     found: dict[str, Language] = {}
     for split in ("train", "heldout"):
@@ -47,7 +47,7 @@ def read(corpus: Path, tags: Sequence[str] | None) -> list[Language]:
                     language.heldout.append((row["text"], row["article"]))
     for tag in tags or found:
         if tag not in found:
-            raise UserError(f"no language {tag!r} in it", file=corpus, key="languages", hint=nearest(tag, found))
+            raise UserError(f"has no language {tag!r}", file=corpus, key="languages", hint=nearest(tag, found))
         for what, value in (("name", found[tag].name), ("held-out document", found[tag].heldout)):
             if not value:
                 raise UserError(f"language {tag!r} has no {what}", file=corpus, key="languages")
@@ -57,24 +57,24 @@ def read(corpus: Path, tags: Sequence[str] | None) -> list[Language]:
 def _rows(file: Path) -> list[dict[str, Any]]:
     """The documents of one split."""
     if not file.is_file():
-        raise UserError(f"no corpus: it has no {file.name}", file=file.parent, key="corpus")
+        raise UserError(f"is no corpus: it has no {file.name}", file=file.parent, key="corpus")
     if missing := set(COLUMNS) - set(names := pq.read_schema(file).names):
-        raise UserError(f"no column {min(missing)!r}", file=file, hint=nearest(min(missing), names))
+        raise UserError(f"has no column {min(missing)!r}", file=file, hint=nearest(min(missing), names))
     rows: list[dict[str, Any]] = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
     return rows
 
 
 class Passages:
-    """Cuts random passages out of training documents, and refuses those that stand in a held-out one.
+    """Draws random passages of training documents that do not occur in a held-out document.
 
-    The held-out texts are remembered by their runs of `shortest` characters, so a passage is looked up at once and
-    searched for only where its beginning is known.
+    All substrings of `shortest` characters of the held-out texts are kept in a set. A passage is searched for only if
+    its first `shortest` characters are in that set.
     """
 
     def __init__(self, languages: Sequence[Language], shortest: int, longest: int) -> None:
         self.shortest, self.longest = shortest, longest
         self.refused = 0
-        """Passages that were drawn and stood in a held-out document."""
+        """Number of passages rejected because they occur in a held-out document."""
         self._heldout = [text for language in languages for text, _ in language.heldout]
         self._known = {
             text[start : start + shortest]
@@ -83,14 +83,14 @@ class Passages:
         }
 
     def is_held_out(self, passage: str) -> bool:
-        """Whether a passage stands in a held-out document, of whatever language."""
+        """Whether a passage occurs in a held-out document, of any language."""
         return passage[: self.shortest] in self._known and any(passage in text for text in self._heldout)
 
     def draw(self, language: Language, rng: random.Random) -> str:
-        """A passage of a language's training documents, of random length.
+        """A passage of random length from a language's training documents.
 
         Raises:
-            UserError: the language has no document that is long enough, or all that was drawn is held out too.
+            UserError: no document is long enough, or `TRIES` passages were drawn and all occur in held-out documents.
         """
         documents = [text for text in language.train if len(text) >= self.shortest]
         for _ in range(TRIES if documents else 0):
@@ -108,26 +108,25 @@ class Passages:
         )
 
     def halve(self, passage: str) -> tuple[str, str]:
-        """An opening and how it goes on, both without spaces at their ends and neither empty."""
+        """The first part of a passage and the rest, both stripped and not empty."""
         opening = cut(passage, 0, max(len(passage) * 3 // 5, 1))
         return opening, passage[len(opening) :].strip()
 
     def check(self, passages: Sequence[str]) -> None:
-        """The guard over all that is written.
+        """Check all passages before they are written.
 
         Raises:
-            Fault: a passage stands in a held-out document.
+            Fault: a passage occurs in a held-out document.
         """
         for passage in passages:
             if self.is_held_out(passage):
-                raise Fault(f"a training passage stands in a held-out document: {passage!r}")
+                raise Fault(f"a training passage occurs in a held-out document: {passage!r}")
 
 
 def cut(text: str, start: int, length: int) -> str:
-    """At most `length` characters from `start` on, moved to where words begin and end.
+    """At most `length` characters from `start` on, aligned to word boundaries.
 
-    Where the text has no space within the passage (Chinese, Thai, Tibetan), it is cut between letters instead, never
-    between a letter and its marks.
+    In scripts without spaces (Chinese, Thai, Tibetan) it is cut between letters, never between a letter and its marks.
     """
     end = min(start + length, len(text))
     if start > 0 and not text[start - 1].isspace():
@@ -145,7 +144,7 @@ def _next_space(text: str, start: int, end: int) -> int | None:
 
 
 def _letter(text: str, place: int, step: int = 1) -> int:
-    """The nearest place in a direction where no letter is torn from its marks."""
+    """The nearest position in one direction that does not separate a letter from its marks."""
     while 0 < place < len(text) and (
         unicodedata.category(text[place]).startswith("M")
         or text[place] == "\u200d"

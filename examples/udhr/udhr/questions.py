@@ -1,4 +1,4 @@
-"""Questions about passages whose answers can be checked."""
+"""Chats, preference pairs and questions about passages, with answers that can be checked."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ Example = dict[str, Any]
 
 
 def chats(language: Language, counts: Mapping[Kind, int], cutter: Passages, rng: random.Random) -> Iterator[Example]:
-    """The training chats of one language, `counts` of each kind; `passage` is all that was taken from the corpus."""
+    """The training chats of one language, `counts` of each kind; `passage` is the text taken from the corpus."""
     for kind, count in counts.items():
         for _ in range(count):
             passage = cutter.draw(language, rng)
@@ -22,22 +22,22 @@ def chats(language: Language, counts: Mapping[Kind, int], cutter: Passages, rng:
             else:
                 opening, answer = cutter.halve(passage)
                 asked = CONTINUE.format(passage=opening)
-            messages = [*_says("user", asked), *_says("assistant", answer)]
+            messages = [*_message("user", asked), *_message("assistant", answer)]
             yield {"messages": messages, "kind": kind, "language": language.tag, "passage": passage}
 
 
 def pairs(
     language: Language, others: Sequence[Language], count: int, cutter: Passages, rng: random.Random
 ) -> Iterator[Example]:
-    """A right and a wrong name for a passage; the wrong one is of a language of the same script where there is one."""
+    """Pairs of the correct and a wrong name; the wrong one is of a language with the same script if there is one."""
     wrong = [other for other in others if other.name != language.name]
     alike = [other for other in wrong if other.script == language.script]
     for _ in range(count):
         passage = cutter.draw(language, rng)
         yield {
-            "prompt": _says("user", QUESTION.format(passage=passage)),
-            "chosen": _says("assistant", language.name),
-            "rejected": _says("assistant", rng.choice(alike or wrong).name),
+            "prompt": _message("user", QUESTION.format(passage=passage)),
+            "chosen": _message("assistant", language.name),
+            "rejected": _message("assistant", rng.choice(alike or wrong).name),
             "kind": "language",
             "language": language.tag,
             "passage": passage,
@@ -45,7 +45,7 @@ def pairs(
 
 
 def heldout(language: Language, others: Sequence[Language], choices: int, longest: int, seed: int) -> Iterator[Example]:
-    """One question per held-out document of a language, with the right name among `choices` different ones."""
+    """One question per held-out document of a language, with `choices` different names, one of them correct."""
     rng = random.Random(f"{seed}:heldout:{language.tag}")  # noqa: S311 - data, not secrets
     wrong = sorted({other.name for other in others} - {language.name})
     for text, article in language.heldout:
@@ -63,6 +63,6 @@ def heldout(language: Language, others: Sequence[Language], choices: int, longes
         }
 
 
-def _says(role: str, content: str) -> list[dict[str, str]]:
-    """A list of one message."""
+def _message(role: str, content: str) -> list[dict[str, str]]:
+    """A list with one message."""
     return [{"role": role, "content": content}]
