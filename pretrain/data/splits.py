@@ -1,5 +1,6 @@
 """One side of a corpus as it is written: its documents in Parquet, and what there is of each language and licence."""
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain.data.reading import SCHEMA, Document
+from cordee.stage import Context
+from pretrain.data import columns
+from pretrain.data.columns import Types
+from pretrain.data.reading import chunks, words
+from pretrain.data.selection import Selection
+from pretrain.data.survey import Digests, Survey, are_in, require_no_stop
 
 ROW_GROUP_BYTES = 32 * 2**20
 ROW_GROUP_ROWS = 10_000
+COUNTED = ("language", "licence", "source", "language_name", "script")
+"""Columns that are counted where a corpus has them."""
 
 
 class Split:
     """Writes one Parquet file, in row groups of a bounded size, and counts as it writes."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, schema: pa.Schema) -> None:
         self.documents: Counter[str] = Counter()
         """Documents of each language's tag."""
         self.bytes: Counter[str] = Counter()
@@ -25,25 +33,30 @@ class Split:
         self.licences: Counter[str] = Counter()
         self.names: dict[str, tuple[str, str]] = {}
         """Name and script of each language's tag."""
-        self.sources: set[int] = set()
-        """Hashes of the sources, which are only counted."""
+        self.sources = Digests()
         self.byte_counts = np.zeros(256, dtype=np.int64)
-        self._writer = pq.ParquetWriter(file, SCHEMA, compression="zstd")
-        self._waiting: list[Document] = []
-        self._waiting_bytes = 0
+        self._schema = schema
+        self._writer = pq.ParquetWriter(file, schema, compression="zstd")
+        self._waiting: list[pa.Table] = []
+        self._waiting_bytes = self._waiting_rows = 0
 
-    def add(self, document: Document) -> None:
-        """Write one document."""
-        text, tag = document["text"].encode(), document["language"]
-        self.documents[tag] += 1
-        self.bytes[tag] += len(text)
-        self.licences[document["licence"] or "not stated"] += 1
-        self.names.setdefault(tag, (document["language_name"], document["script"]))
-        self.sources.add(hash(document["source"]))
-        self.byte_counts += np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
-        self._waiting.append(document)
-        self._waiting_bytes += len(text)
-        if self._waiting_bytes >= ROW_GROUP_BYTES or len(self._waiting) >= ROW_GROUP_ROWS:
+    def add(self, documents: pa.Table) -> None:
+        """Write some documents."""
+        texts = [text.encode() for text in documents["text"].to_pylist()]
+        counted = {name: self._words(documents, name) for name in COUNTED}
+        for text, tag, licence, name, script in zip(
+            texts, *(counted[name] for name in ("language", "licence", "language_name", "script")), strict=True
+        ):
+            self.documents[tag] += 1
+            self.bytes[tag] += len(text)
+            self.licences[licence or "not stated"] += 1
+            self.names.setdefault(tag, (name, script))
+        self.byte_counts += np.bincount(np.frombuffer(b"".join(texts), dtype=np.uint8), minlength=256)
+        self.sources.add(source for source in counted["source"] if source)
+        self._waiting.append(documents)
+        self._waiting_bytes += documents.nbytes
+        self._waiting_rows += len(texts)
+        if self._waiting_bytes >= ROW_GROUP_BYTES or self._waiting_rows >= ROW_GROUP_ROWS:
             self._flush()
 
     def close(self) -> None:
@@ -52,9 +65,54 @@ class Split:
             self._flush()
         self._writer.close()
 
+    def _words(self, documents: pa.Table, name: str) -> list[str]:
+        """A column as it is counted by; "" for each document where there is none."""
+        has = name in self._schema.names
+        return words(documents[name].to_pylist() if has else [None] * documents.num_rows)
+
     def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=SCHEMA))
-        self._waiting, self._waiting_bytes = [], 0
+        self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks())
+        self._waiting, self._waiting_bytes, self._waiting_rows = [], 0, 0
+
+
+def write(survey: Survey, selection: Selection, context: Context) -> tuple[Split, Split, Types]:
+    """Read the files again and write `train.parquet` and `heldout.parquet`.
+
+    Returns:
+        both splits, and the types of the columns as they were written.
+
+    Raises:
+        Stopped: a stop was asked for.
+    """
+    types = columns.settle(survey.types)
+    while True:
+        try:
+            return *_write_as(types, survey, selection, context), types
+        except columns.MisfitColumnError as error:
+            types = {**types, error.name: None}
+
+
+def _write_as(types: Types, survey: Survey, selection: Selection, context: Context) -> tuple[Split, Split]:
+    """Write both splits with columns of these types.
+
+    Raises:
+        MisfitColumnError: a column's values do not fit its type.
+    """
+    schema, heldout_texts = columns.schema(types), np.unique(survey.heldout.numbers())
+    train, heldout = (Split(context.out / f"{name}.parquet", schema) for name in ("train", "heldout"))
+    done, total, told_s = 0, len(survey.texts), 0.0
+    for chunk in (selection.kept(chunk) for file in survey.files for chunk in chunks(file)):
+        table = columns.table(chunk, types)
+        heldout.add(table.filter(pa.array(selection.are_held_out(chunk), pa.bool_())))
+        train.add(table.filter(pa.array(~are_in(Digests(chunk.texts).numbers(), heldout_texts))))
+        done += len(chunk.texts)
+        require_no_stop(context, done)
+        if (now := time.monotonic()) - told_s >= 1 or done == total:
+            told_s = now
+            context.progress(done, total, "documents")
+    train.close()
+    heldout.close()
+    return train, heldout
 
 
 def describe(train: Split, heldout: Split) -> dict[str, Any]:
@@ -75,6 +133,6 @@ def describe(train: Split, heldout: Split) -> dict[str, Any]:
             for tag in tags
         },
         "licences": dict(sorted((train.licences + heldout.licences).items())),
-        "sources": len(train.sources | heldout.sources),
+        "sources": len(np.unique(np.concatenate([train.sources.numbers(), heldout.sources.numbers()]))),
         "heldout_byte_entropy": float(-(shares * np.log2(shares)).sum()),
     }
