@@ -181,8 +181,13 @@ def test_every_column_is_carried_with_its_type(tmp_path):
     _, table, summary = build(tmp_path, source)
     assert all({**row, "text": ""} == {"text": "", **columns} for row in table.to_pylist())
     assert summary["columns"] == {
-        **{"url": "string", "source": "struct<name: string, tags: list<item: string>, year: int64>"},
-        **{"article": "string", "score": "double", "n": "int64", "ok": "bool", "none": "null"},
+        "url": "string",
+        "source": "struct<name: string, tags: list<item: string>, year: int64>",
+        "article": "string",
+        "score": "double",
+        "n": "int64",
+        "ok": "bool",
+        "none": "null",
     }
 
 
