@@ -1,0 +1,160 @@
+"""Chat templates: what one reads, and the one way from messages to text and token ids."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateSyntaxError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from cordee.chat.formats import BadRowError
+from cordee.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BASE = Path(__file__).with_name("chat_template.jinja")
+"""The template of models that are pretrained here."""
+LINKS = ("name", "tool_call_id")
+"""Keys of a tool's message that say to which call it belongs; many templates leave them out, as the order says it."""
+Message = dict[str, Any]
+
+
+class _Generation(Extension):
+    """`{% generation %}` … `{% endgeneration %}`, which transformers adds to Jinja; here only its content counts."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own interface
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Template:
+    """A tokenizer's chat template."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Read what the template reads.
+
+        Raises:
+            UserError: the tokenizer has no chat template, or one that is no Jinja.
+        """
+        self.tokenizer = tokenizer
+        found = tokenizer.chat_template
+        if not found:
+            raise UserError("its tokenizer has no chat template", key="model")
+        sources = list(found.values()) if isinstance(found, Mapping) else [found]
+        environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+        try:
+            trees = [environment.parse(source) for source in sources]
+        except TemplateSyntaxError as error:
+            raise UserError(f"its chat template can't be read: {error}", key="model") from error
+        self.variables = {name for tree in trees for name in meta.find_undeclared_variables(tree)}
+        """What can be given to it: `tools`, `enable_thinking`, and what it sets itself where it was not given."""
+        stored = {node.name for tree in trees for node in tree.find_all(nodes.Name) if node.ctx == "store"}
+        self.parameters = self.variables - stored
+        """What only a caller can set."""
+        self._names = {node.attr for tree in trees for node in tree.find_all(nodes.Getattr)}
+        texts = (node.value for tree in trees for node in tree.find_all(nodes.Const))
+        self._names |= {text for text in texts if isinstance(text, str)}
+        self.has_marks = any(re.search(r"\{%-?\s*generation\s*-?%\}", source) for source in sources)
+        """Whether `{% generation %}` marks what carries loss."""
+        self._left_out: dict[Any, list[tuple[int, str]]] = {}
+
+    def reads(self, key: str) -> bool:
+        """Whether the template names a message's key, as an attribute or as a text."""
+        return key in self._names
+
+    def left_out(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[tuple[int, str]]:
+        """Messages (by place) and keys that say something, and that the template does not write.
+
+        `content` and `tool_calls` count, and of the last message every other text: of earlier ones a template may
+        drop the reasoning. Found by putting other texts in their place, once for all chats of the same shape.
+        """
+        given = sorted((name, str(value)) for name, value in options.items() if name not in ("tools", "documents"))
+        shape = (
+            tuple((message["role"], *(key for key in message if _says(message[key]))) for message in messages),
+            *given,
+            *(name for name in ("tools", "documents") if name in options),
+        )
+        if shape not in self._left_out:
+            self._left_out[shape] = self._probe(messages, options)
+        return self._left_out[shape]
+
+    def _probe(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[tuple[int, str]]:
+        places: dict[str, tuple[int, str]] = {}
+        probes = [dict(message) for message in messages]
+        for place, message in enumerate(messages):
+            for key, value in message.items():
+                mark, is_last = f"probe{place}{key.replace('_', '')}", place == len(messages) - 1
+                if key == "tool_calls":
+                    probes[place][key] = [_renamed(call, mark) for call in value]
+                elif key == "content" and isinstance(value, list):
+                    probes[place][key] = [{"type": "text", "text": mark}]
+                elif _says(value) and (key == "content" or (is_last and key not in ("role", *LINKS))):
+                    probes[place][key] = mark
+                else:
+                    continue
+                places[mark] = place, key
+        try:
+            text = self.text(probes, options)
+        except BadRowError:  # it takes no text but certain ones
+            return []
+        return [where for mark, where in places.items() if mark not in text]
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Finds a special token spelled out in a text, where it would become the token itself."""
+        names = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        added = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset(added | {*self.tokenizer.all_special_ids})
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What begins an answer, such as `<|im_start|>assistant` and a new line; empty where the template has none."""
+        question = [{"role": "user", "content": "?"}]
+        without, with_prompt = self.text(question, {}), self.text(question, {}, add_generation_prompt=True)
+        return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
+
+    def text(self, messages: Sequence[Message], options: Mapping[str, Any], **how: Any) -> str:
+        """What the template writes; `options` are the row's own (`tools`, `enable_thinking`, …).
+
+        Raises:
+            BadRowError: it refuses the messages.
+        """
+        return str(self._apply(messages, options, tokenize=False, **how))
+
+    def encode(self, texts: Sequence[str], **how: Any) -> Any:
+        """Token ids of rendered texts, to which the tokenizer adds no special tokens: the template has written them."""
+        return self.tokenizer(list(texts), add_special_tokens=False, **how)
+
+    def marked(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
+        """`[seq]`: 1 for each token that stands between the template's `{% generation %}` marks, else 0."""
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        return list(self._apply(messages, options, **how)["assistant_masks"])
+
+    def _apply(self, messages: Sequence[Message], options: Mapping[str, Any], **how: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **options, **how)
+        except Exception as error:  # a template raises jinja2's errors, and whatever its filters raise
+            raise BadRowError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+
+
+def _says(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, list) and bool(value)
+
+
+def _renamed(call: Any, name: str) -> Any:
+    """A tool call with another name."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}

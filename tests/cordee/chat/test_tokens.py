@@ -1,0 +1,89 @@
+"""Chats and pairs in tokens: what is refused, with how many rows, and that TRL would have made the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import ADD, source, talk, tokenizer, write
+
+from cordee.chat import tokens
+from cordee.chat.templates import Template
+from cordee.chat.tokens import Limits
+from cordee.errors import UserError
+
+QWEN = Template(tokenizer(source("qwen2_5")))
+LIMITS = Limits(max_length=1024, positions=2048, vocab_size=100_000)
+HELLO = talk("hello", "German")
+
+
+def preference(**columns: Any) -> dict[str, Any]:
+    return {"prompt": HELLO[:1], "chosen": talk("", "yes")[1:], "rejected": talk("", "no no")[1:], **columns}
+
+
+@pytest.mark.parametrize("read", [tokens.conversations, tokens.pairs])
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        (Limits(100, 1024, 100_000), r"longer than trainer\.max_length=100 tokens: nothing is cut off"),
+        (Limits(512, 100, 100_000), "longer than the model's 100 positions"),
+        (Limits(512, 1024, 300), "a token id beyond the 300 rows of the model's embedding"),
+    ],
+)
+def test_rows_that_do_not_fit_are_counted_and_the_first_three_named(
+    tmp_path: Path, read: Any, limits: Limits, problem: str
+) -> None:
+    rows = [preference(messages=HELLO), *(preference(prompt=talk("a " * 99), messages=talk("a " * 99, "b")),) * 5]
+    file = write(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(UserError, match=problem) as caught:
+        read(file, QWEN, limits, print)
+    first, count = (1, 6) if limits.vocab_size == 300 else (2, 5)
+    assert str(caught.value).startswith(f"{file}: {count} of 6 rows (rows {first}: ")
+    assert f" and {count - 3} more): " in str(caught.value)
+
+
+def test_all_kinds_of_problems_are_told_at_once(tmp_path: Path) -> None:
+    rows = [{"messages": HELLO}, {"messages": []}, {"messages": talk("a " * 2000, "b")}, {"message": HELLO}]
+    with pytest.raises(UserError) as caught:
+        tokens.conversations(write(tmp_path / "a.jsonl", *rows), QWEN, LIMITS, print)
+    line = str(caught.value)
+    assert line.startswith(f"{tmp_path / 'a.jsonl'}: 3 of 4 rows: messages is empty (row 2); has no column 'messages'")
+    assert "longer than trainer.max_length=1024 tokens: nothing is cut off in silence (row 3: " in line
+
+
+def test_columns_that_are_kept_out_are_told_once(tmp_path: Path) -> None:
+    notes: list[str] = []
+    file = write(tmp_path / "a.jsonl", *({"messages": HELLO, "kind": "x", "id": n} for n in range(3)))
+    assert len(tokens.conversations(file, QWEN, LIMITS, notes.append)) == 3
+    assert notes == ["a.jsonl: columns that are kept out: id, kind"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "deepseek_r1_distill", "mistral", "phi3"])
+@pytest.mark.parametrize("tools", [None, [ADD]])
+def test_a_pair_is_tokenized_as_trl_does_it(tmp_path: Path, name: str, tools: Any) -> None:
+    """Its `DPOTrainer` renders prompt and both sides with the row's tools, and cuts where all three still agree."""
+    from trl.data_utils import _tokenize, common_prefix_length
+
+    template, notes = Template(tokenizer(source(name))), []
+    if tools and "tools" not in template.variables:
+        pytest.skip("a template without tools")
+    row = preference(**({"tools": tools} if tools else {}))
+    (pair,) = tokens.pairs(write(tmp_path / "pairs.jsonl", row), template, LIMITS, notes.append)
+    asked = _tokenize(template.tokenizer, row["prompt"], add_generation_prompt=True, tools=tools)["input_ids"]
+    sides = [
+        _tokenize(template.tokenizer, row["prompt"] + row[side], tools=tools)["input_ids"]
+        for side in ("chosen", "rejected")
+    ]
+    length = min(common_prefix_length(asked, side) for side in sides)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (asked[:length], sides[0][length:], sides[1][length:])
+    assert bool(notes) == (name == "deepseek_r1_distill")
+    assert pair.tokens == len(sides[0]) + len(sides[1])
+    if tools:
+        assert "Adds two numbers" in template.tokenizer.decode(pair.prompt)
+
+
+def test_sides_that_are_the_same_tokens_are_refused(tmp_path: Path) -> None:
+    """Gemma's template trims what a message says."""
+    template = Template(tokenizer(source("gemma")))
+    row = preference(chosen=talk("", "yes")[1:], rejected=talk("", " yes ")[1:])
+    with pytest.raises(UserError, match="row 1: chosen and rejected are the same tokens"):
+        tokens.pairs(write(tmp_path / "pairs.jsonl", row), template, LIMITS, print)
