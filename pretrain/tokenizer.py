@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from cordee import worker
+from cordee.chat import base
 from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.cost import Cost
@@ -21,16 +22,13 @@ from cordee.errors import Stopped, UserError
 from cordee.files import write_json, write_text
 from cordee.stage import Context
 
-ROLES = ("system", "user", "assistant")
-SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", *(f"<|{role}_{end}|>" for role in ROLES for end in ("start", "end"))]
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", *base.TURN_TOKENS]
 SMALLEST = len(SPECIAL_TOKENS) + 256
 
 WORD = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}\x{200C}\x{200D}]+"
 PIECES = WORD + r"|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """What text is cut into before merging: Llama 3's expression, with digits one by one, and with vowel signs (\\p{M})
 and joiners kept in their words (Indic scripts, Thai, Arabic)."""
-
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 class Config(BaseConfig):
@@ -76,7 +74,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     context.out.mkdir(parents=True, exist_ok=True)
     write_text(context.out / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(context.out / "tokenizer_config.json", _config())
-    shutil.copyfile(CHAT_TEMPLATE, context.out / CHAT_TEMPLATE.name)
+    shutil.copyfile(base.TEMPLATE, context.out / base.TEMPLATE.name)
     return {"vocab_size": learnt, "bytes_per_token": bytes_per_token(context.out, heldout)}
 
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError, meta, nodes
@@ -17,8 +16,6 @@ from cordee.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BASE = Path(__file__).with_name("chat_template.jinja")
-"""The template of models that are pretrained here."""
 LINKS = ("name", "tool_call_id")
 """Keys of a tool's message that say to which call it belongs; many templates leave them out, as the order says it."""
 Message = dict[str, Any]

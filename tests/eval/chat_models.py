@@ -7,11 +7,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ApertusConfig, ApertusForCausalLM
 
+from cordee.chat import base
 from cordee.compute.model import save_model
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|system_start|>", "<|system_end|>", "<|user_start|>", "<|user_end|>",
            "<|assistant_start|>", "<|assistant_end|>"]  # fmt: skip
-TEMPLATE = Path(__file__).resolve().parents[2] / "pretrain" / "chat_template.jinja"
 
 
 def make_tokenizer(folder: Path) -> Path:
@@ -33,7 +33,7 @@ def make_tokenizer(folder: Path) -> Path:
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(base.TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
     return folder
 
 

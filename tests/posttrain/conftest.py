@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from cordee.chat import base
 from cordee.stage import Context
 
 sys.path.insert(0, str(Path(__file__).parent))
-TEMPLATE = Path(__file__).parents[2] / "pretrain" / "chat_template.jinja"
 
 
 @pytest.fixture(scope="session")
 def template() -> str:
     """The project's chat template."""
-    return TEMPLATE.read_text(encoding="utf-8")
+    return base.TEMPLATE.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

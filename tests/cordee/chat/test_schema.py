@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from families import ADD, CALL, TOOL_TALK, source, talk, tokenizer, write
 
-from cordee.chat import schema
+from cordee.chat import base, schema
 from cordee.chat.formats import BadRowError, Record, read
-from cordee.chat.templates import BASE, Template
+from cordee.chat.templates import Template
 
 QWEN = Template(tokenizer(source("qwen3")))
-PLAIN = Template(tokenizer(BASE.read_text(encoding="utf-8")))
+PLAIN = Template(tokenizer(base.TEMPLATE.read_text(encoding="utf-8")))
 HELLO = talk("hello", "German")
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from families import ADD, TEMPLATES, TOOL_TALK, source, talk, tokenizer, write
 
-from cordee.chat import tokens
-from cordee.chat.templates import BASE, Template
+from cordee.chat import base, tokens
+from cordee.chat.templates import Template
 from cordee.chat.tokens import Conversation, Limits
 from cordee.errors import UserError
 
@@ -136,7 +136,7 @@ GENERATION = (
     ],
 )  # fmt: skip
 def test_marks_that_leave_out_what_must_carry_loss_are_refused(tmp_path: Path, marks: str, problem: str) -> None:
-    text = BASE.read_text(encoding="utf-8")
+    text = base.TEMPLATE.read_text(encoding="utf-8")
     assert GENERATION in text
     template = Template(tokenizer(text.replace(GENERATION, marks)))
     with pytest.raises(UserError, match=f"row 1: the template's generation marks leave out {problem}"):
@@ -145,7 +145,7 @@ def test_marks_that_leave_out_what_must_carry_loss_are_refused(tmp_path: Path, m
 
 def test_marks_that_take_in_a_prompt_are_refused(tmp_path: Path) -> None:
     user = "{{- '<|user_start|>' + message['content'] + '<|user_end|>' }}"
-    text = BASE.read_text(encoding="utf-8")
+    text = base.TEMPLATE.read_text(encoding="utf-8")
     assert user in text
     template = Template(tokenizer(text.replace(user, "{% generation %}" + user + "{% endgeneration %}")))
     with pytest.raises(

@@ -3,8 +3,9 @@
 import pytest
 from families import ADD, TOOL_TALK, source, talk, tokenizer
 
+from cordee.chat import base
 from cordee.chat.formats import BadRowError
-from cordee.chat.templates import BASE, Template
+from cordee.chat.templates import Template
 from cordee.errors import UserError
 
 
@@ -49,7 +50,9 @@ def test_a_template_that_refuses_a_chat_is_quoted() -> None:
     with pytest.raises(BadRowError, match="refuses it: Conversation roles must alternate"):
         template("gemma").text([*talk("a"), *talk("b")], {})
     with pytest.raises(BadRowError, match="refuses it: no role developer: known are system, user and assistant"):
-        Template(tokenizer(BASE.read_text())).text([{"role": "developer", "content": "a"}, *talk("b", "c")], {})
+        Template(tokenizer(base.TEMPLATE.read_text())).text(
+            [{"role": "developer", "content": "a"}, *talk("b", "c")], {}
+        )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,6 @@ def test_what_a_template_leaves_out_is_found(name: str, messages: list, left_out
 
 
 def test_the_base_template_says_what_it_does_not_read() -> None:
-    base = Template(tokenizer(BASE.read_text(encoding="utf-8")))
-    assert base.has_marks
-    assert base.parameters == {"messages", "add_generation_prompt", "bos_token", "raise_exception"}
+    ours = Template(tokenizer(base.TEMPLATE.read_text(encoding="utf-8")))
+    assert ours.has_marks
+    assert ours.parameters == {"messages", "add_generation_prompt", "bos_token", "raise_exception"}
