@@ -1,4 +1,4 @@
-"""The command line. It answers at once: what a command needs is imported when it runs, and torch never."""
+"""The command line. Each command imports what it needs when it runs, and none imports torch."""
 
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cordee.plan import Plan
 
 app = typer.Typer(
-    help="From an open corpus to an aligned, evaluated language model: one file, one command, and the proof.",
+    help="Train and evaluate language models from one recipe: pretraining, SFT, DPO, generation, benchmarks, report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,13 +24,13 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe's YAML file")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[stage.key=value]...", help="what to change in it")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[stage.key=value]...", help="keys to override")]
 Runs = Annotated[Path, typer.Option(help="the folder that holds the artifacts")]
 RUNS = Path("runs")
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a command whose errors are one line and an exit code."""
+    """Register a function as a command that reports errors in one line and by exit code."""
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> None:
@@ -68,9 +68,11 @@ def run(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     runs: Runs = RUNS,
-    frozen: Annotated[bool, typer.Option("--frozen", help="fail if anything would be made anew")] = False,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="fail if a stage differs from its published artifact")
+    ] = False,
 ) -> None:
-    """Make every stage of a recipe that is not done yet."""
+    """Run the missing stages of a recipe and resume interrupted ones."""
     from cordee import runner, show
 
     made, out = _load(recipe_file, overrides, runs), _console()
@@ -82,7 +84,7 @@ def run(
 
 @_command
 def plan_(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
-    """Show what `run` would do and what it would cost; start nothing."""
+    """Show what `run` would do and what it would cost."""
     from cordee import show
 
     show.plan(_console(), _load(recipe_file, overrides, runs))
@@ -90,7 +92,7 @@ def plan_(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUN
 
 @_command
 def status(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
-    """Show how far each stage of a recipe is: done, running, stopped or failed."""
+    """Show the state of each stage of a recipe: done, running, stopped, failed, stale or ready."""
     from cordee import show
 
     _console().print(show.status_table(_load(recipe_file, overrides, runs)))
@@ -98,7 +100,7 @@ def status(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RU
 
 @_command
 def stage_(recipe_file: RecipeFile, name: str, overrides: Overrides = None, runs: Runs = RUNS) -> None:
-    """Make one stage of a recipe, as a job of a batch system does; its inputs have to be done."""
+    """Run one stage of a recipe, for instance as a batch job; its inputs have to be published."""
     from cordee import runner, show
 
     made, out = _load(recipe_file, overrides, runs), _console()
@@ -108,7 +110,7 @@ def stage_(recipe_file: RecipeFile, name: str, overrides: Overrides = None, runs
 
 @_command
 def report(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
-    """Make a recipe's report from the artifacts and certificates that are there."""
+    """Run the report stages of a recipe, with the certificates published so far."""
     from cordee import runner, show
 
     made, out = _load(recipe_file, overrides, runs), _console()
@@ -120,10 +122,12 @@ def report(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RU
 @_command
 def prove_(
     recipe_file: RecipeFile,
-    proofs: Annotated[list[str] | None, typer.Argument(help="which (all that apply); or stage.key=value")] = None,
+    proofs: Annotated[
+        list[str] | None, typer.Argument(help="proofs to run (default: all that apply), and stage.key=value")
+    ] = None,
     runs: Runs = RUNS,
 ) -> None:
-    """Prove a claim on your own recipe and machine; each certificate is an artifact and stands in the report."""
+    """Run proofs on a recipe and this machine; each publishes a certificate, which the report shows."""
     from cordee import plan, prove, recipe, runner, show
     from cordee.artifact import Store
 
@@ -144,10 +148,12 @@ def prove_(
 
 @_command
 def verify(
-    what: Annotated[list[str] | None, typer.Argument(help="recipe/stage@version, or a path (all)")] = None,
+    what: Annotated[
+        list[str] | None, typer.Argument(help="recipe/stage@version, or a path (default: all artifacts)")
+    ] = None,
     runs: Runs = RUNS,
 ) -> None:
-    """Hash artifacts again and say what differs from their manifests."""
+    """Compare the files of artifacts with the hashes in their manifests."""
     from cordee import lineage, show
     from cordee.artifact import Store
 
@@ -159,7 +165,7 @@ def verify(
 
 @_command
 def lineage_(what: Annotated[str, typer.Argument(metavar="CHECKPOINT")], runs: Runs = RUNS) -> None:
-    """Walk from a checkpoint back to its source files and licences."""
+    """Trace a checkpoint back to its source files and licences."""
     from cordee import lineage, show
     from cordee.artifact import Store
 
@@ -168,8 +174,8 @@ def lineage_(what: Annotated[str, typer.Argument(metavar="CHECKPOINT")], runs: R
 
 
 @_command
-def list_(uses: Annotated[str | None, typer.Argument(help="a stage, as in `uses:`, or a package")] = None) -> None:
-    """List the stages and proofs that recipes can use, those of a package of your own, or every key of one stage."""
+def list_(uses: Annotated[str | None, typer.Argument(help="a package, or a stage as in `uses:`")] = None) -> None:
+    """List the stages and proofs of the built-in packages or of another package, or the keys of one stage."""
     from cordee import keys, show, stage
 
     if found := list(stage.find(*([uses] if uses else []))):

@@ -1,7 +1,7 @@
-"""What a stage will cost, before anything starts: closed forms, no torch.
+"""The cost of a stage before it starts, in closed form and without torch.
 
-Training FLOPs follow Kaplan et al. 2020 (arXiv 2001.08361, section 2.1): a token costs 2 FLOPs per
-parameter forward and 4 backward, and attention 12 · layers · width · context more.
+Training FLOPs follow Kaplan et al. 2020 (arXiv 2001.08361, section 2.1): per token 2 FLOPs per parameter in the forward
+and 4 in the backward pass, plus 12 · layers · width · context for attention.
 """
 
 from collections.abc import Mapping
@@ -11,27 +11,27 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """What is known of a stage's work; None where it can't be known yet."""
+    """The known quantities of a stage's work; None if not known yet."""
 
     tokens: float | None = None
-    """Tokens that the stage works on (trains on, generates or scores)."""
+    """Tokens that the stage trains on, generates or scores."""
     flops: float | None = None
     parameters: float | None = None
     memory_bytes: float | None = None
     """Peak memory of one process."""
     seconds: float | None = None
-    """Only where it was measured."""
+    """Only if measured."""
     vocab_size: int | None = None
     rows: float | None = None
-    """Documents, chats or pairs that the stage hands on."""
+    """Documents, chats or pairs of the stage's output."""
 
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-"""The fields of a model's config that its size follows from."""
+"""The fields of a model's config that determine its size."""
 
 
 def decoder_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
-    """Parameters of an Apertus decoder from its config, which holds all of `SHAPE`.
+    """Number of parameters of an Apertus decoder, from its config with all fields of `SHAPE`.
 
     Per layer: attention `q, k, v, o`, QK-norms, the two matrices of a non-gated MLP, xIELU's two scalars
     (its `beta` and `eps` are fixed) and two RMSNorms; then the last norm, the embedding, and the output head.

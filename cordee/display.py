@@ -1,4 +1,4 @@
-"""What a person sees while a recipe runs: live bars on a terminal, plain lines in a log."""
+"""Progress of a run: live bars in a terminal, plain lines in a log."""
 
 import time
 from typing import Any
@@ -10,7 +10,7 @@ LINE_EVERY_S = 15.0
 
 
 class Display:
-    """Shows the stages of one run, one after the other."""
+    """Shows the stages of one run in turn."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -18,52 +18,52 @@ class Display:
         self.bars = Progress(
             TextColumn("[bold]{task.description:<14}"),
             BarColumn(24),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[text]}"),
             console=console,
         )
         self.bar: TaskID | None = None
         self.stage = ""
-        self.said_at = 0.0
+        self.shown_at = 0.0
         self.first: dict[str, Any] | None = None
 
     def __enter__(self) -> "Display":
-        """Start the live bars where there is a terminal."""
+        """Start the live bars if there is a terminal."""
         if self.live:
             self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         if self.live:
             self.bars.stop()
 
-    def begin(self, stage: str, said: str) -> None:
+    def begin(self, stage: str, text: str) -> None:
         """A stage starts."""
-        self.stage, self.said_at, self.first = stage, time.monotonic(), None
+        self.stage, self.shown_at, self.first = stage, time.monotonic(), None
         if self.live:
-            self.bar = self.bars.add_task(stage, total=None, said=said)
+            self.bar = self.bars.add_task(stage, total=None, text=text)
         else:
-            self.say(said)
+            self.say(text)
 
     def event(self, event: dict[str, Any]) -> None:
-        """A stage says how far it is, or a note that a person should read."""
+        """Show an event of the stage: progress or a note."""
         if event["event"] == "note":
             self.say(event["text"])
         elif event["event"] == "progress":
             self.first = self.first or event
-            said = progress_line(event, self.first)
+            text = progress_line(event, self.first)
             if self.live and self.bar is not None:
-                self.bars.update(self.bar, completed=event["done"], total=event["total"], said=said)
-            elif not self.live and time.monotonic() - self.said_at > LINE_EVERY_S:
-                self.said_at = time.monotonic()
-                self.say(said)
+                self.bars.update(self.bar, completed=event["done"], total=event["total"], text=text)
+            elif not self.live and time.monotonic() - self.shown_at > LINE_EVERY_S:
+                self.shown_at = time.monotonic()
+                self.say(text)
 
-    def end(self, said: str) -> None:
+    def end(self, text: str) -> None:
         """The stage is published."""
         if self.live and self.bar is not None:
-            self.bars.update(self.bar, completed=1, total=1, said=said)
+            self.bars.update(self.bar, completed=1, total=1, text=text)
         else:
-            self.say(said)
+            self.say(text)
 
     def say(self, text: str) -> None:
         """Print one plain line."""
@@ -71,9 +71,9 @@ class Display:
 
 
 def progress_line(event: dict[str, Any], first: dict[str, Any]) -> str:
-    """Where a stage is: `steps 120/900  loss 3.210  7,812 tokens/s  1:23 left`.
+    """Progress of a stage: `steps 120/900  loss 3.210  7,812 tokens/s  1:23 left`.
 
-    What is left is told from the pace since `first`, the first thing that this attempt said.
+    The time left is estimated from the pace since `first`, the first progress event of this attempt.
     """
     done, total = event["done"], event["total"]
     parts = [f"{event['unit']} {done:,.0f}/{total:,.0f}"]
@@ -87,7 +87,7 @@ def progress_line(event: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them: `0.4 s`, `12 s`, `3:05`, `2:10:00`."""
+    """Seconds as text: `0.4 s`, `12 s`, `3:05`, `2:10:00`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:

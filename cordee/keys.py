@@ -1,4 +1,4 @@
-"""The keys of a stage, listed for a person: read from its `Config`, where each has its meaning right below it."""
+"""The keys of a stage, read from its `Config` for `cordee list`."""
 
 import json
 import types
@@ -16,14 +16,14 @@ class Key:
     """One key of a stage."""
 
     name: str
-    """As an override spells it: `learning_rate`, `launch.num_processes`, `data.0.path`."""
+    """As in an override: `learning_rate`, `launch.num_processes`, `data.0.path`."""
     kind: str
     """Type, limits and default: `int, >= 1, default 8, execution only`."""
     meaning: str
 
 
 def of(config: type[Config], prefix: str = "") -> Iterator[Key]:
-    """Every key of a config, first those that it needs; those of a mapping below the key that holds it."""
+    """Every key of a config, required ones first; keys of a nested mapping follow the key of the mapping."""
     handed = dict(libraries(config))
     for name, field in sorted(config.model_fields.items(), key=lambda item: not item[1].is_required()):
         kind = f"fields of {handed[name].dataclass_name}" if name in handed else _kind(field.annotation)
@@ -54,14 +54,14 @@ def _kind(annotation: Any) -> str:
 
 
 def _limits(field: FieldInfo) -> Iterator[str]:
-    """The limits that a field's value is held to: `>= 1`."""
+    """The limits of a field's value: `>= 1`."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "max_length": "length <="}
     for mark in field.metadata:
         yield from (f"{sign} {getattr(mark, name)}" for name, sign in signs.items() if hasattr(mark, name))
 
 
 def _default(field: FieldInfo) -> str:
-    """What holds where the key is left out."""
+    """The default of a key."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)

@@ -1,7 +1,7 @@
-"""A lock that holds on shared file systems, where flock(2) may do nothing.
+"""A lock that works on shared file systems, where flock(2) may do nothing.
 
-The lock is a file that only one process can create; inside stand its owner and a heartbeat (the file's time).
-A lock is dead when its owner's process is gone from this host, or when its heartbeat stopped on another.
+The lock is a file, created exclusively. It contains its owner; its modification time is the heartbeat. A lock is dead
+if its owner's process on this host has ended, or if the heartbeat of an owner on another host has stopped.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ DEAD_AFTER_S = 300.0
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold a lock for the length of a `with` block.
+    """Hold a lock for the duration of a `with` block.
 
     Raises:
-        Fault: someone else, alive, holds it.
+        Fault: a live process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = json.dumps(owner(os.getpid()))
@@ -43,17 +43,17 @@ def hold(path: Path) -> Iterator[None]:
 
 
 def owner(pid: int) -> dict[str, Any]:
-    """A process, told apart from every other one that had or will have its number."""
+    """A process: host, pid and start time, so that a reused pid is told apart."""
     return {"host": platform.node(), "pid": pid, "started": _started(pid)}
 
 
 def is_gone(process: dict[str, Any]) -> bool:
-    """Whether a process has ended; of another host's this can't be told."""
+    """Whether a process of this host has ended; False for a process of another host."""
     return bool(process["host"] == platform.node() and _started(process["pid"]) != process["started"])
 
 
 def _create(path: Path, mine: str) -> None:
-    """Create the lock's file, taking a dead owner's place once."""
+    """Create the lock file; removes the lock of a dead owner once."""
     for attempt in ("first", "after a dead owner"):
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -75,12 +75,12 @@ def _create(path: Path, mine: str) -> None:
 
 
 def _state(path: Path) -> tuple[int, str]:
-    """What tells one lock from the next one of the same name: its last heartbeat (ns) and its owner."""
+    """The last heartbeat (ns) and the owner of a lock."""
     return path.stat().st_mtime_ns, path.read_text(encoding="utf-8")
 
 
 def _is_dead(beat_ns: int, text: str) -> bool:
-    """Whether a lock's owner is gone."""
+    """Whether a lock's owner has ended."""
     silent_s = time.time() - beat_ns / 1e9
     try:
         process = json.loads(text)
@@ -90,7 +90,7 @@ def _is_dead(beat_ns: int, text: str) -> bool:
 
 
 def _take_away(path: Path, dead: tuple[int, str]) -> None:
-    """Remove a dead owner's lock; where another process took its place meanwhile, that one's lock is put back.
+    """Remove the lock of a dead owner; if another process has taken it over meanwhile, its lock is put back.
 
     Raises:
         Fault: another process took it over.
@@ -107,7 +107,7 @@ def _take_away(path: Path, dead: tuple[int, str]) -> None:
 
 
 def _is(path: Path, mine: str) -> bool:
-    """Whether a lock is still this owner's."""
+    """Whether a lock still belongs to this owner."""
     try:
         return path.read_text(encoding="utf-8") == mine
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _is(path: Path, mine: str) -> bool:
 
 
 def _held(path: Path) -> Fault:
-    """The fault that names who holds a lock."""
+    """A fault that names the owner of a lock."""
     try:
         process = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {process['pid']} on {process['host']}: "
@@ -125,12 +125,12 @@ def _held(path: Path) -> Fault:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host was started (in clock ticks since boot), None if there is none that lives."""
+    """Start time of a process of this host (clock ticks since boot); None if it does not run."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if state in "ZX" else fields[18]  # a zombie has ended, and waits only to be counted
+    return None if state in "ZX" else fields[18]  # a zombie has ended
 
 
 def _beat(path: Path, mine: str, ended: threading.Event) -> None:

@@ -21,7 +21,7 @@ from cordee.lineage import Step
 from cordee.plan import Plan, Planned
 from cordee.prove import Proof
 
-# Without a measurement to go by: what one core, or one GPU, reaches in training.
+# Training speed of one core and of one GPU, for estimates without a measurement.
 ROUGH_CORE_FLOPS_PER_S = 5e10
 ROUGH_GPU_FLOPS_PER_S = 3e14
 RUNNING_FOR_S = 60.0
@@ -37,14 +37,14 @@ STYLES = {
 
 
 def plan(out: Console, made: Plan) -> None:
-    """Print a plan: its table, every key that changed, and what could not be checked."""
+    """Print a plan: its table, the keys that changed, and what could not be checked."""
     out.print(_plan_table(made, out.width))
     for line in _plan_notes(made):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _plan_table(plan: Plan, width: int) -> Table:
-    """A row per stage: state, tokens, FLOPs, parameters, memory, time; on a wide terminal also what it uses."""
+    """A row per stage: state, tokens, FLOPs, parameters, memory, time; on a wide terminal also its module."""
     is_wide = width >= WIDE
     table = Table(title=f"{plan.recipe.name}  ({plan.recipe.file}, seed {plan.recipe.seed})", title_justify="left")
     for name in ("stage", *(["uses"] if is_wide else []), "state"):
@@ -68,32 +68,32 @@ def _plan_table(plan: Plan, width: int) -> Table:
 
 
 def _plan_notes(plan: Plan) -> Iterator[str]:
-    """What the table doesn't say: every key that changed, and what could not be checked."""
+    """The lines below the table: the keys that changed, and what could not be checked."""
     for planned in plan.stages:
         if planned.why:
             yield f"{planned.name} is {planned.state}: {'; '.join(planned.why)}"
         if planned.artifact and planned.artifact.manifest["recipe"] != plan.recipe.name:
-            yield f"{planned.name} was made as {planned.artifact.name}"
+            yield f"{planned.name} is published as {planned.artifact.name}"
     for package in plan.recipe.unchecked:
-        yield f"{package} is not installed here: the keys that are handed to it are checked when the stage starts"
+        yield f"{package} is not installed here: its keys are checked when the stage starts"
     if any(planned.cost.seconds is None and planned.cost.flops for planned in plan.stages):
-        yield "times with ~ follow from an earlier run on this machine, those with ≈ are rough"
+        yield "times: ~ from an earlier run on this machine, ≈ a rough estimate"
 
 
 @dataclass
 class _Measured:
-    """What the runs of one kind of stage on this machine tell of the next one's time."""
+    """Measurements of one kind of stage on this machine, to estimate its next time."""
 
     flops: float = 0.0
-    """Of the largest run: in a small one, most of the time goes into starting."""
+    """Of the largest run: a small one spends most of its time on starting."""
     seconds: float = 0.0
     """Of the same run."""
     least_seconds: float = math.inf
-    """Of the shortest run: so long it takes in any case."""
+    """Of the shortest run: a lower bound."""
 
 
 def _measured(plan: Plan) -> dict[str, _Measured]:
-    """The measurements of each kind of stage on this machine, over all recipes."""
+    """The measurements of each kind of stage on this machine, from all recipes."""
     here = provenance.host()["name"]
     found: dict[str, _Measured] = defaultdict(_Measured)
     for made in plan.store.everything(plan.recipe.name):
@@ -107,7 +107,7 @@ def _measured(plan: Plan) -> dict[str, _Measured]:
 
 
 def _time(planned: Planned, measured: dict[str, _Measured]) -> str:
-    """How long a stage took, or will take."""
+    """The time that a stage took, or an estimate."""
     if planned.cost.seconds is not None:
         return duration(planned.cost.seconds)
     if not planned.cost.flops:
@@ -130,9 +130,9 @@ def _count(number: float | None) -> str:
 
 
 def status_table(plan: Plan) -> Table:
-    """A row per stage: how far it is."""
+    """A row per stage: its state and its last message."""
     table = Table(title=plan.recipe.name, title_justify="left")
-    for name in ("stage", "state", "what it said last"):
+    for name in ("stage", "state", "last message"):
         table.add_column(name, overflow="fold")
     for planned in plan.stages:
         state, said = _status(plan, planned)
@@ -141,7 +141,7 @@ def status_table(plan: Plan) -> Table:
 
 
 def _status(plan: Plan, planned: Planned) -> tuple[str, str]:
-    """A stage's state now, and the last thing that it said."""
+    """The state of a stage and its last message."""
     if planned.artifact:
         return "done", f"{planned.artifact.name}, {duration(planned.artifact.manifest['seconds'])}"
     work = plan.store.work_folders(plan.recipe.name, planned.name, planned.fingerprint)
@@ -178,13 +178,13 @@ def lineage_tree(steps: Iterable[Step]) -> Tree:
 
 
 def left_out(out: Console, proofs: Iterable[Proof]) -> None:
-    """Say which proofs have nothing to speak of in a recipe."""
+    """Print which proofs do not apply to a recipe."""
     for proof in proofs:
-        out.print(f"{proof.name}: left out, no stage uses {proof.proves}", highlight=False, soft_wrap=True)
+        out.print(f"{proof.name}: not run, no stage uses {proof.proves}", highlight=False, soft_wrap=True)
 
 
 def proof(out: Console, made: Artifact) -> None:
-    """Print a certificate: its claim, and each check with value and limit."""
+    """Print a certificate: its claim, and the value and limit of each check."""
     held = certificate.read(made.path)
     out.print(f"{made.name}: {held.claim}", markup=False, highlight=False, soft_wrap=True)
     for check in held.checks:
@@ -194,7 +194,7 @@ def proof(out: Console, made: Artifact) -> None:
 
 
 def verify(out: Console, chosen: Iterable[Artifact]) -> bool:
-    """Hash artifacts again and print what differs; returns whether all are whole."""
+    """Compare artifacts with their manifests and print what differs; returns whether all are intact."""
     all_whole = True
     for made in chosen:
         lines = list(artifact.verify(made))
@@ -212,7 +212,7 @@ def stages(out: Console, found: Iterable[tuple[str, str]]) -> None:
 
 
 def keys(out: Console, listed: Iterable[Key]) -> None:
-    """Print keys as a recipe spells them, each with its type, its default and its meaning."""
+    """Print keys as a recipe spells them, with type, default and meaning."""
     for key in listed:
         out.print(f"[bold]{escape(key.name)}[/]: {escape(key.kind)}", highlight=False, soft_wrap=True)
         indent = 4 * " "
@@ -221,7 +221,7 @@ def keys(out: Console, listed: Iterable[Key]) -> None:
 
 
 def reports(out: Console, made: Iterable[Artifact]) -> None:
-    """Say where the pages are that people read."""
+    """Print the paths of the reports."""
     for item in made:
         if (item.path / "index.html").exists():
             out.print(f"report: {item.path / 'index.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""YAML as version 1.2 has it: `no` is a word (a language's code), `1e-3` a number, and no key stands twice."""
+"""YAML 1.2: `no` is a string (a language code), `1e-3` a number, and a duplicate key is an error."""
 
 import re
 from pathlib import Path
@@ -10,15 +10,15 @@ from cordee.errors import UserError, nearest
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, without keys that stand twice."""
+    """The core schema of YAML 1.2, without duplicate keys."""
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        # here every mapping is as it was written: a key that overrides a merged one (`<<: *x`) stands once
+        # before merge keys (`<<: *x`) are applied, so that overriding a merged key is no duplicate
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value]
         for key, _ in reversed(node.value):
             if keys.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
         return node
 
 
@@ -52,10 +52,10 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def parse(text: str) -> Any:
-    """The value that a piece of YAML spells.
+    """The value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: the text is not valid.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - the loader is a SafeLoader
@@ -64,10 +64,10 @@ def parse(text: str) -> Any:
 
 
 def read(file: Path, *, key: str | None = None) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; `key` is where the file was named, for the error.
+    """Read a YAML file that holds a mapping; `key` is the key that named the file, for the error.
 
     Raises:
-        UserError: it is not there, is no UTF-8, no YAML or no mapping.
+        UserError: the file is missing, or is not UTF-8, not YAML or not a mapping.
     """
     text = ""
     try:
@@ -88,7 +88,7 @@ def read(file: Path, *, key: str | None = None) -> dict[str, Any]:
 
 
 def _explain(error: yaml.YAMLError, text: str) -> tuple[int, str]:
-    """The line of an error, or 0 where it has none, and what it says."""
+    """The line of an error (0 if unknown) and its message."""
     if isinstance(error, yaml.MarkedYAMLError):
         return error.problem_mark.line + 1 if error.problem_mark else 0, str(error.problem)
     if isinstance(error, yaml.reader.ReaderError):

@@ -1,4 +1,4 @@
-"""A launcher starts a job and knows no stage; a stage knows no launcher. A `Job` is all that passes between."""
+"""Launchers start jobs. A launcher gets a `Job` and knows nothing of stages; stages know nothing of launchers."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -33,7 +33,7 @@ def test_stages_are_ordered_by_their_references_not_by_the_file(write):
     [
         ("seed: 3", "sead: 3", "sead: unknown key; did you mean 'seed'?"),
         ("seed: 3", "seed: three", "seed: must be a whole number, not 'three'"),
-        ("seed: 3", "seed: 3\nseed: 4", "brook.yaml:4: no valid YAML: key 'seed' stands twice"),
+        ("seed: 3", "seed: 3\nseed: 4", "brook.yaml:4: no valid YAML: duplicate key 'seed'"),
         ("seed: 3", "seed: -1", "seed: must be at least 0 and less than 4294967296, not -1"),
         ("seed: 3", "seed: 4294967296", "seed: must be at least 0 and less than 4294967296"),
         ("seed: 3", "seed: 3 # \a", "brook.yaml:3: no valid YAML: character U+0007 is not allowed"),
@@ -204,7 +204,7 @@ def test_keys_that_do_not_fit_each_other_are_found_before_anything_starts(
     [
         ("hidden_size: [", "model.yaml:1: model: no valid YAML"),
         ("- 256", "model.yaml: model: holds no mapping"),
-        ("hidden_size: 256\nhidden_size: 128", "model.yaml:2: model: no valid YAML: key 'hidden_size' stands twice"),
+        ("hidden_size: 256\nhidden_size: 128", "model.yaml:2: model: no valid YAML: duplicate key 'hidden_size'"),
         ("hidden_size: wide", "model.yaml: hidden_size: must be a whole number of at least 1, not 'wide'"),
         ("num_attention_heads: 0", "model.yaml: num_attention_heads: must be a whole number of at least 1, not 0"),
         (b"\xff\xfe", "model.yaml: model: no UTF-8 at byte 0"),

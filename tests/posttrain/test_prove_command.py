@@ -16,8 +16,8 @@ def test_a_recipe_with_one_stage_is_proven_without_a_report(cordee, write, model
     write("mine.yaml", MINE.format(model=model_folder))
     proven = cordee("prove", "mine.yaml", timeout=300)
     assert proven.returncode == 0, proven.stderr
-    assert "parity: left out, no stage uses posttrain.merge" in proven.stdout
-    assert "resume: left out, no stage uses pretrain.train" in proven.stdout
+    assert "parity: not run, no stage uses posttrain.merge" in proven.stdout
+    assert "resume: not run, no stage uses pretrain.train" in proven.stdout
     assert "mine/prove-masks-sft@1: " in proven.stdout
     again = cordee("prove", "mine.yaml", "masks")
     assert (again.returncode, again.stderr) == (0, "")
