@@ -74,6 +74,15 @@ def commands(start: str = "cordee ") -> list[str]:
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith(start)]
 
 
+def test_a_package_is_installed_as_make_setup_installs_the_example():
+    (command,) = commands("pip install ")
+    setup = (ROOT / "Makefile").read_text(encoding="utf-8")
+    *options, place = command.split()[2:]
+    assert (ROOT / place / "pyproject.toml").exists()
+    assert all(option in setup for option in options)
+    assert f"--editable {place}" in setup
+
+
 def understand(command: str, file: Path) -> None:
     """Check what a command names as it would itself: the stage, its keys in `file`, and the overrides."""
     words = command.split()
