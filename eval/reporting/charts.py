@@ -55,12 +55,12 @@ def timeline(identity: str, stages: Sequence[Stage], width: int) -> Markup:
     """
     ends = list(itertools.accumulate(stage["seconds"] for stage in stages))
     size, unit = next(((size, unit) for size, unit in UNITS if ends[-1] >= 2 * size), UNITS[-1])
-    marks = [mark * size for mark in ticks(0, ends[-1] / size, width // 160)]
-    frame = Frame(112, 0, width - 88, 30 * len(stages) + 4, (0, 0), (marks[-1], 1))
+    frame = Frame(112, 0, width - 88, 30 * len(stages) + 4, (0, 0), (ends[-1], 1))
     body = []
-    for mark in marks:
-        body.append(_line("grid", (frame.x(mark), frame.top), (frame.x(mark), frame.bottom)))
-        body.append(_text("tick", (frame.x(mark), frame.bottom + 18), f"{mark / size:g} {unit}", "middle"))
+    for mark in ticks(0, ends[-1] / size, width // 120):
+        if (x := frame.x(mark * size)) <= frame.right:
+            body.append(_line("grid", (x, frame.top), (x, frame.bottom)))
+            body.append(_text("tick", (x, frame.bottom + 18), f"{mark:g} {unit}", "middle"))
     for index, (stage, end) in enumerate(zip(stages, ends, strict=True)):
         y, start = 30 * index + 22, frame.x(end - stage["seconds"])
         length = max(frame.x(end) - start, 2)
