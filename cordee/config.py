@@ -90,11 +90,36 @@ class Launch(Config):
         return name
 
 
-class TrainingConfig(Config):
-    """Base of the stages that train: started by `accelerate launch`."""
+class AccelerateConfig(Config):
+    """Base of the stages that are started by `accelerate launch`."""
 
     launch: Execution[Launch] = Launch()
     """Processes and devices; the result is the same, to tolerance, at any of them."""
+
+
+class TrainingConfig(AccelerateConfig):
+    """Base of the stages that train: what is published on the way, and what a kill can cost."""
+
+    save_steps: int | list[int] = Field(default_factory=list)
+    """Steps whose model or adapter is published under `checkpoints/<step>/`, from 1 to the last: a list, or an
+    interval."""
+    resume_steps: Execution[int] = Field(default=100, ge=1)
+    """Steps from one resume point to the next: what a kill can cost."""
+
+    def saves_at(self, step: int) -> bool:
+        """Whether the model is published at this step."""
+        return step % self.save_steps == 0 if isinstance(self.save_steps, int) else step in self.save_steps
+
+    def require_steps(self, last: int | None) -> None:
+        """Check `save_steps` against the number of steps, where it is known.
+
+        Raises:
+            MisfitError: the training has no such step.
+        """
+        for step in [self.save_steps] if isinstance(self.save_steps, int) else self.save_steps:
+            if step < 1 or (last is not None and step > last):
+                known = "" if last is None else f", {last}"
+                raise MisfitError(f"{step} is not from 1 to the last step{known}", key="save_steps")
 
 
 def require_whole_batches(global_batch_size: int, at_once: int, num_processes: int) -> None:

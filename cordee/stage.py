@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,11 +49,16 @@ class Context:
             _append(self.out / "metrics.jsonl", {"step": step, **metrics})
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of `metrics.jsonl` after `step`: a resumed run writes them again."""
+        """Drop the lines of `metrics.jsonl` and the `checkpoints/` after `step`: a resumed run writes them again."""
+        if not self.is_main:
+            return
         path = self.out / "metrics.jsonl"
-        if self.is_main and path.exists():
+        if path.exists():
             rows = [row for row in files.read_json_lines(path) if row["step"] <= step]
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for folder in (self.out / "checkpoints").glob("*"):
+            if not (folder.name.isdecimal() and int(folder.name) <= step):
+                shutil.rmtree(folder)
 
     def progress(self, done: float, total: float, unit: str, **figures: float) -> None:
         """Say how far the stage is: `done` of `total` units, with figures such as `loss` or `tokens_per_s`."""

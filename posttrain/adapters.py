@@ -32,18 +32,12 @@ def lora_config(given: Mapping[str, Any], model: PreTrainedModel) -> LoraConfig:
     """The adapter's settings, checked against the model; without `target_modules`, all linear layers but the head.
 
     Raises:
-        UserError: PEFT refuses a value, a name matches no module, or the reference could not be had from it.
+        UserError: PEFT refuses a value, or a name matches no module.
     """
     try:
         config = LoraConfig(**{"target_modules": "all-linear", **given}, task_type="CAUSAL_LM")
     except (TypeError, ValueError) as error:
         raise UserError(f"peft.LoraConfig refuses it: {error}", key="lora") from error
-    if config.bias != "none":
-        raise UserError(
-            f"with {config.bias!r} the biases stay trained where the adapter is off: there is no reference model then",
-            key="lora.bias",
-            hint="leave it out",
-        )
     names = [name for name, _ in model.named_modules() if name]
     for field in ("target_modules", "modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern"):
         _require_matches(given.get(field), names, f"lora.{field}")

@@ -1,128 +1,92 @@
-"""What stands round TRL's `DPOTrainer`: settings that it would ignore, the dataset, the check of the first step."""
+"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290) with TRL: of a LoRA adapter or all weights.
 
-import inspect
-import math
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+    accelerate launch -m posttrain.dpo --config FILE [key=value …]
 
-import torch
-from accelerate import PartialState
-from datasets import Dataset, load_from_disk
-from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from trl import DPOConfig, DPOTrainer
+With an adapter the reference is the model with the adapter off; without one it is the model as it was.
+"""
 
-from cordee.errors import Fault, UserError, nearest
-from posttrain.pairs import COLUMNS
-from posttrain.reading import Record
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 
-def check_settings(settings: DPOConfig, lora: dict[str, Any] | None) -> None:
-    """Refuse settings that TRL would drop without a word, or find out about in the first step only.
+from cordee import worker
+from cordee.config import Config as Keys
+from cordee.config import Input, Library
+from cordee.cost import Cost
+from cordee.stage import Context
+from posttrain.settings import OWNED, TrlConfig, data_cost, training_cost
 
-    Raises:
-        UserError: there is one.
-    """
-    if lora and lora.get("lora_dropout") and settings.disable_dropout:
-        raise UserError(
-            "TRL switches every dropout off, this one too, as long as trainer.disable_dropout is true (its default)",
-            key="lora.lora_dropout",
-            hint="leave it out, or set trainer.disable_dropout: false",
-        )
-    # TRL has no list of its losses; each is a branch of its source.
-    known = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer)))
-    for name in settings.loss_type:
-        if name not in known:
-            raise UserError(f"TRL has no loss {name!r}", key="trainer.loss_type", hint=nearest(name, known))
-    if settings.sync_ref_model and lora is not None:
-        raise UserError("the reference is the model with the adapter off, which stays", key="trainer.sync_ref_model")
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from posttrain.training import Meter
 
 
-def dataset(rows: Sequence[Record], settings: DPOConfig, out: Path) -> Dataset:
-    """The rows as TRL reads them.
+class Source(Keys):
+    """One file of preference pairs."""
 
-    Log-probabilities computed beforehand are passed from process to process by a file beside the dataset's own, so
-    it has to lie on the disk then; it goes with the resume points.
-    """
-    whole = Dataset.from_list([{column: _plain(row.values[column]) for column in COLUMNS} for row in rows])
-    if not settings.precompute_ref_log_probs:
-        return whole
-    folder = out / "resume" / "pairs"
-    with PartialState().main_process_first():
-        if not (folder / "state.json").exists():  # the file that `save_to_disk` writes last
-            whole.save_to_disk(folder)
-    return load_from_disk(folder)
+    path: Input
+    """A .parquet or .jsonl file with `prompt`, `chosen` and `rejected`, each a list of messages."""
 
 
-def _plain(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+class Config(TrlConfig):
+    """What is aligned, with which pairs, how."""
+
+    data: list[Source] = Field(min_length=1)
+    """The pairs to learn from; at least one file."""
+    trainer: Annotated[
+        dict[str, Any],
+        Library("trl.DPOConfig", owned=(*OWNED, "logging_first_step", "truncation_mode", "padding_free")),
+    ] = Field(default_factory=dict)
+    """TRL's own settings (`learning_rate`, `beta`, `loss_type`, `num_train_epochs`, `max_length` in tokens, …)."""
 
 
-def build(
-    model: PreTrainedModel,
-    settings: DPOConfig,
-    pairs: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    lora: LoraConfig | None,
-) -> DPOTrainer:
-    """TRL's trainer, with the check of the first step.
-
-    Raises:
-        UserError: TRL refuses a setting.
-    """
-    try:
-        trainer = DPOTrainer(
-            model=model, args=settings, train_dataset=pairs, processing_class=tokenizer, peft_config=lora
-        )
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise UserError(f"TRL refuses it: {error}", key="trainer" if lora is None else "trainer, lora") from error
-    trainer.add_callback(StartsAtReference(settings))
-    return trainer
+def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
+    """At most: each pair is two sequences of at most `max_length` tokens, read by the model and by the reference."""
+    columns = ["prompt", "chosen", "rejected"]
+    data = [data_cost(source.path, f"data.{place}.path", given, columns) for place, source in enumerate(config.data)]
+    pairs = sum(part.rows or 0.0 for part in data)
+    steps = config.trainer.get("max_steps", 0)
+    seen = steps * config.global_batch_size if steps > 0 else pairs * config.trainer.get("num_train_epochs", 3)
+    longest = config.trainer.get("max_length") or 1024
+    in_pair = sum(part.tokens or 0.0 for part in data) / pairs if pairs else 0.0  # more than in either sequence of it
+    tokens = 2.0 * seen * (min(in_pair, longest) or longest) if seen else None
+    return training_cost(config, given, tokens, has_reference=True)
 
 
-class StartsAtReference(TrainerCallback):
-    """Before its first update the policy *is* the reference: rewards 0, and the sigmoid loss ln 2 (paper's equation 7).
+def build(config: Config, context: Context) -> "tuple[Trainer, Meter]":
+    """The trainer, whose pairs are those that were checked here, and what its batches count for."""
+    from trl import DPOConfig, DPOTrainer
 
-    Where it is not, another reference than the model that was asked for is in use (or an adapter that does not start
-    without effect), and everything after would be measured from there.
-    """
+    from posttrain import dpo_trainer, pairs, reading, training
+    from posttrain.rows import Stops
 
-    def __init__(self, settings: DPOConfig) -> None:
-        # Log-probabilities computed beforehand come from other batches, whose sums bfloat16 rounds differently.
-        self.tolerance = 0.05 if settings.precompute_ref_log_probs and settings.bf16 else 1e-3
-        plain = settings.loss_type == ["sigmoid"] and not settings.use_weighting and not settings.loss_weights
-        self.expected = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0}
-        if plain:
-            self.expected["loss"] = math.log(2.0)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:  # noqa: ARG002 - the library's signature
-        """Check the figures of step 1, which were computed before the first update."""
-        if state.global_step != 1 or "loss" not in logs:
-            return
-        for name, value in self.expected.items():
-            if not abs(logs[name] - value) <= self.tolerance:
-                raise Fault(
-                    f"before the first update {name} is {logs[name]:.4g} and not {value:.4g}: the model does not start "
-                    "as its reference",
-                    hint="an adapter has to start without effect (lora.init_lora_weights), and dropout has to be off",
-                )
+    settings = training.arguments(DPOConfig, config, context, logging_first_step=True)
+    dpo_trainer.check_settings(settings, config.lora)
+    model, tokenizer = training.open_model(config)
+    rows = [row for source in config.data for row in reading.read(source.path, pairs.COLUMNS)]
+    longest = model.config.max_position_embeddings
+    checked = pairs.tokenize(rows, tokenizer, Stops.of(model, tokenizer), min(settings.max_length or longest, longest))
+    data = dpo_trainer.dataset(rows, settings, context.out)
+    trainer = training.open_trainer(DPOTrainer, config, model, settings, train_dataset=data, processing_class=tokenizer)
+    pairs.require_same(checked, trainer.train_dataset)
+    trainer.add_callback(dpo_trainer.StartsAtReference(settings))
+    length = sum(pair.tokens for pair in checked) // (2 * len(checked))
+    return trainer, training.Meter(dpo_trainer.counts, len(rows), length, has_reference=True)
 
 
-def trained_tokens(settings: DPOConfig, tokens_per_epoch: int, pairs: int, steps: int) -> int:
-    """Tokens that `steps` optimizer steps read: whole epochs as they are, a part of one by its share."""
-    at_once = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    return round(tokens_per_epoch * steps / math.ceil(pairs / at_once))
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Check the pairs, train or go on training, and write the adapter or the model; returns the manifest's metrics."""
+    from posttrain.training import fit
+
+    return fit(build, config, context)
 
 
-def trainable_parameters(model: torch.nn.Module) -> int:
-    """Parameters that are trained.
+def main() -> None:
+    """Entry point."""
+    worker.main(Config, run)
 
-    Raises:
-        UserError: there are none.
-    """
-    count = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
-    if not count:
-        raise UserError("there is nothing to train", key="lora")
-    return count
+
+if __name__ == "__main__":
+    main()

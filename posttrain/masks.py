@@ -58,6 +58,17 @@ def documents(batch: Batch, pad_token_id: int) -> Iterator[tuple[int, slice]]:
                 yield row, slice(start, end)
 
 
+def counts(batch: Batch) -> dict[str, torch.Tensor]:
+    """The `tokens` of a batch without padding, and its `loss_tokens`; both are scalars on the batch's device."""
+    if "position_ids" in batch:
+        positions = batch["position_ids"]
+        # Padding stands at position 0, as the first token of a chat does; only the latter is followed by a position 1.
+        tokens = (positions > 0).sum() + ((positions[:, :-1] == 0) & (positions[:, 1:] == 1)).sum()
+    else:
+        tokens = batch["attention_mask"].sum()
+    return {"tokens": tokens, "loss_tokens": (batch["labels"] != IGNORED).sum()}
+
+
 @dataclass
 class Audit:
     """What was found in the batches of a trainer; every count but the first four must be 0."""

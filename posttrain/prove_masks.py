@@ -42,7 +42,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """
     from posttrain import masks
 
-    trainer, chats, stops = sft.build(config, context)
+    trainer, chats, stops = sft.open_trainer(config, context)
     pad = trainer.processing_class.pad_token_id
     moved: list[Leak] = []
 

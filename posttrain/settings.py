@@ -1,13 +1,14 @@
 """What the stages that train with TRL can all be told, and what of TRL's settings they set themselves."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from cordee import files, model_folder
-from cordee.config import Execution, Input, TrainingConfig, require_whole_batches
+from cordee.config import Execution, Input, Library, TrainingConfig, require_whole_batches
 from cordee.cost import Cost, training_bytes, training_flops
 
 BYTES_PER_TOKEN = 3.0
@@ -38,6 +39,11 @@ OWNED = (
     *("remove_unused_columns", "trust_remote_code", "chat_template_path", "eos_token", "pad_token"),
 )
 """Fields of `transformers.TrainingArguments` and of TRL's configs that no recipe sets under `trainer:`."""
+LORA_OWNED = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"),
+    *("base_model_name_or_path", "revision", "runtime_config"),
+)
+"""Fields of `peft.LoraConfig` that no recipe sets under `lora:`."""
 
 
 class TrlConfig(TrainingConfig):
@@ -51,13 +57,15 @@ class TrlConfig(TrainingConfig):
     """Rows that one process works on at once; divides the global batch, and the result does not depend on it."""
     logging_steps: Execution[int] = Field(default=1, ge=1)
     """Optimizer steps from one line of `metrics.jsonl` to the next; a line speaks of its own step, not of a mean."""
-    save_steps: Execution[int] = Field(default=100, ge=1)
-    """Optimizer steps from one resume point to the next."""
+    lora: Annotated[dict[str, Any] | None, Library("peft.LoraConfig", owned=LORA_OWNED)] = None
+    """PEFT's own settings of the adapter (`r`, `lora_alpha`, `target_modules`, …); none: all weights are trained."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Any field of the library's own config; each stage names the dataclass that checks it."""
 
     @model_validator(mode="after")
-    def _batches_are_whole(self) -> "TrlConfig":
+    def _fit_each_other(self) -> "TrlConfig":
+        steps = self.trainer.get("max_steps")
+        self.require_steps(steps if isinstance(steps, int) and steps > 0 else None)
         require_whole_batches(self.global_batch_size, self.per_device_train_batch_size, self.launch.num_processes)
         return self
 
@@ -76,14 +84,24 @@ def data_cost(file: Path, key: str, given: Mapping[str, Cost], columns: Sequence
     return Cost(rows=rows, tokens=text_bytes / BYTES_PER_TOKEN)
 
 
-def training_cost(config: TrlConfig, given: Mapping[str, Cost], tokens: float | None, forwards: float = 1.0) -> Cost:
+def passes(config: TrlConfig, *, has_reference: bool = False) -> float:
+    """Work per token, in units of one forward and backward through all weights (2 + 4 FLOPs a parameter).
+
+    With an adapter the frozen weights need no gradient of their own; a reference adds one forward.
+    """
+    return (4 / 6 if config.lora is not None else 1.0) + (2 / 6 if has_reference else 0.0)
+
+
+def training_cost(
+    config: TrlConfig, given: Mapping[str, Cost], tokens: float | None, *, has_reference: bool = False
+) -> Cost:
     """What training on `tokens` tokens costs.
 
     Args:
         config: the stage's config.
         given: the costs of its inputs; "model" is the one that matters.
         tokens: tokens over all epochs; None where they are not known yet.
-        forwards: work per token, in units of one forward and backward pass (4/3 with a frozen reference's forward).
+        has_reference: whether a frozen reference model reads each token as well.
 
     Raises:
         UserError: the model is neither made by a stage nor a model folder.
@@ -96,12 +114,9 @@ def training_cost(config: TrlConfig, given: Mapping[str, Cost], tokens: float | 
     shape: dict[str, Any] = files.read_json(model_file) if model_file.exists() else {}
     layers, width = int(shape.get("num_hidden_layers", 0)), int(shape.get("hidden_size", 0))
     context = int(config.trainer.get("max_length") or 1024)
-    return Cost(
-        tokens=tokens,
-        flops=forwards * training_flops(base.parameters, tokens, layers, width, context),
-        parameters=base.parameters,
-        memory_bytes=training_bytes(
-            base.parameters, config.per_device_train_batch_size * context, layers, width, base.vocab_size or 0
-        ),
-        vocab_size=base.vocab_size,
-    )
+    at_once = config.per_device_train_batch_size * context
+    memory = training_bytes(base.parameters, at_once, layers, width, base.vocab_size or 0)
+    if config.lora is not None:
+        memory -= 12.0 * base.parameters  # no gradient, no moments
+    flops = training_flops(base.parameters, tokens, layers, width, context)
+    return replace(cost, flops=passes(config, has_reference=has_reference) * flops, memory_bytes=memory)

@@ -19,9 +19,10 @@ from cordee.stage import Context
 from posttrain.settings import OWNED, TrlConfig, data_cost, training_cost
 
 if TYPE_CHECKING:
-    from trl import SFTTrainer
+    from transformers import Trainer
 
     from posttrain.rows import Row, Stops
+    from posttrain.training import Meter
 
 CHECKED_BATCHES = 64
 SFT_OWNED = (
@@ -67,8 +68,22 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
     return training_cost(config, given, tokens * float(config.trainer.get("num_train_epochs", 3)))
 
 
-def build(config: Config, context: Context) -> tuple["SFTTrainer", "list[Row]", "Stops"]:
-    """The trainer with its data, and the rows that it was made from; used by the proof too."""
+def build(config: Config, context: Context) -> "tuple[Trainer, Meter]":
+    """The trainer, whose batches are checked, and what its batches count for."""
+    from posttrain.masks import counts
+    from posttrain.training import Meter
+
+    trainer, chats, stops = open_trainer(config, context)
+    check_batches(trainer, chats, stops)
+    tokens, with_loss = sum(len(row.ids) for row in chats), sum(int(row.has_loss.sum()) for row in chats)
+    context.note(f"{len(chats)} chats, {tokens} tokens, {with_loss / tokens:.1%} of them with loss")
+    return trainer, Meter(
+        counts, len(chats), trainer.args.max_length, metrics={"packed_rows": len(trainer.train_dataset)}
+    )
+
+
+def open_trainer(config: Config, context: Context) -> "tuple[Trainer, list[Row], Stops]":
+    """TRL's trainer with its data, and the rows that it was made from; used by the proof too."""
     from trl import SFTConfig, SFTTrainer
 
     from posttrain import masks, rows, training
@@ -84,13 +99,16 @@ def build(config: Config, context: Context) -> tuple["SFTTrainer", "list[Row]", 
         chats += rows.weigh(found, source.weight, context.seed + place)
     if not chats:
         raise UserError("the weights leave no chat", key="data")
-    trainer = SFTTrainer(model, arguments, train_dataset=rows.dataset(chats), processing_class=tokenizer)
+    data = rows.dataset(chats)
+    trainer = training.open_trainer(
+        SFTTrainer, config, model, arguments, train_dataset=data, processing_class=tokenizer
+    )
     if arguments.packing and "flash" not in model.config._attn_implementation:  # noqa: SLF001 - there is no public name
         trainer.data_collator = masks.PackedRows(tokenizer.pad_token_id, arguments.max_length)
     return trainer, chats, stops
 
 
-def check_batches(trainer: "SFTTrainer", chats: "list[Row]", stops: "Stops") -> None:
+def check_batches(trainer: "Trainer", chats: "list[Row]", stops: "Stops") -> None:
     """Look at what the trainer's own collator makes before anything is learnt from it.
 
     Raises:
@@ -114,36 +132,10 @@ def check_batches(trainer: "SFTTrainer", chats: "list[Row]", stops: "Stops") -> 
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Check, train or go on training, and write the model; returns the manifest's metrics."""
-    from posttrain import training
+    """Check, train or go on training, and write the model or the adapter; returns the manifest's metrics."""
+    from posttrain.training import fit
 
-    return training.once(context, lambda: _train(config, context))
-
-
-def _train(config: Config, context: Context) -> dict[str, Any]:
-    from cordee.cost import training_flops
-    from posttrain import training
-
-    trainer, chats, stops = build(config, context)
-    check_batches(trainer, chats, stops)
-    per_epoch, loss_per_epoch = sum(len(row.ids) for row in chats), sum(int(row.has_loss.sum()) for row in chats)
-    context.note(f"{len(chats)} chats, {per_epoch} tokens, {loss_per_epoch / per_epoch:.1%} of them with loss")
-    figures = training.train(trainer, config, context, per_epoch)
-    epochs = trainer.state.epoch or 0.0
-    training.save(trainer, config, context)
-    shape = trainer.model.config.get_text_config()
-    tokens = round(per_epoch * epochs)
-    return {
-        **figures,
-        "rows": len(chats),
-        "packed_rows": len(trainer.train_dataset),
-        "tokens": tokens,
-        "loss_tokens": round(loss_per_epoch * epochs),
-        "flops": training_flops(
-            figures["parameters"], tokens, shape.num_hidden_layers, shape.hidden_size, trainer.args.max_length
-        ),
-        "vocab_size": shape.vocab_size,
-    }
+    return fit(build, config, context)
 
 
 def main() -> None:

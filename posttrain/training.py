@@ -1,49 +1,57 @@
-"""What the stages that train with TRL share: arguments, model, resume points that survive a kill, and being heard.
+"""The skeleton of every stage that trains with TRL.
 
-A *resume point* is a checkpoint of transformers' `Trainer` below `resume/` that was flushed and then marked with the
-hashes of its files. `Trainer` writes its checkpoints file by file, so one without a mark, or whose files are not
-those that the mark lists, is what a kill has left and is deleted.
+A stage gives `build(config, context) -> (trainer, meter)`; `fit` does the rest: it resumes from the newest resume
+point, trains, reports progress, publishes intermediate checkpoints, and saves the model or the adapter.
 """
 
-import math
 import os
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import datasets
 import torch
-import torch.distributed
 import transformers
 import trl.trainer.utils
 from accelerate import PartialState
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from cordee import files
 from cordee.compute import device
 from cordee.compute import model as compute
 from cordee.compute.tokenizer import open_tokenizer
+from cordee.cost import training_flops
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from posttrain.settings import TrlConfig
+from posttrain import adapters
+from posttrain.settings import TrlConfig, passes
+from posttrain.watch import Watch, newest_resume_point
 
-MARK = "complete.json"
 Arguments = TypeVar("Arguments", bound=transformers.TrainingArguments)
+Config = TypeVar("Config", bound=TrlConfig)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What a stage's batches count for, and what its metrics say of the data."""
+
+    count: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
+    """From a batch as the collator made it to its number of `tokens` without padding, and what else is counted."""
+    rows: int
+    """Rows of the data: chats, or preference pairs."""
+    sequence_length: int
+    """Tokens in a sequence, for the FLOPs of attention."""
+    has_reference: bool = False
+    """Whether a frozen reference model reads each token as well."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Further metrics of the stage."""
 
 
 def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours: Any) -> Arguments:
     """The library's own config: its defaults, the recipe's `trainer:`, and what the stage sets itself.
-
-    The libraries' own progress bars are turned off, since the stage tells its progress itself.
 
     Args:
         kind: `SFTConfig`, `DPOConfig`, …
@@ -71,7 +79,7 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
         "logging_steps": 1,  # `Watch` thins them out; a mean over steps would change with a resume in their middle
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
-        "save_steps": config.save_steps,
+        "save_steps": config.resume_steps,
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
@@ -85,7 +93,7 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
     device.require_launched(config.launch, made.world_size, made.device)
     if made.device.type == "cpu":  # of several processes it is "cpu:0", which torch.load does not know: no resume
         made.__dict__["_setup_devices"] = torch.device("cpu")
-    return made
+    return cast("Arguments", made)
 
 
 def _set_up_libraries() -> None:
@@ -123,163 +131,127 @@ def open_model(config: TrlConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     return model, tokenizer
 
 
-def once(context: Context, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a training returns, or returned before it was killed between its end and the artifact's publishing.
+def open_trainer(
+    kind: type[Trainer], config: TrlConfig, model: PreTrainedModel, settings: Any, **given: Any
+) -> Trainer:
+    """TRL's trainer, of an adapter where the config has `lora`.
 
-    `training.json` is written when all the rest is; only then do the resume points go.
+    Args:
+        kind: `SFTTrainer`, `DPOTrainer`, …
+        config: the stage's config.
+        model: the model to start from.
+        settings: what `arguments` returned.
+        given: further arguments of the trainer: `train_dataset`, `processing_class`.
+
+    Raises:
+        UserError: TRL or PEFT refuses a setting.
+    """
+    lora = adapters.lora_config(config.lora, model) if config.lora is not None else None
+    try:
+        return kind(model=model, args=settings, peft_config=lora, **given)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise UserError(f"TRL refuses it: {error}", key="trainer" if lora is None else "trainer, lora") from error
+
+
+def fit(build: Callable[[Config, Context], tuple[Trainer, Meter]], config: Config, context: Context) -> dict[str, Any]:
+    """Train to the end, from the newest resume point if there is one, and write the model or the adapter.
+
+    `training.json` is written when everything else is whole: a run that was killed between its end and the artifact's
+    publishing does not train again.
+
+    Args:
+        build: opens model and data, checks them, and returns the trainer and its meter.
+        config: the stage's config.
+        context: where to write, the seed, and where progress is reported.
+
+    Returns:
+        The manifest's metrics: what TRL logged last, `steps`, `tokens`, `flops`, `parameters`, …
+
+    Raises:
+        Stopped: a stop was asked for; the state is saved.
+        UserError: the data, the model or a key is wrong.
+        Fault: the loss is no number, or several processes run with the model left unwrapped.
     """
     finished = context.out / "training.json"
     if not finished.exists():
-        metrics = train()
+        metrics = _train(*build(config, context), config, context)
         if context.is_main:
             files.write_json(finished, metrics)
         PartialState().wait_for_everyone()
     if context.is_main:
         shutil.rmtree(context.out / "resume", ignore_errors=True)
-    return files.read_json(finished)
+    return cast("dict[str, Any]", files.read_json(finished))
 
 
-def train(trainer: Trainer, config: TrlConfig, context: Context, tokens_per_epoch: float) -> dict[str, float]:
-    """Train from the newest whole resume point, or from the start, to the end.
-
-    Args:
-        trainer: a trainer whose arguments come from `arguments`.
-        config: the stage's config.
-        context: where to write and whom to tell.
-        tokens_per_epoch: tokens of one pass over the data, all processes together; for the tokens per second.
-
-    Returns:
-        `steps`, `loss` (the last one logged), `parameters` (all), `num_processes` and what TRL logged last, such as
-        `mean_token_accuracy`.
-
-    Raises:
-        Stopped: a stop was asked for; the state is saved.
-        Fault: the loss is no number, or several processes run with the model left unwrapped.
-    """
+def _train(trainer: Trainer, meter: Meter, config: TrlConfig, context: Context) -> dict[str, Any]:
+    """Take the steps that are left, publish, and say what was trained."""
+    trainable = trainable_parameters(trainer.model)
+    context.note(f"{meter.rows} rows; {trainable:,} parameters to train")
     point = newest_resume_point(context.out / "resume")
-    start = int(point.name.rpartition("-")[2]) if point else 0
-    context.rewind(start)
-    if start:
-        context.note(f"goes on from step {start}")
-    watch = Watch(trainer, config, context, tokens_per_epoch)
+    context.rewind(point.step if point else 0)
+    if point:
+        context.note(f"goes on from step {point.step}")
+    watch = Watch(trainer, config, context, lambda folder: publish(trainer, config, folder))
+    if point:
+        watch.totals.update(point.totals)
+    take_step = trainer.training_step
+
+    def counted(model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        watch.count(meter.count(inputs))
+        return cast("torch.Tensor", take_step(model, inputs, *rest))
+
+    trainer.training_step = counted
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=str(point) if point else None)
-    state = trainer.state
+    trainer.train(resume_from_checkpoint=str(point.folder) if point else None)
     if watch.stopping:
-        context.stop(f"step {state.global_step} of {state.max_steps}")
-    last = next((row for row in reversed(state.log_history) if "loss" in row), {})
-    figures = {name: float(value) for name, value in last.items() if name not in ("step", "num_tokens")}
-    parameters = sum(weights.numel() for weights in trainer.accelerator.unwrap_model(trainer.model).parameters())
-    processes = trainer.accelerator.num_processes
-    return {**figures, "steps": state.global_step, "parameters": parameters, "num_processes": processes}
+        context.stop(f"step {trainer.state.global_step} of {trainer.state.max_steps}")
+    publish(trainer, config, context.out)
+    return _metrics(trainer, meter, config, watch) | {"trainable_parameters": trainable}
 
 
-def gather_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The trained weights by their own names, gathered from all shards: every process takes part."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # as torch.compile names them
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """Parameters that are trained.
+
+    Raises:
+        UserError: there are none.
+    """
+    count: int = sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
+    if not count:
+        raise UserError("there is nothing to train", key="lora")
+    return count
 
 
-def save(trainer: Trainer, config: TrlConfig, context: Context) -> None:
-    """Write the trained model with the tokenizer that it came with into the artifact."""
-    weights = gather_weights(trainer)
-    if context.is_main:
+def publish(trainer: Trainer, config: TrlConfig, folder: Path) -> None:
+    """Write the adapter, or the whole model, with the tokenizer of its base; every process has to call this."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered from all shards
+    weights = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # as torch.compile names them
+    if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        compute.save_model(model, context.out, tokenizer=config.model, state_dict=weights)
+        if isinstance(model, PeftModel):
+            adapters.save(model, folder, base=config.model, state_dict=weights)
+        else:
+            compute.save_model(model, folder, tokenizer=config.model, state_dict=weights)
     trainer.accelerator.wait_for_everyone()
 
 
-def newest_resume_point(folder: Path) -> Path | None:
-    """The newest resume point whose files are those that its mark lists; what a kill has left is deleted."""
-    state = PartialState()
-    if state.is_main_process:
-        for path in folder.glob("checkpoint-*"):
-            if not _is_whole(path):
-                shutil.rmtree(path)
-    state.wait_for_everyone()
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint has its mark, and every file that the mark lists with the same content."""
-    if not (checkpoint / MARK).exists():
-        return False
-    hashes: dict[str, str] = files.read_json(checkpoint / MARK)
-    return all(
-        (checkpoint / name).is_file() and files.sha256(checkpoint / name) == value for name, value in hashes.items()
+def _metrics(trainer: Trainer, meter: Meter, config: TrlConfig, watch: Watch) -> dict[str, Any]:
+    """What the manifest says of a training that has ended."""
+    state, model = trainer.state, trainer.accelerator.unwrap_model(trainer.model)
+    last: dict[str, float] = next((row for row in reversed(state.log_history) if "loss" in row), {})
+    shape = model.config.get_text_config()
+    parameters = sum(weights.numel() for weights in model.parameters())
+    work = training_flops(
+        parameters, watch.totals["tokens"], shape.num_hidden_layers, shape.hidden_size, meter.sequence_length
     )
-
-
-class Watch(TrainerCallback):
-    """Tells the run how far it is, marks resume points, and ends training where a stop was asked for."""
-
-    def __init__(self, trainer: Trainer, config: TrlConfig, context: Context, tokens_per_epoch: float) -> None:
-        self.trainer, self.config, self.context = trainer, config, context
-        self.tokens_per_epoch = tokens_per_epoch
-        self.stopping = False
-        self.first_step, self.began_s, self.told_s = 0, 0.0, 0.0
-        self.figures: dict[str, float] = {}
-
-    def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        """Check that several processes really train one model; start the clock."""
-        wrapped = getattr(self.trainer.model_wrapped, "_orig_mod", self.trainer.model_wrapped)
-        device.require_wrapped(wrapped, self.trainer.accelerator.num_processes, self.config.launch)
-        self.first_step, self.began_s = state.global_step, time.monotonic()
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell how far it is, at most once a second, and ask every process whether to stop."""
-        now = time.monotonic()
-        if now - self.told_s >= 1 or state.global_step == state.max_steps:
-            self.told_s = now
-            steps_per_s = (state.global_step - self.first_step) / max(now - self.began_s, 1e-9)
-            tokens_per_step = self.tokens_per_epoch * state.num_train_epochs / max(state.max_steps, 1)
-            self.context.progress(
-                state.global_step,
-                state.max_steps,
-                "steps",
-                **self.figures,
-                tokens_per_s=round(steps_per_s * tokens_per_step),
-            )
-        if state.global_step >= state.max_steps:
-            control.should_save = False  # resumed from its last step, `Trainer` would take one more
-        elif _any_process(self.context.stop_requested(), args.device):
-            self.stopping = control.should_save = control.should_training_stop = True
-
-    def on_log(
-        self, _args: Any, state: TrainerState, _control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
-        """Write one line of metrics; a loss that is no number ends the training."""
-        if "loss" not in logs:
-            return
-        values = {name: float(value) for name, value in logs.items() if name != "num_tokens"}  # TRL counts padding too
-        if not math.isfinite(values["loss"]):
-            raise Fault(
-                f"the loss is {values['loss']} at step {state.global_step}",
-                file=self.context.out,
-                hint="lower trainer.learning_rate, or look at the data of this step",
-            )
-        if state.global_step % self.config.logging_steps == 0 or state.global_step == state.max_steps:
-            self.context.log(state.global_step, **values, tokens=round(self.tokens_per_epoch * (state.epoch or 0)))
-        self.figures = {"loss": values["loss"]}
-
-    def on_save(self, args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        """Flush the checkpoint that every process has written its part of, then mark it as whole."""
-        processes = PartialState()
-        processes.wait_for_everyone()
-        if processes.is_main_process:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            files.sync_tree(folder)
-            hashes = {str(path.relative_to(folder)): files.sha256(path) for path in files.walk(folder)}
-            files.write_json(folder / MARK, hashes)
-            files.sync_folder(folder.parent)
-        processes.wait_for_everyone()
-
-
-def _any_process(flag: bool, where: torch.device) -> bool:
-    """Whether the flag is up in any process: all must stop at the same step, or one waits for ever."""
-    if not torch.distributed.is_initialized():
-        return flag
-    highest = torch.tensor(int(flag), device=where)
-    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
-    return bool(highest.item())
+    return {
+        **{name: float(value) for name, value in last.items() if name not in ("step", "num_tokens")},
+        **watch.totals,
+        "steps": state.global_step,
+        "rows": meter.rows,
+        "flops": passes(config, has_reference=meter.has_reference) * work,
+        "parameters": parameters,
+        "vocab_size": shape.vocab_size,
+        "num_processes": trainer.accelerator.num_processes,
+        **meter.metrics,
+    }

@@ -1,17 +1,17 @@
-"""The command that starts a stage: `python -m <uses>`, by `accelerate launch` where the stage trains."""
+"""The command that starts a stage: `python -m <uses>`, by `accelerate launch` where it takes an `AccelerateConfig`."""
 
 import json
 import sys
 from pathlib import Path
 
 from cordee import files, provenance
-from cordee.config import Config, Launch, TrainingConfig
+from cordee.config import AccelerateConfig, Config, Launch
 
 
 def of_stage(uses: str, config: Config, job_file: Path) -> tuple[str, ...]:
     """The argument vector for a stage whose job stands in `job_file`."""
     module = ("-m", uses, "--job", str(job_file))
-    if not isinstance(config, TrainingConfig):
+    if not isinstance(config, AccelerateConfig):
         return (sys.executable, *module)
     launch = config.launch
     settings = launch.config_file or str(_settings(launch, job_file.with_name("accelerate.yaml")))

@@ -18,7 +18,7 @@ from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from pretrain.data.loader import open_split
 from pretrain.data.mixture import Mixture
-from pretrain.training import checkpoint, loop
+from pretrain.training import loop
 from pretrain.training.heldout import open_heldout
 from pretrain.training.loop import State, Training
 from pretrain.training.model import Objective, build, parameter_groups, require_documents_apart
@@ -99,14 +99,12 @@ def restore(training: Training) -> State:
     step = broadcast_object_list([point.state["step"] if point else None])[0]
     if step is None:
         context.rewind(-1)
-        checkpoint.drop_after(context, -1)
         return State(source_tokens=[0] * len(training.mixture.splits), precision=training.objective.precision)
     point, _ = resume.newest(context.out / "resume")
     if point is None or point.state["step"] != step:
         raise Fault(f"not every process sees the state at step {step}", file=context.out / "resume")
     resume.restore(point, training.objective, training.optimizer)
     context.rewind(step)
-    checkpoint.drop_after(context, step)
     context.note(f"goes on from step {step}")
     state = State.of(point.state)
     if state.precision != training.objective.precision:

@@ -24,10 +24,3 @@ def save(model: PreTrainedModel, context: Context, place: str, tokenizer: Path) 
             folder.parent.mkdir(exist_ok=True)
         save_model(model, folder, tokenizer=tokenizer, state_dict=weights)
     PartialState().wait_for_everyone()
-
-
-def drop_after(context: Context, step: int) -> None:
-    """Delete the checkpoints after a step: the training that goes on from there writes them again."""
-    for folder in (context.out / "checkpoints").glob("*"):
-        if context.is_main and not (folder.name.isdecimal() and int(folder.name) <= step):
-            shutil.rmtree(folder)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cordee.config import Execution, MisfitError, TrainingConfig, require_whole_batches
+from cordee.config import Execution, TrainingConfig, require_whole_batches
 
 
 class Settings(TrainingConfig):
@@ -34,16 +34,12 @@ class Settings(TrainingConfig):
     """Gradients whose norm is larger are scaled down to it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What matrices are multiplied in; weights, loss and optimizer are float32. `auto`: bfloat16 where it is fast."""
-    save_steps: int | list[int] = Field(default_factory=list)
-    """Steps whose model is published under `checkpoints/<step>/`, from 1 to `max_steps`: a list, or an interval."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps from one measurement of held-out bits per byte to the next; 0: only at the end."""
     per_device_train_batch_size: Execution[int] = Field(default=8, ge=1)
     """Sequences that one process works on at once; the gradients of several such are added up to a global batch."""
     compile: Execution[Literal["auto", "on", "off"]] = "auto"
     """Whether torch compiles the model; `auto`: where the training is long enough to win the time back."""
-    resume_steps: Execution[int] = Field(default=100, ge=1)
-    """Steps from one resume point to the next: what a kill can cost."""
     logging_steps: Execution[int] = Field(default=10, ge=1)
     """Steps from one line of `metrics.jsonl` to the next."""
     report_to: Execution[list[str]] = Field(default_factory=list)
@@ -51,12 +47,6 @@ class Settings(TrainingConfig):
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> "Settings":
-        for step in [self.save_steps] if isinstance(self.save_steps, int) else self.save_steps:
-            if not 1 <= step <= self.max_steps:
-                raise MisfitError(f"{step} is not from 1 to max_steps, {self.max_steps}", key="save_steps")
+        self.require_steps(self.max_steps)
         require_whole_batches(self.global_batch_size, self.per_device_train_batch_size, self.launch.num_processes)
         return self
-
-    def saves_at(self, step: int) -> bool:
-        """Whether the model is published at this step."""
-        return step % self.save_steps == 0 if isinstance(self.save_steps, int) else step in self.save_steps

@@ -29,7 +29,7 @@ def lint(tmp_path):
     [
         ("pretrain/data/mixture.py", "from pretrain import train", "pretrain.data.mixture -> pretrain.train"),
         ("posttrain/rows.py", "from posttrain import prove_masks", "posttrain.rows -> posttrain.prove_masks"),
-        ("posttrain/sft.py", "from posttrain import preference", "posttrain.sft -> posttrain.preference"),
+        ("posttrain/sft.py", "from posttrain import dpo", "posttrain.sft -> posttrain.dpo"),
         ("eval/brand_new.py", "", "eval.brand_new"),
     ],
 )

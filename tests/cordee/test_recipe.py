@@ -140,7 +140,7 @@ def test_a_librarys_keys_are_checked_against_its_own_dataclass(write, trainer, m
 
 
 def test_a_list_is_a_tuple_to_a_library(write):
-    text = LIBRARY.replace("posttrain.sft", "posttrain.preference").replace("TRAINER", "")
+    text = LIBRARY.replace("posttrain.sft", "posttrain.dpo").replace("TRAINER", "")
     lora = "}, lora: {layer_replication: [[0, 2], [1, 3]]}}"
     assert recipe.load(write("tune.yaml", text.replace("}}", lora))).stages[0].config.lora
     with pytest.raises(UserError, match=r"lora\.layer_replication: Input should be a valid array, not 2"):
@@ -178,8 +178,8 @@ stages:
             "stages.sft.global_batch_size: 8 rows can't be divided by 8 rows in each of 3 processes; no per_device",
         ),
         ("sft.launch.num_processes=16", "16 processes have to divide it"),
-        ("base.save_steps=0", "stages.base.save_steps: 0 is not from 1 to max_steps, 240"),
-        ("base.save_steps=[120, 500]", "stages.base.save_steps: 500 is not from 1 to max_steps, 240"),
+        ("base.save_steps=0", "stages.base.save_steps: 0 is not from 1 to the last step, 240"),
+        ("base.save_steps=[120, 500]", "stages.base.save_steps: 500 is not from 1 to the last step, 240"),
         ("base.launch.config_file=fdsp2.yaml", "stages.base.launch.config_file: no file 'fdsp2.yaml'; did you mean"),
         ("base.launch.config_file=list.yaml", "list.yaml: launch.config_file: holds no mapping"),
         ("base.launch.config_file=broken.yaml", "broken.yaml:1: launch.config_file: no valid YAML"),

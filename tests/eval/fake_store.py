@@ -243,7 +243,7 @@ def make(root: Path) -> dict[str, Path]:
     publish("sft", "posttrain.sft", {"config.json": "{}", "metrics.jsonl": store.curve(80, 4.0, 1.2, heldout=False)},
             inputs={"model": "base", "data": "chats"}, seconds=96, memory=2_400_000_000,
             metrics={"tokens": 163_840, "flops": 5.6e12, "parameters": 5_408_768})  # fmt: skip
-    publish("dpo", "posttrain.preference", {"adapter_config.json": "{}",
+    publish("dpo", "posttrain.dpo", {"adapter_config.json": "{}",
             "metrics.jsonl": store.curve(40, 0.693, 0.4, heldout=False)}, inputs={"model": "sft", "data": "chats"},
             seconds=64, memory=2_700_000_000,
             metrics={"tokens": 81_920, "flops": 3.9e12, "parameters": 5_408_768})  # fmt: skip

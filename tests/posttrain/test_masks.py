@@ -241,7 +241,7 @@ def test_the_stage_stops_before_the_first_step_where_its_collator_is_wrong(
     tmp_path: Path, model_folder: Path, context: Context
 ) -> None:
     file = write_parquet(tmp_path / "m.parquet", some_chats(12))
-    trainer, chats, stops = sft.build(config(model_folder, file, packing=True), context)
+    trainer, chats, stops = sft.open_trainer(config(model_folder, file, packing=True), context)
     sound = trainer.data_collator
     sft.check_batches(trainer, chats, stops)
 

@@ -167,13 +167,35 @@ def test_it_learns_the_answers_and_leaves_a_plain_model(model_folder: Path, tmp_
     assert lines[-1]["loss"] < lines[0]["loss"] / 4
 
 
+def test_an_adapter_is_trained_and_saved_as_in_the_other_stages(
+    model_folder: Path, reference: dict[str, Any], context: Context
+) -> None:
+    from posttrain import adapters
+
+    trainer = {"packing": True, "num_train_epochs": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
+    given = keys(model_folder, reference["data"], **trainer)
+    config = sft.Config.model_validate({**given, "lora": {"r": 4}, "save_steps": 2})
+    metrics = sft.run(config, context)
+    assert metrics["trainable_parameters"] < metrics["parameters"] / 4
+    base, _ = training.open_model(config)
+    before = base.get_parameter("lm_head.weight").clone()
+    for place in (context.out, context.out / "checkpoints" / "2"):
+        opened = adapters.open_adapter(place, training.open_model(config)[0], model_folder)
+        merged = opened.merge_and_unload()
+        assert merged.get_parameter("lm_head.weight").equal(before)
+        changed = merged.get_parameter("model.layers.0.self_attn.q_proj.weight")
+        assert not changed.equal(base.get_parameter("model.layers.0.self_attn.q_proj.weight"))
+    lines = read_json_lines(context.out / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
 def test_weights_of_sources_change_how_often_chats_are_seen(
     model_folder: Path, tmp_path: Path, context: Context
 ) -> None:
     data = write_parquet(tmp_path / "messages.parquet", some_chats(12))
     given = keys(model_folder, data)
     given["data"] = [{"path": str(data), "weight": 0.5}, {"path": str(data), "weight": 2.0}]
-    _, chats, _ = sft.build(sft.Config.model_validate(given), context)
+    _, chats, _ = sft.open_trainer(sft.Config.model_validate(given), context)
     assert len(chats) == 6 + 24
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from cordee import files
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
-from posttrain import sft, training
+from posttrain import rows, sft, training, watch
 
 STEPS = 9
 
@@ -29,7 +29,8 @@ def keys(model_folder: Path, data: Path, **trainer: Any) -> dict[str, Any]:
         "global_batch_size": 4,
         "per_device_train_batch_size": 2,
         "logging_steps": 2,
-        "save_steps": 3,
+        "save_steps": [2, 5],
+        "resume_steps": 3,
         "trainer": {"packing": True, "max_length": 128, "max_steps": STEPS, "learning_rate": 1e-3, **trainer},
     }
 
@@ -66,7 +67,7 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, config: sft.Config, context: Context) -> None:
     """Run until a step has ended, and no further."""
-    original = training.Watch.on_step_end
+    original = watch.Watch.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         original(self, args, state, control, **rest)
@@ -74,7 +75,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, config: sft.Config, cont
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Watch, "on_step_end", dying)
+        patch.setattr(watch.Watch, "on_step_end", dying)
         with pytest.raises(Killed):
             sft.run(config, context)
 
@@ -91,16 +92,34 @@ def test_a_run_that_was_killed_ends_in_the_same_files_and_metrics(
     assert (f"goes on from step {step // 3 * 3}" in notes) == (step >= 3)
 
 
-@pytest.mark.parametrize("damage", ["no mark", "changed byte", "missing file", "half written"])
+def test_steps_that_are_asked_for_are_published_as_models(whole) -> None:
+    published = {name.rpartition("/")[0] for name in whole[0] if name.endswith("model.safetensors")}
+    assert published == {"", "checkpoints/2", "checkpoints/5"}
+    assert len({whole[0][f"{place}/model.safetensors".lstrip("/")] for place in published}) == 3
+    assert "checkpoints/2/tokenizer.json" in whole[0]
+
+
+@pytest.mark.parametrize(("save_steps", "trainer"), [([2, 10], {}), (10, {}), ([2, 11], {"max_steps": -1})])
+def test_a_step_that_the_training_does_not_have_is_refused(
+    model_folder: Path, data: Path, tmp_path: Path, save_steps: Any, trainer: dict[str, Any]
+) -> None:
+    given = {**keys(model_folder, data, num_train_epochs=1, **trainer), "save_steps": save_steps}
+    with pytest.raises(UserError, match=r"save_steps: 1[01] is not from 1 to the last step, \d"):
+        sft.run(sft.Config.model_validate(given), at(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["no mark", "broken mark", "changed byte", "missing file", "half written"])
 def test_a_damaged_resume_point_is_deleted_and_the_one_before_is_used(
     model_folder: Path, data: Path, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     config, context = sft.Config.model_validate(keys(model_folder, data)), at(tmp_path)
     kill_at(monkeypatch, 7, config, context)
     newest = context.out / "resume" / "checkpoint-6"
-    assert (newest / training.MARK).exists()
+    assert (newest / watch.MARK).exists()
     if damage == "no mark":
-        (newest / training.MARK).unlink()
+        (newest / watch.MARK).unlink()
+    elif damage == "broken mark":
+        (newest / watch.MARK).write_bytes(b"\xff")
     elif damage == "missing file":
         (newest / "optimizer.pt").unlink()
     elif damage == "changed byte":
@@ -125,7 +144,7 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", killed)
+        patch.setattr(training, "publish", killed)
         with pytest.raises(Killed):
             sft.run(config, context)
     metrics = sft.run(config, context)
@@ -139,7 +158,7 @@ def test_a_stop_saves_and_the_next_run_goes_on_from_there(
     (context.events.parent / "stop").touch()
     with pytest.raises(Stopped, match=f"stopped at step 1 of {STEPS}"):
         sft.run(config, context)
-    assert training.newest_resume_point(context.out / "resume") == context.out / "resume" / "checkpoint-1"
+    assert watch.newest_resume_point(context.out / "resume").folder == context.out / "resume" / "checkpoint-1"
     (context.events.parent / "stop").unlink()
     metrics = sft.run(config, context)
     assert (content(context.out), metrics) == whole
@@ -155,7 +174,7 @@ def test_kill_minus_nine_in_a_real_process_loses_nothing(model_folder: Path, dat
     process = subprocess.Popen(
         [sys.executable, "-m", "posttrain.sft", "--job", str(tmp_path / "job.json")], env=environment
     )
-    mark = context.out / "resume" / "checkpoint-3" / training.MARK
+    mark = context.out / "resume" / "checkpoint-3" / watch.MARK
     deadline = time.monotonic() + 240
     while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -184,6 +203,24 @@ def test_metrics_have_a_line_of_every_so_many_steps_and_of_the_last(
     context = at(tmp_path)
     sft.run(sft.Config.model_validate(keys(model_folder, data)), context)
     assert [row["step"] for row in files.read_json_lines(context.out / "metrics.jsonl")] == [2, 4, 6, 8, 9]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tokens_are_counted_and_not_estimated_from_epochs(
+    model_folder: Path, data: Path, tmp_path: Path, *, packing: bool
+) -> None:
+    """transformers rounds a tenth of an epoch up to a whole one."""
+    given = {**keys(model_folder, data, packing=packing, max_steps=1), "save_steps": []}
+    config, context = sft.Config.model_validate(given), at(tmp_path)
+    trainer, _ = sft.build(config, context)
+    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
+    pad = trainer.processing_class.pad_token_id
+    tokens = sum(int((batch["input_ids"] != pad).sum()) for batch in batches)
+    loss_tokens = sum(int((batch["labels"] != rows.IGNORED).sum()) for batch in batches)
+    metrics = sft.run(config, context)
+    assert (metrics["tokens"], metrics["loss_tokens"]) == (tokens, loss_tokens)
+    assert metrics["steps"] == 1
+    assert files.read_json_lines(context.out / "metrics.jsonl")[-1]["tokens"] == metrics["tokens"]
 
 
 def test_progress_names_loss_speed_and_time_left(model_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -222,7 +259,7 @@ def test_a_run_killed_before_it_is_published_does_not_train_again(
             sft.run(config, context)
     assert (context.out / "resume").is_dir()
     written = {name: value for name, value in content(context.out).items() if not name.startswith("resume/")}
-    monkeypatch.setattr(training, "train", never)
+    monkeypatch.setattr(training, "_train", never)
     assert sft.run(config, context)["steps"] == STEPS
     assert content(context.out) == written
     assert not (context.out / "resume").exists()

@@ -124,7 +124,7 @@ REACHES = ["socket.create_connection(('192.0.2.1', 80))", "urllib.request.urlope
 STRANGER = """
 import socket, urllib.request
 from cordee import worker
-from cordee.config import Config as Plain, TrainingConfig
+from cordee.config import Config as Plain, AccelerateConfig
 
 class Config({base}):
     pass
@@ -141,7 +141,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("reach", REACHES)
-@pytest.mark.parametrize("base", ["Plain", "TrainingConfig"])
+@pytest.mark.parametrize("base", ["Plain", "AccelerateConfig"])
 def test_a_step_that_reached_for_a_network_would_be_seen(tmp_path, monkeypatch, base, reach):
     """Started as every stage is: by itself, or by `accelerate launch`."""
     (tmp_path / "strangers").mkdir()

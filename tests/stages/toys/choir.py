@@ -6,11 +6,11 @@ import time
 from typing import Any
 
 from cordee import worker
-from cordee.config import Execution, TrainingConfig
+from cordee.config import AccelerateConfig, Execution
 from cordee.stage import Context
 
 
-class Config(TrainingConfig):
+class Config(AccelerateConfig):
     """What the choir is told."""
 
     song: str = "la"

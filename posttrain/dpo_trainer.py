@@ -1,0 +1,98 @@
+"""Around TRL's `DPOTrainer`: settings that it would ignore, its dataset, the check of the first step."""
+
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_from_disk
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import DPOConfig, DPOTrainer
+
+from cordee.errors import Fault, UserError, nearest
+from posttrain.pairs import COLUMNS
+from posttrain.reading import Record
+
+
+def check_settings(settings: DPOConfig, lora: dict[str, Any] | None) -> None:
+    """Refuse settings that TRL would drop without a word, or find out about in the first step only.
+
+    Raises:
+        UserError: there is one.
+    """
+    if lora and lora.get("lora_dropout") and settings.disable_dropout:
+        raise UserError(
+            "TRL switches every dropout off, this one too, as long as trainer.disable_dropout is true (its default)",
+            key="lora.lora_dropout",
+            hint="leave it out, or set trainer.disable_dropout: false",
+        )
+    if lora and lora.get("bias", "none") != "none":
+        raise UserError(
+            f"with {lora['bias']!r} biases stay trained while the adapter is off: there would be no reference model",
+            key="lora.bias",
+            hint="leave it out",
+        )
+    # TRL has no list of its losses; each is a branch of its source.
+    known = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer)))
+    for name in settings.loss_type:
+        if name not in known:
+            raise UserError(f"TRL has no loss {name!r}", key="trainer.loss_type", hint=nearest(name, known))
+    if settings.sync_ref_model and lora is not None:
+        raise UserError("the reference is the model with the adapter off, which stays", key="trainer.sync_ref_model")
+
+
+def dataset(rows: Sequence[Record], settings: DPOConfig, out: Path) -> Dataset:
+    """The rows as TRL reads them.
+
+    Log-probabilities computed beforehand are passed from process to process by a file beside the dataset's own, so
+    it has to lie on the disk then; it goes with the resume points.
+    """
+    whole = Dataset.from_list([{column: _plain(row.values[column]) for column in COLUMNS} for row in rows])
+    if not settings.precompute_ref_log_probs:
+        return whole
+    folder = out / "resume" / "pairs"
+    with PartialState().main_process_first():
+        if not (folder / "state.json").exists():  # the file that `save_to_disk` writes last
+            whole.save_to_disk(folder)
+    return load_from_disk(folder)
+
+
+def _plain(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def counts(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The `tokens` of a batch `[2 · pairs, length]` without padding: a scalar on the batch's device."""
+    return {"tokens": batch["attention_mask"].sum()}
+
+
+class StartsAtReference(TrainerCallback):  # type: ignore[misc] # transformers has no types for mypy
+    """Before its first update the policy *is* the reference: rewards 0, and the sigmoid loss ln 2 (paper's equation 7).
+
+    Where it is not, another reference than the model that was asked for is in use (or an adapter that does not start
+    without effect), and everything after would be measured from there.
+    """
+
+    def __init__(self, settings: DPOConfig) -> None:
+        # Log-probabilities computed beforehand come from other batches, whose sums bfloat16 rounds differently.
+        self.tolerance = 0.05 if settings.precompute_ref_log_probs and settings.bf16 else 1e-3
+        plain = settings.loss_type == ["sigmoid"] and not settings.use_weighting and not settings.loss_weights
+        self.expected = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0}
+        if plain:
+            self.expected["loss"] = math.log(2.0)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:  # noqa: ARG002 - the library's signature
+        """Check the figures of step 1, which were computed before the first update."""
+        if state.global_step != 1 or "loss" not in logs:
+            return
+        for name, value in self.expected.items():
+            if not abs(logs[name] - value) <= self.tolerance:
+                raise Fault(
+                    f"before the first update {name} is {logs[name]:.4g} and not {value:.4g}: the model does not start "
+                    "as its reference",
+                    hint="an adapter has to start without effect (lora.init_lora_weights), and dropout has to be off",
+                )
