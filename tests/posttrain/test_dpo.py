@@ -15,7 +15,7 @@ import pytest
 from cordee.cost import Cost
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
-from posttrain import dpo, reading
+from posttrain import adapters, dpo, reading
 from posttrain.settings import BYTES_PER_TOKEN
 
 ANSWERS = ("German", "French", "Italian", "Romansh")
@@ -139,11 +139,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 def test_a_run_killed_after_its_last_save_ends_with_the_same_files(
     model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     whole, broken = new_context("whole"), new_context("broken")
     metrics = dpo.run(config(model_folder, pairs_file), whole)
+    save = adapters.save
+
+    def kill(model: Any, folder: Path, **rest: Any) -> None:
+        if folder == broken.out:
+            raise KeyboardInterrupt
+        save(model, folder, **rest)
+
     monkeypatch.setattr("posttrain.adapters.save", kill)
     with pytest.raises(KeyboardInterrupt):
         dpo.run(config(model_folder, pairs_file), broken)
