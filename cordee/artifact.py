@@ -1,8 +1,8 @@
-"""An artifact: a folder that a stage has published, `runs/<recipe>/<stage>@<n>`: whole, hashed, never changed.
+"""Artifacts: the folders that stages have published, `runs/<recipe>/<stage>@<n>`: complete, hashed, never changed.
 
 A stage writes into `<stage>@<n>.partial`. Publishing flushes every file, writes `manifest.json` and renames the
-folder once: a reader sees a whole artifact or none, whatever was killed when. What is not part of the artifact
-(log, events, the job) stands in `runs/<recipe>/logs/<stage>@<n>/`.
+folder once: a reader sees a complete artifact or none, whenever the process is killed. Log, events and job of the
+attempts are no part of the artifact; they are kept in `runs/<recipe>/logs/<stage>@<n>/`.
 """
 
 import os
@@ -10,13 +10,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cordee import files
+from cordee import files, manifest
 from cordee.errors import Fault, UserError, nearest
+from cordee.manifest import Manifest
 
-MANIFEST = "manifest.json"
-REFERENCE = re.compile(r"(?P<recipe>[\w-]+)/(?P<stage>[\w-]+)@(?P<version>\d+)(?:/(?P<place>.+))?")
+REFERENCE = re.compile(r"(?P<recipe>[\w-]+)/(?P<folder>[\w-]+@\d+)(?:/(?P<place>.+))?")
 _FOLDER = re.compile(r"(?P<stage>[\w-]+)@(?P<version>\d+)(?P<partial>\.partial)?")
 
 
@@ -25,21 +24,21 @@ class Artifact:
     """A published artifact and its manifest."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def name(self) -> str:
         """How recipes refer to it: `quickstart/base@1`."""
-        return f"{self.manifest['recipe']}/{self.manifest['stage']}@{self.manifest['version']}"
+        return self.manifest.name
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the identity it was made under."""
-        return str(self.manifest["fingerprint"])
+        """The SHA-256 of the identity of its stage."""
+        return self.manifest.fingerprint
 
     def holds(self, place: str) -> bool:
-        """Whether a file or folder is part of it, whatever lies in its folder besides."""
-        return any(_is_below(item["path"], place) for item in self.manifest["files"])
+        """Whether the manifest lists a file at a place or below it."""
+        return any(_is_below(item.path, place) for item in self.manifest.files)
 
     def at(self, place: str, *, file: object = None, key: str | None = None) -> Path:
         """The path of a place in it.
@@ -48,10 +47,34 @@ class Artifact:
             UserError: it holds no such place.
         """
         if not self.holds(place):
-            paths = [Path(item["path"]) for item in self.manifest["files"]]
+            paths = [Path(item.path) for item in self.manifest.files]
             known = {str(parent) for path in paths for parent in [path, *path.parents] if str(parent) != "."}
             raise UserError(f"{self.name} has no {place!r}", file=file, key=key, hint=nearest(place, known))
         return self.path / place
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A folder that is named as an artifact and has no manifest that can be used: it counts as not made."""
+
+    path: Path
+    problem: str
+    """What is wrong, to be read after the name: `manifest.json is missing`."""
+    is_older: bool = False
+    """Whether it is intact, and was published by an older version."""
+
+    @property
+    def name(self) -> str:
+        """Its recipe and its version, by its folder: `quickstart/base@1`."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    def is_of(self, recipe: str, stage: str) -> bool:
+        """Whether it is, by its folder, a version of a stage."""
+        return (self.path.parent.name, self.path.name.rpartition("@")[0]) == (recipe, stage)
+
+    def fault(self, *, file: object = None, key: str | None = None) -> Fault:
+        """The error where this artifact and no other was asked for."""
+        return Fault(f"{self.name}: {self.problem}", file=file, key=key, hint="run its recipe to make it anew")
 
 
 @dataclass(frozen=True)
@@ -69,51 +92,72 @@ class Store:
         if self.root.exists() and not self.root.is_dir():
             raise UserError("is a file, not a folder of artifacts", file=self.root, key="--runs")
 
-    def recipes(self) -> list[str]:
-        """The recipes that have a folder here."""
-        return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+    def scan(self, first: str = "") -> list[Artifact | Damaged]:
+        """Everything that was published, by recipe, stage and version; the recipe `first` before the others."""
+        names = [path.name for path in self.root.iterdir() if path.is_dir()] if self.root.is_dir() else []
+        ordered = sorted(names, key=lambda name: (name != first, name))
+        return [self._read(path) for name in ordered for _, _, partial, path in self._folders(name) if not partial]
 
-    def artifacts(self, recipe: str) -> Iterator[Artifact]:
-        """The published artifacts of a recipe, by stage and version."""
-        for stage, version, partial, path in self._folders(recipe):
-            if not partial and (path / MANIFEST).exists():
-                manifest = files.read_json(path / MANIFEST)
-                if (manifest.get("stage"), manifest.get("version")) != (stage, version):
-                    raise Fault("belongs to another artifact: was the folder renamed?", file=path / MANIFEST)
-                yield Artifact(path, manifest)
-
-    def everything(self, recipe: str) -> list[Artifact]:
-        """All published artifacts, those of this recipe first."""
-        others = [other for other in self.recipes() if other != recipe]
-        return [artifact for name in [recipe, *others] for artifact in self.artifacts(name)]
-
-    def open(self, reference: str) -> Artifact:
-        """The artifact that `recipe/stage@n` names.
+    def find(self, reference: str) -> Artifact | Damaged:
+        """What the folder that `recipe/stage@n` names holds.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no such folder.
         """
         match = REFERENCE.fullmatch(reference)
         if not match:
             raise UserError(f"{reference!r} names no artifact", hint="an artifact is named recipe/stage@version")
-        for artifact in self.artifacts(match["recipe"]):
-            if artifact.name == reference.partition(f"@{match['version']}")[0] + f"@{match['version']}":
-                return artifact
-        known = [artifact.name for artifact in self.everything(match["recipe"])]
+        path = self.root / match["recipe"] / match["folder"]
+        if path.exists():
+            return self._read(path)
+        known = [found.name for found in self.scan(match["recipe"])]
         raise UserError(f"no artifact {reference!r}", file=self.root, hint=nearest(reference, known))
 
+    def around(self, path: Path) -> tuple[Artifact | Damaged, str] | None:
+        """The artifact of this store that a path leads into, and the place in it; None if it leads into none."""
+        whole, root = path.resolve(), self.root.resolve()
+        recipe, folder, *inside = (*whole.relative_to(root).parts, "", "") if whole.is_relative_to(root) else ("", "")
+        match = _FOLDER.fullmatch(folder)
+        if not match or match["partial"]:
+            return None
+        return self._read(self.root / recipe / folder), "/".join(filter(None, inside))
+
     def work_folders(self, recipe: str, stage: str, fingerprint: str) -> "Work":
-        """Where a stage with this fingerprint is worked on: what an earlier run left, or the next free version."""
-        taken = [0]
-        for name, version, partial, path in self._folders(recipe):
-            if name == stage:
-                taken.append(version)
-                job = Work(path, self.root / recipe / "logs" / f"{stage}@{version}").job
-                if partial and job.exists() and files.read_json(job)["fingerprint"] == fingerprint:
-                    return Work(path, job.parent)
-        number = max(taken) + 1
+        """Where a stage with this fingerprint is worked on.
+
+        An interrupted attempt at the same fingerprint is continued. Otherwise it is the first number after the newest
+        published version at which no other attempt has left files.
+        """
+        versions = [0]
+        for name, version, partial, _ in self._folders(recipe):
+            if name == stage and not partial:
+                versions.append(version)
+            elif name == stage and (work := self.work(recipe, stage, version)).is_at(fingerprint):
+                return work
+        number = max(versions) + 1
+        while (work := self.work(recipe, stage, number)).has_files():
+            number += 1
+        return work
+
+    def lock_file(self, recipe: str, stage: str) -> Path:
+        """The lock that whoever works on a stage holds."""
+        return self.root / recipe / f".{stage}.lock"
+
+    def work(self, recipe: str, stage: str, version: int) -> "Work":
+        """The folders in which one version of a stage is, or was, worked on."""
         base = self.root / recipe
-        return Work(base / f"{stage}@{number}.partial", base / "logs" / f"{stage}@{number}")
+        return Work(base / f"{stage}@{version}.partial", base / "logs" / f"{stage}@{version}")
+
+    def _read(self, path: Path) -> Artifact | Damaged:
+        """The artifact in a folder of this store."""
+        try:
+            found = manifest.read(path)
+        except Fault as error:
+            where = f"{manifest.NAME}: {error.key}:" if error.key else manifest.NAME
+            return Damaged(path, f"{where} {error.problem}", isinstance(error, manifest.OlderSchemaError))
+        if found.name != f"{path.parent.name}/{path.name}":
+            return Damaged(path, f"is {found.name} by its manifest: was the folder renamed?")
+        return Artifact(path, found)
 
     def _folders(self, recipe: str) -> Iterator[tuple[str, int, bool, Path]]:
         """The artifact folders of a recipe, finished and partial: stage, version, whether partial, path."""
@@ -134,26 +178,53 @@ class Work:
 
     @property
     def job(self) -> Path:
-        """What the stage's process is told."""
+        """What the stage's process reads."""
         return self.logs / "job.json"
+
+    @property
+    def events(self) -> Path:
+        """What its processes report while they run."""
+        return self.logs / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """Standard output and error of its processes."""
+        return self.logs / "log.txt"
+
+    @property
+    def stop(self) -> Path:
+        """Exists when the stage was asked to stop."""
+        return self.logs / "stop"
+
+    @property
+    def result(self) -> Path:
+        """What the stage returned."""
+        return self.logs / "result.json"
 
     @property
     def version(self) -> int:
         """The artifact's number."""
         return int(self.logs.name.rpartition("@")[2])
 
+    def is_at(self, fingerprint: str) -> bool:
+        """Whether an attempt at this fingerprint was begun here and not published."""
+        try:
+            job = files.read_json(self.job) if self.out.is_dir() else None
+        except Fault:
+            return False
+        return isinstance(job, dict) and job.get("fingerprint") == fingerprint
 
-def around(path: Path) -> tuple[Artifact, str] | None:
-    """The artifact that a path leads into, and the place in it; None if it leads into none."""
-    whole = path.resolve()
-    for folder in [whole, *whole.parents]:
-        if _FOLDER.fullmatch(folder.name) and (folder / MANIFEST).exists():
-            return Artifact(folder, files.read_json(folder / MANIFEST)), "/".join(whole.relative_to(folder).parts)
-    return None
+    def has_files(self) -> bool:
+        """Whether an attempt has left a file."""
+        return any(not path.is_dir() for path in self.out.rglob("*"))
 
 
-def publish(work: Work, manifest: dict[str, Any]) -> Artifact:
+def publish(work: Work, draft: Manifest) -> Artifact:
     """Make a stage's folder an artifact: flush, hash, write the manifest, rename once.
+
+    Args:
+        work: the stage's folders.
+        draft: the manifest; its version and its files are filled in here.
 
     Raises:
         Fault: the folder is empty or the version was published meanwhile.
@@ -161,45 +232,48 @@ def publish(work: Work, manifest: dict[str, Any]) -> Artifact:
     final = work.out.with_name(work.out.name.removesuffix(".partial"))
     if final.exists():
         raise Fault("was published by another run meanwhile", file=final)
-    (work.out / MANIFEST).unlink(missing_ok=True)
-    for left in work.out.rglob(".*.tmp"):  # what a kill left in the midst of `files.write_text`
+    (work.out / manifest.NAME).unlink(missing_ok=True)
+    for left in work.out.rglob(".*.tmp"):  # left by a kill within `files.write_text`
         left.unlink()
     mask = os.umask(0)
     os.umask(mask)
     for path in files.walk(work.out):
         path.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
-    listed = [
-        {"path": path.relative_to(work.out).as_posix(), "bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    listed = tuple(
+        manifest.File(path=path.relative_to(work.out).as_posix(), bytes=path.stat().st_size, sha256=files.sha256(path))
         for path in files.walk(work.out)
-    ]
+    )
     if not listed:
         raise Fault("the stage wrote nothing", file=work.out)
     files.sync_tree(work.out)
-    whole = {"schema": 1, **manifest, "version": work.version, "files": listed}
-    files.write_json(work.out / MANIFEST, whole)
+    whole = draft.model_copy(update={"version": work.version, "files": listed})
+    manifest.write(work.out, whole)
     work.out.rename(final)
     files.sync_folder(final.parent)
     return Artifact(final, whole)
 
 
 def verify(artifact: Artifact, place: str = "") -> Iterator[str]:
-    """Hash an artifact's files again (those below `place`) and say what differs from the manifest, line by line."""
+    """Hash an artifact's files (those below `place`) and compare them with the manifest: a line per difference."""
     root = artifact.path / place
     if not artifact.holds(place):
         yield f"{root}: is not in the manifest"
         return
-    listed = {item["path"]: item for item in artifact.manifest["files"] if _is_below(item["path"], place)}
+    listed = {item.path: item for item in artifact.manifest.files if _is_below(item.path, place)}
     for name, item in listed.items():
         path = artifact.path / name
-        if not path.is_file():
-            yield f"{path}: is missing"
-        elif path.stat().st_size != item["bytes"]:
-            yield f"{path}: has {path.stat().st_size} bytes, the manifest says {item['bytes']}"
-        elif files.sha256(path) != item["sha256"]:
-            yield f"{path}: its content differs from the manifest's SHA-256"
-    for path in files.walk(root):
+        try:
+            if not path.is_file():
+                yield f"{path}: is missing"
+            elif path.stat().st_size != item.bytes:
+                yield f"{path}: has {path.stat().st_size} bytes, the manifest says {item.bytes}"
+            elif files.sha256(path) != item.sha256:
+                yield f"{path}: its content differs from the manifest's SHA-256"
+        except OSError as error:
+            yield f"{path}: can't be read: {error.strerror}"
+    for path in sorted(root.rglob("*")):
         name = path.relative_to(artifact.path).as_posix()
-        if name not in listed and name != MANIFEST:
+        if name not in listed and name != manifest.NAME and not path.is_dir():
             yield f"{path}: is not in the manifest"
 
 

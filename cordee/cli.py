@@ -75,11 +75,11 @@ def run(
     """Run the missing stages of a recipe and resume interrupted ones."""
     from cordee import runner, show
 
-    made, out = _load(recipe_file, overrides, runs), _console()
-    show.plan(out, made)
+    plan, out = _load(recipe_file, overrides, runs), _console()
+    show.plan(out, plan)
     if frozen:
-        runner.require_frozen(made)
-    show.reports(out, runner.run(made, out).values())
+        runner.require_frozen(plan)
+    show.reports(out, runner.run(plan, out).values())
 
 
 @_command
@@ -95,7 +95,7 @@ def status(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RU
     """Show the state of each stage of a recipe: done, running, stopped, failed, stale or ready."""
     from cordee import show
 
-    _console().print(show.status_table(_load(recipe_file, overrides, runs)))
+    show.status(_console(), _load(recipe_file, overrides, runs))
 
 
 @_command
@@ -103,9 +103,9 @@ def stage_(recipe_file: RecipeFile, name: str, overrides: Overrides = None, runs
     """Run one stage of a recipe, for instance as a batch job; its inputs have to be published."""
     from cordee import runner, show
 
-    made, out = _load(recipe_file, overrides, runs), _console()
-    made.stage(name)
-    show.reports(out, [runner.run(made, out, only={name})[name]])
+    plan, out = _load(recipe_file, overrides, runs), _console()
+    plan.stage(name)
+    show.reports(out, [runner.run(plan, out, only={name})[name]])
 
 
 @_command
@@ -113,9 +113,9 @@ def report(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RU
     """Run the report stages of a recipe, with the certificates published so far."""
     from cordee import runner, show
 
-    made, out = _load(recipe_file, overrides, runs), _console()
-    names = made.reports()
-    artifacts = runner.run(made, out, only=names)
+    plan, out = _load(recipe_file, overrides, runs), _console()
+    names = plan.reports()
+    artifacts = runner.run(plan, out, only=names)
     show.reports(out, [artifacts[name] for name in names])
 
 
@@ -139,11 +139,11 @@ def prove_(
         names = [proof.name for proof in apply]
         show.left_out(out, others)
     for name in names:
-        for made, proven in prove.plans(loaded, store, name):
-            show.proof(out, runner.run(made, out, proves=proven)[made.stages[-1].name])
-    made = plan.make(loaded, store)
-    if {planned.item.stage.uses for planned in made.stages if planned.state != "done"} == {plan.REPORT}:
-        show.reports(out, runner.run(made, out).values())
+        for with_proof, proven in prove.plans(loaded, store, name):
+            show.proof(out, runner.run(with_proof, out, proves=proven)[with_proof.stages[-1].name])
+    now = plan.make(loaded, store)
+    if {planned.item.stage.uses for planned in now.stages if planned.state != "done"} == {plan.REPORT}:
+        show.reports(out, runner.run(now, out).values())
 
 
 @_command
@@ -158,7 +158,7 @@ def verify(
     from cordee.artifact import Store
 
     store = Store(runs)
-    chosen = [lineage.find(name, store) for name in what] if what else store.everything("")
+    chosen = [lineage.find(name, store) for name in what] if what else store.scan()
     if not show.verify(_console(), chosen):
         raise typer.Exit(1)
 
@@ -167,10 +167,13 @@ def verify(
 def lineage_(what: Annotated[str, typer.Argument(metavar="CHECKPOINT")], runs: Runs = RUNS) -> None:
     """Trace a checkpoint back to its source files and licences."""
     from cordee import lineage, show
-    from cordee.artifact import Store
+    from cordee.artifact import Damaged, Store
 
     store = Store(runs)
-    _console().print(show.lineage_tree(lineage.walk(lineage.find(what, store), store)))
+    found = lineage.find(what, store)
+    if isinstance(found, Damaged):
+        raise found.fault()
+    _console().print(show.lineage_tree(lineage.walk(found, store)))
 
 
 @_command

@@ -57,17 +57,6 @@ class Config(BaseModel):
     )
 
 
-class MisfitError(UserError):
-    """A value of the right type that doesn't fit the other keys, or this machine.
-
-    A validator raises it; it keeps its parts, so that a recipe can say in which file and stage the key stands.
-    """
-
-    def __init__(self, problem: str, *, key: str, hint: str = "") -> None:
-        super().__init__(problem, key=key, hint=hint)
-        self.problem, self.key, self.hint = problem, key, hint
-
-
 class Launch(Config):
     """How `accelerate launch` starts a training stage."""
 
@@ -84,7 +73,7 @@ class Launch(Config):
         if file and not file.is_file():
             beside = [str(path) for path in file.parent.glob("*.yaml")]
             hint = nearest(str(file), beside) if beside else f"looked in {Path.cwd()}"
-            raise MisfitError(f"no file {name!r}", key="launch.config_file", hint=hint)
+            raise UserError(f"no file {name!r}", key="launch.config_file", hint=hint)
         if file:
             yaml12.read(file, key="launch.config_file")
         return name
@@ -114,19 +103,19 @@ class TrainingConfig(AccelerateConfig):
         """Check `save_steps` against the number of steps, where it is known.
 
         Raises:
-            MisfitError: the training has no such step.
+            UserError: the training has no such step.
         """
         for step in [self.save_steps] if isinstance(self.save_steps, int) else self.save_steps:
             if step < 1 or (last is not None and step > last):
                 known = "" if last is None else f", {last}"
-                raise MisfitError(f"{step} is not from 1 to the last step{known}", key="save_steps")
+                raise UserError(f"{step} is not from 1 to the last step{known}", key="save_steps")
 
 
 def require_whole_batches(global_batch_size: int, at_once: int, num_processes: int) -> None:
     """See that so many processes, each with `at_once` rows, make up a global batch in whole passes.
 
     Raises:
-        MisfitError: they don't; says what would.
+        UserError: they don't; says what would.
     """
     if global_batch_size % (at_once * num_processes) == 0:
         return
@@ -138,7 +127,7 @@ def require_whole_batches(global_batch_size: int, at_once: int, num_processes: i
         hint = f"per_device_train_batch_size={fits} would do"
     processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
     problem = f"{global_batch_size} rows can't be divided by {at_once} rows in each of {processes}"
-    raise MisfitError(problem, key="global_batch_size", hint=hint)
+    raise UserError(problem, key="global_batch_size", hint=hint)
 
 
 def is_execution(model: type[Config], field: str) -> bool:

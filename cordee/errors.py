@@ -6,18 +6,38 @@ while doing it (exit code 1). A *stop* is a run that was asked to end and can go
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Self
 
 
 class CordeeError(Exception):
-    """Base of the three; `str()` is the one line that is printed, `exit_code` what the process returns."""
+    """Base of the three: `str()` is the line that is printed, `exit_code` what the process returns.
+
+    Args:
+        problem: what is wrong.
+        file: the file or folder that it is wrong in.
+        key: the key in that file, or in the stage's config where no file is given.
+        hint: what to write or do instead.
+    """
 
     exit_code = 1
 
     def __init__(self, problem: str, *, file: object = None, key: str | None = None, hint: str = "") -> None:
+        self.problem, self.file, self.key, self.hint = problem, file, key, hint
         place = ": ".join(str(part) for part in (file, key) if part)
         line = f"{place}: {problem}" if place else problem
         super().__init__(" ".join(f"{line}; {hint}".split()) if hint else " ".join(line.split()))
+
+    def in_stage(self, file: object, key: str, fields: Collection[str]) -> Self:
+        """This error with a recipe's file and a stage's key, `stages.sft`, before it.
+
+        Its own key is appended to the stage's if it is one of the stage's `fields`. If the error names a file of its
+        own, or another key, they stand before the problem.
+        """
+        if self.file is None and self.key and self.key.partition(".")[0] in fields:
+            return type(self)(self.problem, file=file, key=f"{key}.{self.key}", hint=self.hint)
+        problem = ": ".join(str(part) for part in (self.file, self.key, self.problem) if part)
+        return type(self)(problem, file=file, key=key, hint=self.hint)
 
 
 class UserError(CordeeError):

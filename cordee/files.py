@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """What a tokenizer consists of in a Hugging Face folder; all but the first two may be missing."""
+_SEAL = re.compile(rb'\{\n  "sha256": "([0-9a-f]{64})",\n')
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,16 +46,44 @@ def read_json(path: Path) -> Any:
         raise Fault(f"can't be read as JSON: {error}", file=path) from error
 
 
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object whose first key, `sha256`, is the digest of the bytes that follow its line."""
+    body = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).removeprefix("{\n") + "\n"
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    write_text(path, f'{{\n  "sha256": "{digest}",\n{body}')
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote, without the digest.
+
+    Raises:
+        Fault: the file can't be read, or a bit of it was changed.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Fault(f"can't be read: {error.strerror}", file=path) from error
+    seal = _SEAL.match(content)
+    body = content[seal.end() :] if seal else b""
+    if not seal or hashlib.sha256(body).hexdigest().encode() != seal[1]:
+        raise Fault("is damaged: its content differs from its own SHA-256", file=path)
+    found: dict[str, Any] = json.loads(b"{\n" + body)
+    return found
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines of our own up to the first one that is cut off; a file that is not there has none."""
+    """Read JSON objects, one a line, up to the first line that is none or was cut off; a missing file has none."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 

@@ -4,55 +4,86 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cordee import files
-from cordee.artifact import REFERENCE, Artifact, Store, around
+from cordee import artifact, files, manifest
+from cordee.artifact import REFERENCE, Artifact, Damaged, Store
 from cordee.errors import UserError
+
+CORPUS = "corpus.json"
+"""Holds a corpus's licences."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step on the way back."""
+    """One step on the way back: an artifact, a source file, or an artifact that can't be read."""
 
     depth: int
     key: str
-    """The input that it was read as."""
+    """The key of the input that it was read as."""
     artifact: Artifact | None
-    file: str = ""
-    """For a source file: its path and hash as the manifest has them."""
+    name: str = ""
+    """Of a file, its path as the manifest has it; of an artifact that can't be read, its name."""
     sha256: str = ""
+    """Of a source file."""
+    problem: str = ""
+    """Why an artifact can't be read; empty for a file."""
 
 
-def walk(artifact: Artifact, store: Store, depth: int = 0, key: str = "") -> Iterator[Step]:
-    """An artifact, then all that it was made from, depth first; what two steps share is shown at the first."""
-    yield from _walk(artifact, store, depth, key, set())
+def walk(of: Artifact, store: Store) -> Iterator[Step]:
+    """An artifact, then everything it was made from, depth first; what two steps share is expanded at the first."""
+    yield from _walk(of, store, 0, "", set())
 
 
-def _walk(artifact: Artifact, store: Store, depth: int, key: str, seen: set[str]) -> Iterator[Step]:
-    yield Step(depth, key, artifact)
-    if artifact.name in seen:
+def _walk(of: Artifact, store: Store, depth: int, key: str, seen: set[str]) -> Iterator[Step]:
+    yield Step(depth, key, of)
+    if of.name in seen:
         return
-    seen.add(artifact.name)
-    for source in artifact.manifest["inputs"]:
-        if "artifact" in source:
-            yield from _walk(store.open(source["artifact"]), store, depth + 1, source["key"], seen)
+    seen.add(of.name)
+    for read in of.manifest.inputs:
+        if not read.artifact:
+            yield Step(depth + 1, read.key, None, read.file, read.sha256)
+            continue
+        found = _find(read, store)
+        if isinstance(found, Artifact):
+            yield from _walk(found, store, depth + 1, read.key, seen)
         else:
-            yield Step(depth + 1, source["key"], None, source["file"], source["sha256"])
+            yield Step(depth + 1, read.key, None, read.artifact, problem=found)
 
 
-def licences(artifact: Artifact) -> dict[str, int]:
-    """The licences in a corpus and how many documents stand under each; empty for any other artifact."""
-    path = artifact.path / "corpus.json"
-    return dict(files.read_json(path)["licences"]) if path.exists() else {}
+def _find(read: manifest.Read, store: Store) -> Artifact | str:
+    """The artifact that a stage read, or why it can't be read now."""
+    try:
+        found = store.find(read.artifact)
+    except UserError:
+        return "is not in the store any more"
+    if isinstance(found, Damaged):
+        return found.problem
+    return found if found.fingerprint == read.fingerprint else "is another artifact than the one that was read"
 
 
-def find(what: str, store: Store) -> Artifact:
+def licences(of: Artifact) -> Iterator[str]:
+    """The documents of a corpus per licence, a line each; nothing for any other artifact."""
+    if not of.holds(CORPUS):
+        return
+    if damage := next(artifact.verify(of, CORPUS), None):
+        yield f"licences unknown: {damage}"
+        return
+    found = files.read_json(of.path / CORPUS)
+    known = found.get("licences") if isinstance(found, dict) else None
+    for name, count in known.items() if isinstance(known, dict) else ():
+        yield f"licence: {name} ({count:,} documents)" if isinstance(count, int) else f"licence: {name}"
+
+
+def find(what: str, store: Store) -> Artifact | Damaged:
     """The artifact that a reference or a path (of a checkpoint, of any file inside) names.
 
     Raises:
         UserError: it is neither.
     """
-    if REFERENCE.fullmatch(what) and not Path(what).exists():
-        return store.open(what)
-    if found := around(Path(what)):
-        return found[0]
-    raise UserError(f"{what!r} lies in no artifact", hint="name one as recipe/stage@version, or a path inside one")
+    path = Path(what)
+    if REFERENCE.fullmatch(what) and not path.exists():
+        return store.find(what)
+    folder = manifest.around(path)
+    found = store.around(path) or (Store(folder.parent.parent).around(path) if folder else None)
+    if found is None:
+        raise UserError(f"{what!r} lies in no artifact", hint="name one as recipe/stage@version, or a path inside one")
+    return found[0]

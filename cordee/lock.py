@@ -52,6 +52,14 @@ def is_gone(process: dict[str, Any]) -> bool:
     return bool(process["host"] == platform.node() and _started(process["pid"]) != process["started"])
 
 
+def is_held(path: Path) -> bool:
+    """Whether someone who is alive holds a lock."""
+    try:
+        return not _is_dead(*_state(path))
+    except FileNotFoundError:
+        return False
+
+
 def _create(path: Path, mine: str) -> None:
     """Create the lock file; removes the lock of a dead owner once."""
     for attempt in ("first", "after a dead owner"):

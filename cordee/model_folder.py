@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cordee import files
+from cordee import files, manifest
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 
-MANIFEST = "manifest.json"
 LONGEST_HEADER = 100_000_000
 """Bytes: the limit of the safetensors format."""
 
@@ -42,15 +41,15 @@ def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> Non
     Raises:
         Fault: a file's size or SHA-256 is not what was published.
     """
-    owner = next((above for above in (folder, *folder.parents[:3]) if (above / MANIFEST).is_file()), None)
+    owner = manifest.around(folder)
     if owner is None:
         return
-    published = {item["path"]: item for item in files.read_json(owner / MANIFEST).get("files", [])}
-    for path in sorted(folder.iterdir()):
+    published = {item.path: item for item in manifest.read(owner).files}
+    for path in sorted(folder.resolve().iterdir()):
         item = published.get(path.relative_to(owner).as_posix())
         if item is None or (path.suffix != ".safetensors" if names is None else path.name not in names):
             continue
-        if path.stat().st_size != item["bytes"] or files.sha256(path) != item["sha256"]:
+        if path.stat().st_size != item.bytes or files.sha256(path) != item.sha256:
             raise Fault("is damaged: its content differs from what was published", file=path)
 
 

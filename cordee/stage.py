@@ -10,14 +10,13 @@ import importlib.util
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from cordee import files
+from cordee import events, files
 from cordee.config import Config
 from cordee.cost import Cost
 from cordee.errors import Stopped, UserError, nearest
@@ -46,7 +45,7 @@ class Context:
     def log(self, step: int, **metrics: float | str) -> None:
         """Append one line to the artifact's `metrics.jsonl`."""
         if self.is_main:
-            _append(self.out / "metrics.jsonl", {"step": step, **metrics})
+            events.append_row(self.out / "metrics.jsonl", {"step": step, **metrics})
 
     def rewind(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` and the `checkpoints/` after `step`: a resumed run writes them again."""
@@ -63,13 +62,12 @@ class Context:
     def progress(self, done: float, total: float, unit: str, **figures: float) -> None:
         """Say how far the stage is: `done` of `total` units, with figures such as `loss` or `tokens_per_s`."""
         if self.is_main:
-            event = {"event": "progress", "time": time.time(), "done": done, "total": total, "unit": unit}
-            _append(self.events, {**event, "figures": figures})
+            events.append(self.events, "progress", done=done, total=total, unit=unit, figures=figures)
 
     def note(self, text: str) -> None:
         """Say one line that a person should read."""
         if self.is_main:
-            _append(self.events, {"event": "note", "time": time.time(), "text": text})
+            events.append(self.events, "note", text=text)
 
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop: save what is needed to go on, then call `stop`."""
@@ -82,13 +80,6 @@ class Context:
             Stopped: always.
         """
         raise Stopped(f"stopped at {where}; the next run goes on from there")
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    """One write of one whole line: what a reader sees ends with a newline or is not there yet."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ import argparse
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cordee import alone, files, lock
+from cordee import alone, events, files, lock
 from cordee.config import Config
 from cordee.errors import CordeeError, Fault, from_system
 from cordee.launchers import RUNNER
@@ -59,9 +58,7 @@ def _run_job(job_file: Path, config_type: type[Config], run: Run) -> None:
     try:
         metrics = run_stage(config_type.model_validate(job["config"]), context, run)
     except CordeeError as error:
-        event = {"event": "error", "time": time.time(), "exit_code": error.exit_code, "text": str(error)}
-        with context.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        events.append_error(context.events, error)
         raise
     if context.is_main:
         files.write_json(context.events.parent / "result.json", metrics)

@@ -119,7 +119,7 @@ def limits(records: list[Record], figures: dict[str, Any]) -> list[str]:
     if len(seeds) == 1:
         found.append(f"All stages used one seed ({seeds.pop()}); the variance between seeds is not known.")
     if figures["provenance"]["missing"]:
-        found.append(f"Missing from the store and therefore not shown: {', '.join(figures['provenance']['missing'])}.")
+        found.append(f"Missing or damaged, and therefore not shown: {', '.join(figures['provenance']['missing'])}.")
     if any(git["dirty"] for git in figures["provenance"]["git"]):
         found.append("The code had uncommitted changes: the commit alone does not reproduce it.")
     if not figures["certificates"]:

@@ -13,73 +13,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cordee import manifest
 from cordee.errors import Fault
-
-MANIFEST = "manifest.json"
+from cordee.manifest import Manifest
 
 
 class Shape(BaseModel):
     """Base of what a file has to hold; a file may hold more."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-
-class Host(Shape):
-    """The machine that a stage ran on."""
-
-    name: str
-    cpu: str
-    cores: int
-    memory_bytes: float
-    gpu: str | None = None
-    platform: str = ""
-
-
-class Source(Shape):
-    """One input of a stage: an artifact, or a file with its hash."""
-
-    artifact: str = ""
-    fingerprint: str = ""
-    file: str = ""
-    sha256: str = ""
-
-
-class Listed(Shape):
-    """One file of an artifact."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-class Git(Shape):
-    """The commit that the code stood at, and whether the tree had changes."""
-
-    commit: str
-    dirty: bool
-
-
-class Manifest(Shape):
-    """What an artifact says of itself."""
-
-    recipe: str
-    stage: str
-    uses: str
-    version: int
-    fingerprint: str
-    identity: dict[str, Any]
-    execution: dict[str, Any] = {}
-    inputs: list[Source]
-    files: list[Listed]
-    metrics: dict[str, Any]
-    started: str
-    seconds: float
-    peak_memory_bytes: float | None = None
-    host: Host
-    packages: dict[str, str]
-    python: str = ""
-    cordee: str = ""
-    git: Git | None = None
 
 
 class Language(Shape):
@@ -153,7 +95,7 @@ class Record:
     @property
     def name(self) -> str:
         """How recipes refer to it: `quickstart/base@1`."""
-        return f"{self.manifest.recipe}/{self.manifest.stage}@{self.manifest.version}"
+        return self.manifest.name
 
     def holds(self, file: str) -> bool:
         """Whether the artifact has a file of that name."""
@@ -216,20 +158,19 @@ def open_record(path: Path) -> Record:
     """The artifact that a folder is, or that a place lies in.
 
     Raises:
-        Fault: there is no manifest there or above, or it can't be read.
+        Fault: there is none, or its manifest is damaged.
     """
-    for folder in (path, *path.parents):
-        if (folder / MANIFEST).is_file():
-            manifest = folder / MANIFEST
-            return Record(folder, _parse(manifest.read_bytes(), Manifest, manifest))
-    raise Fault("lies in no artifact: no manifest.json here or above", file=path)
+    folder = manifest.around(path)
+    if folder is None:
+        raise Fault("lies in no artifact", file=path)
+    return Record(folder, manifest.read(folder))
 
 
 def pipeline(listed: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """The listed artifacts and all that they come from, each after what it was made from.
 
     Returns:
-        the records, and the names of those that are not in the store any more.
+        the records, and the names of those that are no longer in the store, or damaged.
 
     Raises:
         Fault: a folder of the store holds another artifact than the one that was read.
@@ -245,10 +186,12 @@ def pipeline(listed: Sequence[Record]) -> tuple[list[Record], list[str]]:
             if not source.artifact:
                 continue
             folder = record.path.parent.parent / source.artifact
-            if source.artifact not in known and not (folder / MANIFEST).is_file():
+            try:
+                ancestor = known.get(source.artifact) or open_record(folder)
+            except Fault:
                 missing.extend({source.artifact} - set(missing))
                 continue
-            ancestor = known.setdefault(source.artifact, open_record(folder))
+            known[source.artifact] = ancestor
             if ancestor.manifest.fingerprint != source.fingerprint:
                 raise Fault(f"is not the {source.artifact} that {record.name} was made from", file=ancestor.path)
             visit(ancestor)

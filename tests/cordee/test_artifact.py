@@ -1,7 +1,6 @@
 """A reader sees a whole artifact or none; every change to a published one is noticed."""
 
-import shutil
-
+import manifests
 import pytest
 
 from cordee import artifact, files
@@ -20,14 +19,14 @@ def publish(store, stage, fingerprint):
     (work.out / "deep").mkdir(parents=True)
     (work.out / "deep" / "line.txt").write_text("water")
     (work.out / "other.txt").write_text("more")
-    return artifact.publish(work, {"recipe": "brook", "stage": stage, "fingerprint": fingerprint})
+    return artifact.publish(work, manifests.draft(stage=stage, fingerprint=fingerprint))
 
 
 def test_what_is_published_is_whole_and_named(published):
     store, made = published
     assert made.name == "brook/spring@1"
     assert list(artifact.verify(made)) == []
-    assert store.open("brook/spring@1") == made
+    assert store.find("brook/spring@1") == made
     assert not made.path.with_name("spring@1.partial").exists()
 
 
@@ -73,35 +72,53 @@ def test_one_flipped_bit_is_noticed(published):
     assert list(artifact.verify(made, "other.txt")) == []
 
 
-def test_what_was_left_half_written_is_gone_on_with_only_under_the_same_fingerprint(tmp_path):
+def begin(store, fingerprint, *written):
+    """What an attempt leaves that is killed."""
+    work = store.work_folders("brook", "spring", fingerprint)
+    (work.out / "resume").mkdir(parents=True, exist_ok=True)
+    work.logs.mkdir(parents=True, exist_ok=True)
+    files.write_json(work.job, {"fingerprint": fingerprint})
+    for name in written:
+        (work.out / name).write_text("x")
+    return work
+
+
+def test_what_was_left_half_written_is_continued_only_under_the_same_fingerprint(tmp_path):
     store = Store(tmp_path / "runs")
-    left = store.work_folders("brook", "spring", "f1")
-    left.out.mkdir(parents=True)
-    left.logs.mkdir(parents=True)
-    files.write_json(left.job, {"fingerprint": "f1"})
+    left = begin(store, "f1", "line.txt")
     assert store.work_folders("brook", "spring", "f1") == left
+    assert left.is_at("f1")
     assert store.work_folders("brook", "spring", "f2").version == 2
-    assert list(store.artifacts("brook")) == []
+    assert store.scan() == []
+
+
+def test_an_attempt_that_left_no_file_uses_up_no_number(tmp_path):
+    store = Store(tmp_path / "runs")
+    begin(store, "f1")
+    assert [store.work_folders("brook", "spring", name).version for name in ("f1", "f2")] == [1, 1]
+    begin(store, "f3", "line.txt")
+    assert [store.work_folders("brook", "spring", name).version for name in ("f1", "f2", "f3")] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"fingerprint": 3}', "\xff"])
+def test_a_job_that_cant_be_read_is_of_no_attempt(tmp_path, content):
+    store = Store(tmp_path / "runs")
+    left = begin(store, "f1", "line.txt")
+    left.job.write_bytes(content.encode("latin-1"))
+    assert store.work_folders("brook", "spring", "f1").version == 2
 
 
 def test_an_empty_folder_is_not_published(tmp_path):
     work = Store(tmp_path / "runs").work_folders("brook", "spring", "f1")
     work.out.mkdir(parents=True)
     with pytest.raises(Fault, match="the stage wrote nothing"):
-        artifact.publish(work, {"recipe": "brook", "stage": "spring", "fingerprint": "f1"})
-
-
-def test_a_renamed_artifact_is_refused(published):
-    store, made = published
-    shutil.move(made.path, made.path.with_name("other@1"))
-    with pytest.raises(Fault, match="belongs to another artifact"):
-        list(store.artifacts("brook"))
+        artifact.publish(work, manifests.draft())
 
 
 def test_a_name_that_is_no_artifact_names_the_nearest(published):
     store, _ = published
     with pytest.raises(UserError, match="did you mean 'brook/spring@1'"):
-        store.open("brook/sprang@1")
+        store.find("brook/sprang@1")
 
 
 def test_a_store_that_is_a_file_is_one_line(tmp_path, cordee):

@@ -2,11 +2,11 @@ import json
 import shutil
 from pathlib import Path
 
+import manifests
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cordee import files
 from cordee.compute.model import open_model, save_model, stop_token_ids
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
@@ -143,8 +143,7 @@ def test_a_truncated_checkpoint_is_a_fault(folder: Path) -> None:
 
 def test_a_flipped_bit_is_seen_by_the_hash_that_was_published(folder: Path) -> None:
     file = folder / "model.safetensors"
-    item = {"path": "model.safetensors", "bytes": file.stat().st_size, "sha256": files.sha256(file)}
-    files.write_json(folder / "manifest.json", {"files": [item]})
+    manifests.seal(folder)
     open_model(folder)
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
@@ -157,9 +156,16 @@ def test_a_flipped_bit_in_a_checkpoint_within_an_artifact_is_seen_too(folder: Pa
     inside = shutil.copytree(folder, tmp_path / "sft@1" / "checkpoints" / "5")
     file = inside / "model.safetensors"
     item = {"path": "checkpoints/5/model.safetensors", "bytes": file.stat().st_size, "sha256": "0" * 64}
-    files.write_json(tmp_path / "sft@1" / "manifest.json", {"files": [item]})
+    manifests.seal(tmp_path / "sft@1", files=[item])
     with pytest.raises(Fault, match="is damaged"):
         open_model(inside)
+
+
+def test_a_manifest_of_another_program_beside_a_model_is_left_alone(folder: Path) -> None:
+    folder = folder.rename(folder.with_name("base"))
+    (folder / "manifest.json").write_text('{"files": 3}')
+    assert open_model(folder)
+    assert open_tokenizer(folder)
 
 
 def test_a_value_that_is_not_finite_is_a_fault(folder: Path) -> None:

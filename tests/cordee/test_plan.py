@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import manifests
 import pytest
 from rich.console import Console
 
@@ -99,9 +100,7 @@ def test_cost_is_told_before_and_measured_after(brook):
 def test_a_time_follows_from_the_largest_run_and_is_no_less_than_the_shortest(brook, tmp_path):
     run(brook())
     for name, flops, seconds in (("spring", 1e12, 100.0), ("pool", 1e9, 8.0)):
-        path = tmp_path / f"runs/brook/{name}@1/manifest.json"
-        told = json.loads(path.read_text())
-        path.write_text(json.dumps(told | {"seconds": seconds, "metrics": {"flops": flops}}))
+        manifests.change(tmp_path / f"runs/brook/{name}@1", seconds=seconds, metrics={"flops": flops})
     measured = show._measured(brook())
     (spring, _) = brook("spring.number=2").stages
 
@@ -146,7 +145,7 @@ def test_a_path_into_an_artifact_is_a_reference_to_it(brook, tmp_path, source):
     run(brook())
     made = brook("name=lake", f"pool.source={source}")
     assert states(made)["pool"] == "done"
-    found = made.stage("pool").sources["source"]
+    found = made.stage("pool").inputs["source"]
     assert (found.artifact.name, found.place) == ("brook/spring@1", "line.txt")
     (tmp_path / "runs/brook/spring@1/extra.txt").write_text("salt")
     with pytest.raises(UserError, match=r"stages.pool.source: brook/spring@1 has no 'extra.txt'"):
@@ -156,7 +155,7 @@ def test_a_path_into_an_artifact_is_a_reference_to_it(brook, tmp_path, source):
 def test_a_path_into_another_store_counts_by_its_content(brook, tmp_path):
     run(brook())
     (tmp_path / "runs").rename(tmp_path / "old")
-    source = brook("spring.source=old/brook/spring@1/line.txt").stage("spring").sources["source"]
+    source = brook("spring.source=old/brook/spring@1/line.txt").stage("spring").inputs["source"]
     assert (source.artifact, source.identity.partition(" ")[0]) == (None, "content")
 
 
@@ -187,7 +186,7 @@ def test_a_link_keeps_its_own_name(brook, write, tmp_path):
     write("blobs/abc", "rock\n")
     (tmp_path / "train.parquet").symlink_to("blobs/abc")
     made = brook("spring.source=train.parquet")
-    assert made.stage("spring").sources["source"].path == tmp_path / "train.parquet"
+    assert made.stage("spring").inputs["source"].path == tmp_path / "train.parquet"
     run(made)
     job = json.loads((tmp_path / "runs/brook/logs/spring@1/job.json").read_text())
     assert job["config"]["source"] == str(tmp_path / "train.parquet")
@@ -204,7 +203,7 @@ def test_a_manifest_says_all_that_it_came_from(brook, tmp_path):
     run(brook())
     manifest = json.loads((tmp_path / "runs/brook/pool@1/manifest.json").read_text())
     assert manifest["inputs"][0] | {"fingerprint": ""} == {
-        "key": "source", "artifact": "brook/spring@1", "path": "line.txt", "fingerprint": "",
+        "key": "source", "artifact": "brook/spring@1", "path": "line.txt", "fingerprint": "", "file": "", "sha256": "",
     }  # fmt: skip
     assert manifest["metrics"] == {"rows": 1, "tokens": 5}
     assert {item["path"] for item in manifest["files"]} == {"first.txt", "line.txt", "metrics.jsonl"}

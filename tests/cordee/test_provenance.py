@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cordee import provenance
+from cordee.manifest import Git
 
 SPRING = Path(__file__).parents[1] / "stages" / "toys" / "spring.py"
 
@@ -29,9 +30,9 @@ def git(folder, *arguments: str) -> str:
 
 def test_git_says_the_commit_and_whether_anything_changed_since(repository):
     commit = git(repository, "rev-parse", "HEAD")
-    assert provenance.git(repository / "mine") == {"commit": commit, "dirty": False}
+    assert provenance.git(repository / "mine") == Git(commit=commit, dirty=False)
     (repository / "mine" / "new.py").write_text("")
-    assert provenance.git(repository / "mine") == {"commit": commit, "dirty": True}
+    assert provenance.git(repository / "mine") == Git(commit=commit, dirty=True)
 
 
 def test_a_package_that_only_lies_below_a_repository_is_of_no_commit(repository, write, tmp_path):
@@ -51,4 +52,4 @@ def test_a_manifest_names_the_commit_that_ran_and_not_what_came_after(repository
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "runs/brook/spring@1/manifest.json").read_text())
     assert manifest["git"] == {"commit": git(repository, "rev-parse", "HEAD"), "dirty": False}
-    assert provenance.git(repository / "mine")["dirty"], "the stage did change its folder"
+    assert provenance.git(repository / "mine").dirty, "the stage did change its folder"

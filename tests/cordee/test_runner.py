@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from cordee import lock, runner
+from cordee import events, lock, runner
 from cordee.artifact import Work
 from cordee.display import Display
 from cordee.launchers import RUNNER, Job
@@ -149,6 +149,7 @@ def test_when_the_run_is_killed_what_accelerate_started_dies_too(tmp_path, write
 def test_what_ends_the_run_ends_its_stage(tmp_path):
     work = Work(tmp_path / "out", tmp_path / "logs")
     work.logs.mkdir()
+    events.append(work.events, "start")
     note = json.dumps({"event": "note", "time": 0, "text": "x"})
     code = f"""
 import os, time
@@ -160,7 +161,7 @@ time.sleep(60)
     closed = (tmp_path / "screen").open("w")
     closed.close()
     with pytest.raises(ValueError, match="closed file"):
-        runner._watch(job, work, Display(Console(file=closed)), str)
+        runner._watch(job, work, Display(Console(file=closed)))
     assert not _lives(int((tmp_path / "pid").read_text()))
 
 

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import manifests
+
 from eval import statistics
 
 MODELS = ("base-100", "base-200", "base", "sft", "dpo")
@@ -66,24 +68,22 @@ class FakeStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(_text(name, content), encoding="utf-8")
         sources = [
-            {"key": key, "artifact": f"quickstart/{name}@1", "path": "", "fingerprint": digest(name)}
+            {"key": key, "artifact": f"quickstart/{name}@1", "fingerprint": digest(name)}
             for key, name in given.get("inputs", {}).items()
         ]
         sources += [{"key": "source", "file": name, "sha256": digest(name)} for name in given.get("sources", ())]
         self.clock += 61
-        manifest = {
-            "schema": 1, "recipe": "quickstart", "stage": stage, "uses": uses, "version": 1,
-            "fingerprint": digest(stage), "execution": given.get("execution", {}),
-            "identity": {"uses": uses, "seed": 17, "config": given.get("config", {})},
-            "inputs": sources, "metrics": given.get("metrics", {}), "files": listed(folder),
-            "started": f"2026-11-23T04:{self.clock // 60:02}:{self.clock % 60:02}+00:00",
-            "seconds": given.get("seconds", 1.5), "peak_memory_bytes": given.get("memory", 212_000_000),
-            "host": {"name": "node-1", "cpu": "Example CPU @ 2.60GHz", "cores": 2, "memory_bytes": 25_276_502_016,
-                     "gpu": None, "platform": "Linux-6.1-x86_64"},
-            "packages": {"torch": "2.13.0", "transformers": "5.17.0", "trl": "1.16.0", "lm-eval": "0.4.13"},
-            "python": "3.11.7", "cordee": "0.1.0", "git": {"commit": digest("git")[:40], "dirty": True},
-        }  # fmt: skip
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        manifests.seal(
+            folder, recipe="quickstart", stage=stage, uses=uses, fingerprint=digest(stage), inputs=sources,
+            execution=given.get("execution", {}), metrics=given.get("metrics", {}),
+            identity={"uses": uses, "seed": 17, "config": given.get("config", {})},
+            started=f"2026-11-23T04:{self.clock // 60:02}:{self.clock % 60:02}+00:00",
+            seconds=given.get("seconds", 1.5), peak_memory_bytes=given.get("memory", 212_000_000),
+            host={"name": "node-1", "cpu": "Example CPU @ 2.60GHz", "cores": 2, "memory_bytes": 25_276_502_016,
+                  "gpu": None, "platform": "Linux-6.1-x86_64"},
+            packages={"torch": "2.13.0", "transformers": "5.17.0", "trl": "1.16.0", "lm-eval": "0.4.13"},
+            git={"commit": digest("git")[:40], "dirty": True},
+        )  # fmt: skip
         return folder
 
     def curve(self, steps: int, first: float, last: float, *, heldout: bool) -> list[dict[str, Any]]:
@@ -118,19 +118,9 @@ def lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def listed(folder: Path) -> list[dict[str, Any]]:
-    """The files of an artifact as its manifest lists them."""
-    return [
-        {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size,
-         "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"
-    ]  # fmt: skip
-
-
 def rehash(folder: Path) -> None:
     """Make a manifest agree with files that a test has changed."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": listed(folder)}), encoding="utf-8")
+    manifests.change(folder, files=manifests.listed(folder))
 
 
 def benchmark(store: FakeStore) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import fake_store
+import manifests
 import pytest
 
 from cordee.errors import Fault
@@ -25,8 +26,7 @@ def change_json(folder, file, change):
     document = json.loads((folder / file).read_text(encoding="utf-8"))
     change(document)
     (folder / file).write_text(json.dumps(document), encoding="utf-8")
-    if file != "manifest.json":
-        fake_store.rehash(folder)
+    fake_store.rehash(folder)
 
 
 def test_the_pipeline_has_every_stage_that_the_listed_ones_depend_on_each_after_its_inputs(report):
@@ -60,7 +60,7 @@ def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, 
         return {stage["stage"]: stage["output"] for stage in figures(report(("base",)))["pipeline"]}
 
     assert words()["base"] == "a language model"
-    change_json(store["base"], "manifest.json", lambda told: told["metrics"].update(heldout_bits_per_byte=1.31768))
+    manifests.change(store["base"], metrics={"heldout_bits_per_byte": 1.31768})
     assert words()["base"] == "a language model, 1.318 bits per held-out byte"
 
 
@@ -198,15 +198,16 @@ def test_what_was_not_listed_is_left_out_and_named(report):
     assert any("No certificates" in line for line in shown["limits"])
 
 
-def test_an_ancestor_that_is_gone_is_named(report, store):
-    shutil.rmtree(store["chats"])
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda folder: (folder / "manifest.json").write_text("{")])
+def test_an_ancestor_that_is_gone_or_damaged_is_named(report, store, damage):
+    damage(store["chats"])
     shown = figures(report())
     assert shown["provenance"]["missing"] == ["quickstart/chats@1"]
     assert any("quickstart/chats@1" in line for line in shown["limits"])
 
 
 def test_another_artifact_in_an_ancestors_place_is_a_fault(report, store):
-    change_json(store["chats"], "manifest.json", lambda manifest: manifest.update(fingerprint="0" * 64))
+    manifests.change(store["chats"], fingerprint="0" * 64)
     with pytest.raises(Fault, match=r"chats@1: is not the quickstart/chats@1 that quickstart/sft@1 was made from"):
         report()
 
@@ -251,7 +252,7 @@ def test_a_place_inside_an_artifact_is_that_artifact(store):
 
 
 def test_hostile_text_is_escaped_wherever_it_comes_from(report, store):
-    change_json(store["sft"], "manifest.json", lambda m: m.update(uses=fake_store.HOSTILE, stage=fake_store.HOSTILE))
+    manifests.change(store["sft"], uses=fake_store.HOSTILE, stage=fake_store.HOSTILE)
     change_json(store["benchmark"], "results.json", lambda d: d["models"][0].update(name=fake_store.HOSTILE))
     change_json(store["prove-masks"], "certificate.json", lambda d: d.update(claim=fake_store.HOSTILE))
     change_json(store["corpus"], "corpus.json", lambda d: d["languages"]["de"].update(name=fake_store.HOSTILE))

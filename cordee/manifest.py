@@ -1,0 +1,158 @@
+"""The manifest of an artifact: its type, and the only code that reads and writes `manifest.json`.
+
+The file states the SHA-256 of its own content (`files.write_sealed`), so a change of any bit in it is noticed.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cordee import files
+from cordee.errors import Fault
+
+NAME = "manifest.json"
+SCHEMA = 2
+"""Raised when the fields below change; a manifest of another schema is not read."""
+_FOLDER = re.compile(r"[\w-]+@\d+")
+
+
+class OlderSchemaError(Fault):
+    """The manifest is intact, and was written by an older version of Cordée."""
+
+
+class _Part(BaseModel):
+    """Base of the manifest and of what it holds: exact fields, exact types."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
+
+
+class Read(_Part):
+    """One input of a stage: a place in an artifact, or a file or folder outside the store."""
+
+    key: str
+    """The key of the stage's config that named it."""
+    artifact: str = ""
+    """`recipe/stage@version`; empty for a file."""
+    path: str = ""
+    """The place within the artifact."""
+    fingerprint: str = ""
+    """The artifact's."""
+    file: str = ""
+    """The path as the config has it; empty for an artifact."""
+    sha256: str = ""
+    """Of the file's content, or of a folder's file names and contents."""
+
+
+class File(_Part):
+    """One file of an artifact."""
+
+    path: str
+    """Relative to the artifact's folder."""
+    bytes: int
+    sha256: str
+
+
+class Host(_Part):
+    """The machine that a stage ran on."""
+
+    name: str
+    cpu: str
+    cores: int
+    """Those that the process was allowed to use."""
+    memory_bytes: int
+    gpu: str | None
+    platform: str
+
+
+class Git(_Part):
+    """The commit of the stage's module, and whether the working tree had changes."""
+
+    commit: str
+    dirty: bool
+
+
+class Manifest(_Part):
+    """What an artifact consists of, and what it was made from and with."""
+
+    recipe: str
+    stage: str
+    version: int
+    uses: str
+    """The stage's module."""
+    fingerprint: str
+    """The SHA-256 of `identity`."""
+    identity: dict[str, Any]
+    execution: dict[str, Any]
+    """The keys that only say how to execute."""
+    inputs: tuple[Read, ...]
+    started: str
+    """ISO 8601, UTC: the last attempt."""
+    host: Host
+    packages: dict[str, str]
+    python: str
+    cordee: str
+    git: Git | None
+    metrics: dict[str, Any]
+    """What the stage returned."""
+    proves: str | None
+    """For a certificate, the fingerprint of the stage that it examined."""
+    seconds: float
+    """Of all attempts together."""
+    peak_memory_bytes: int
+    """Of the largest process of the last attempt."""
+    files: tuple[File, ...]
+
+    @property
+    def name(self) -> str:
+        """How recipes refer to the artifact: `quickstart/base@1`."""
+        return f"{self.recipe}/{self.stage}@{self.version}"
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write a folder's manifest."""
+    files.write_sealed(folder / NAME, {"schema": SCHEMA, **manifest.model_dump()})
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest in a folder.
+
+    Raises:
+        OlderSchemaError: it was written by an older version.
+        Fault: there is none, or it is not what was written.
+    """
+    file = folder / NAME
+    if not file.is_file():
+        raise Fault("is missing", file=file)
+    try:
+        found = files.read_sealed(file)
+    except Fault as error:
+        raise _older(file) or error from error
+    if (schema := found.pop("schema", None)) != SCHEMA:
+        raise Fault(f"has schema {schema}, and this version reads {SCHEMA}", file=file)
+    try:
+        return Manifest.model_validate_json(json.dumps(found))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise Fault(f"can't be used: {first['msg']}", file=file, key=key) from error
+
+
+def _older(file: Path) -> OlderSchemaError | None:
+    """The error for a manifest of schema 1, which had no digest; None for any other."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if isinstance(found, dict) and found.get("schema") == 1 and "sha256" not in found:
+        return OlderSchemaError("was written by an older version (schema 1)", file=file)
+    return None
+
+
+def around(path: Path) -> Path | None:
+    """The folder of the artifact that a path leads into: one that is named `stage@version` and has a manifest."""
+    whole = path.resolve()
+    above = (whole, *whole.parents)
+    return next((one for one in above if _FOLDER.fullmatch(one.name) and (one / NAME).is_file()), None)
