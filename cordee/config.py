@@ -1,23 +1,25 @@
 """What a stage can be told: frozen, typed fields, each with its meaning right below it.
 
-Three marks carry the meaning that a plan needs:
+Marks carry the meaning that a plan needs:
 
 - `Input`: a reference (`$sft`, `$base/checkpoints/500`, `quickstart/base@1`) or a path. What it points to is
   part of the stage's identity by its fingerprint or its content, never by its name or place.
 - `Execution[T]`: says only how to execute (processes, micro-batch, logging); no part of the identity.
 - `Library("trl.SFTConfig", owned=...)`: a mapping that is handed through to a library's own dataclass and
   checked against the fields of the installed version; `owned` are those that the stage sets itself.
+- `Precision`, `Engine`: `auto` becomes what this machine computes with when the config is read, so that two machines
+  that compute differently have two identities.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
 from pydantic_core import CoreSchema, core_schema
 
-from cordee import yaml12
+from cordee import machine, peek, yaml12
 from cordee.errors import UserError, nearest
 
 
@@ -39,6 +41,20 @@ class ExecutionMark:
 
 T = TypeVar("T")
 Execution = Annotated[T, ExecutionMark()]
+
+
+def _precision(asked: str) -> str:
+    return machine.fast_precision() if asked == "auto" else asked
+
+
+def _engine(asked: str) -> str:
+    return asked if asked != "auto" else "vllm" if peek.is_installed("vllm") else "transformers"
+
+
+Precision = Annotated[Literal["auto", "float32", "bfloat16"], AfterValidator(_precision), Field(validate_default=True)]
+"""What matrices are multiplied in; `auto`: bfloat16 where the machine computes in it, else float32."""
+Engine = Annotated[Literal["auto", "vllm", "transformers"], AfterValidator(_engine), Field(validate_default=True)]
+"""What generates and scores; `auto`: vLLM where it is installed."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""What a stage's result depends on, and nothing else: its module, seed, config and the content of its inputs.
+"""What a stage's result depends on, and nothing else: its module and its version, seed, config and inputs.
 
-The *identity* is a JSON value; its SHA-256 is the *fingerprint*. Fields marked `Execution` are left out. An
-`Input` stands in it as what it points to: `artifact <fingerprint>/<place>` or `content <sha256>`.
+The *identity* is a JSON value; its SHA-256 is the *fingerprint*. Fields marked `Execution` are left out. An `Input` is
+replaced by what it points to: `artifact <fingerprint>/<place>` or `content <sha256>`.
 
-A config's own fields, and what is handed to a library, have no order and are sorted; in any other mapping the order
-counts too (`models:` are evaluated in theirs), so it is written as it is.
+The fields of a config, and of what is passed to a library, have no order and are sorted. In any other mapping the order
+counts (`models:` are evaluated in theirs), and is kept.
 """
 
 import hashlib
@@ -18,7 +18,12 @@ from cordee.errors import UserError
 
 
 def of_stage(
-    uses: str, seed: int, config: Config, inputs: Mapping[str, str], place: tuple[object, str] = (None, "config")
+    uses: str,
+    seed: int,
+    config: Config,
+    inputs: Mapping[str, str],
+    place: tuple[object, str] = (None, "config"),
+    version: int = 1,
 ) -> dict[str, Any]:
     """The identity of a stage.
 
@@ -28,6 +33,7 @@ def of_stage(
         config: its keys.
         inputs: for each input's key what it points to.
         place: the file and key that an error names.
+        version: the module's `VERSION`.
 
     Raises:
         UserError: a number is not finite.
@@ -36,7 +42,7 @@ def of_stage(
     for key, leaf in _flat(found):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise UserError(f"must be a finite number, not {leaf}", file=place[0], key=f"{place[1]}.{key}")
-    return {"config": found, "seed": seed, "uses": uses}
+    return {"config": found, "seed": seed, "uses": uses, "version": version}
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

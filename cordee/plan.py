@@ -133,7 +133,7 @@ def _planned(
     config, targets = read
     pointed = {key: target.identity for key, target in targets.items()}
     place = (recipe.file, f"stages.{item.name}")
-    now = identity.of_stage(item.stage.uses, recipe.seed, config, pointed, place)
+    now = identity.of_stage(item.stage.uses, recipe.seed, config, pointed, place, item.stage.version)
     fingerprint = identity.fingerprint(now)
     artifacts = [one for one in found if isinstance(one, Artifact)]
     artifact = next((one for one in artifacts if one.fingerprint == fingerprint), None)

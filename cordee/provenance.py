@@ -4,11 +4,11 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import cordee
+from cordee import machine
 from cordee.manifest import Git, Host
 
 PACKAGES = (
@@ -32,36 +32,12 @@ def host() -> Host:
     """This machine."""
     return Host(
         name=platform.node(),
-        cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        cpu=machine.cpu(),
+        cores=machine.cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpu=_gpu(),
+        gpu=machine.gpu(),
         platform=platform.platform(),
     )
-
-
-def has_gpu() -> bool:
-    """Whether the machine shows an NVIDIA GPU; asked without torch."""
-    return Path("/proc/driver/nvidia/gpus").is_dir()
-
-
-def _gpu() -> str | None:
-    """The model of the first NVIDIA GPU."""
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("Model:"):
-                return line.partition(":")[2].strip()
-    return None
-
-
-def _cpu() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

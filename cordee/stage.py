@@ -1,7 +1,7 @@
 """A stage: a Python module with a docstring, a `Config`, a `run(config, context) -> metrics` and a `main`.
 
-`uses: posttrain.sft` names the module; nothing is registered anywhere. A module may also hold
-`cost(config, given) -> Cost`, which `plan` asks before anything starts.
+`uses: posttrain.sft` names the module; nothing is registered anywhere. A module may also hold `VERSION`, a whole number
+that is raised when its results change (1 if there is none), and `cost(config, given) -> Cost`, which `plan` calls.
 """
 
 import ast
@@ -90,6 +90,8 @@ class Stage:
     config: type[Config]
     run: Callable[[Any, Context], dict[str, Any]]
     cost: Callable[[Any, dict[str, Cost]], Cost] | None
+    version: int = 1
+    """The module's `VERSION`."""
 
 
 def load(uses: str, *, file: object = None, key: str | None = None) -> Stage:
@@ -105,7 +107,10 @@ def load(uses: str, *, file: object = None, key: str | None = None) -> Stage:
     config, run = getattr(module, "Config", None), getattr(module, "run", None)
     if not (isinstance(config, type) and issubclass(config, Config) and callable(run)):
         raise UserError(f"module {uses!r} is no stage: it needs `Config` and `run`", file=file, key=key)
-    return Stage(uses, config, run, getattr(module, "cost", None))
+    version = getattr(module, "VERSION", 1)
+    if not isinstance(version, int):
+        raise UserError(f"VERSION of {uses} must be a whole number, not {version!r}", file=file, key=key)
+    return Stage(uses, config, run, getattr(module, "cost", None), version)
 
 
 def find(*packages: str) -> Iterator[tuple[str, str]]:

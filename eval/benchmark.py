@@ -8,13 +8,13 @@ lm-eval's own results and samples stand untouched in `lm_eval/<model>/`; `result
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from cordee import files, model_folder, worker
 from cordee.config import Config as Keys
-from cordee.config import Execution, Input
+from cordee.config import Engine, Execution, Input
 from cordee.cost import Cost
 from cordee.stage import Context
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eval.harness import Task
 
 
+VERSION = 1
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """A name that can be a folder's."""
 
@@ -40,7 +41,7 @@ class Config(Keys):
     max_length: int | None = Field(default=None, ge=2)
     """Longest request, in tokens: a longer one is an error, never cut; without it, all positions of the model. Longer
     documents, where a task scores whole documents, are read in windows of this length."""
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    engine: Engine = "auto"
     """`auto` takes vLLM where it is installed; which one measured stands beside the results."""
     batch_size: Execution[int] = Field(default=16, ge=1)
     """Requests at once, where transformers measures."""

@@ -5,16 +5,17 @@ python -m eval.generate --config samples.yaml
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from cordee import files, model_folder, worker
 from cordee.config import Config as Keys
-from cordee.config import Execution, Input
+from cordee.config import Engine, Execution, Input
 from cordee.cost import Cost
 from cordee.stage import Context
 
+VERSION = 1
 Generate = Callable[[Path, Sequence[Sequence[int]]], list[str]]
 
 
@@ -33,7 +34,7 @@ class Config(Keys):
     """0 is greedy."""
     max_length: int | None = Field(default=None, ge=2)
     """Longest prompt and answer together, in tokens; without it, all positions of the model."""
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    engine: Engine = "auto"
     """`auto` takes vLLM where it is installed; which one answered stands beside the samples."""
     batch_size: Execution[int] = Field(default=16, ge=1)
     """Prompts at once, where transformers generates."""

@@ -16,6 +16,7 @@ from cordee.config import Config as Keys
 from cordee.config import Execution, Input
 from cordee.stage import Context
 
+VERSION = 1
 PROVES = "posttrain.merge"
 CLAIM = (
     "training, vLLM and lm-eval see the same token ids, and adapter, merged checkpoint and vLLM give the same "

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from posttrain.training import Meter
 
 
+VERSION = 1
+
+
 class Source(Keys):
     """One file of preference pairs."""
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from cordee.compute.logprobs import Scores
 
 
+VERSION = 1
+
+
 class Config(StageConfig):
     """What is merged, and what it is checked on."""
 

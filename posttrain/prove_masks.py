@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from posttrain.masks import Audit, Leak
 
+VERSION = 1
 PROVES = "posttrain.sft"
 CLAIM = "only the assistant's answers and their end-of-turn carry loss, and packed chats never see each other"
 

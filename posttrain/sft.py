@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from posttrain.rows import Row, Stops
     from posttrain.training import Meter
 
+VERSION = 1
 CHECKED_BATCHES = 64
 SFT_OWNED = (
     *OWNED,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pretrain.data.survey import Survey
 
 
+VERSION = 1
+
+
 class Config(BaseConfig):
     """What is read, what is kept, what is held out."""
 

@@ -17,6 +17,7 @@ from cordee.errors import UserError
 from cordee.stage import Context
 from pretrain import train
 
+VERSION = 1
 PROVES = "pretrain.train"
 RESUME_STEPS = 2
 

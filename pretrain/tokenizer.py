@@ -22,6 +22,7 @@ from cordee.errors import Stopped, UserError
 from cordee.files import write_json, write_text
 from cordee.stage import Context
 
+VERSION = 1
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", *base.TURN_TOKENS]
 SMALLEST = len(SPECIAL_TOKENS) + 256
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pretrain.data.encoding import Encoder
 
 
+VERSION = 1
+
+
 class Config(BaseConfig):
     """What is encoded, and with what."""
 

@@ -20,6 +20,8 @@ from cordee.errors import UserError
 from cordee.stage import Context
 from pretrain.training.settings import Settings
 
+VERSION = 1
+
 
 class Source(BaseConfig):
     """Tokens to train on."""

@@ -123,18 +123,6 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def resolve_precision(asked: str, device: torch.device) -> str:
-    """`float32` or `bfloat16`; `auto` takes bfloat16 where the device computes in it."""
-    if asked != "auto":
-        return asked
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return "bfloat16" if fast else "float32"
-
-
 def resolve_compile(asked: str, flops: float, device: torch.device) -> tuple[bool, str]:
     """Whether to compile a training of so many FLOPs, and why in a few words.
 

@@ -34,13 +34,11 @@ _FREE_KEYS = ("transformers_version", "_name_or_path", "architectures", "use_cac
 
 
 def choose(asked: str) -> str:
-    """`vllm` or `transformers`: what was asked for, or for `auto` vLLM wherever it is installed.
+    """`vllm` or `transformers`, as asked for (`cordee.config.Engine` has resolved `auto`).
 
     Raises:
         UserError: vLLM was asked for and is not installed.
     """
-    if asked == "auto":
-        return "vllm" if importlib.util.find_spec("vllm") else "transformers"
     if asked == "vllm" and not importlib.util.find_spec("vllm"):
         raise UserError("vLLM is not installed", hint="pip install 'cordee[cpu]' or 'cordee[cuda]'")
     return asked

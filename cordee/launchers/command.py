@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from cordee import files, provenance
+from cordee import files, machine
 from cordee.config import AccelerateConfig, Config, Launch
 
 
@@ -22,7 +22,7 @@ def of_stage(uses: str, config: Config, job_file: Path) -> tuple[str, ...]:
 
 def _settings(launch: Launch, path: Path) -> Path:
     """Write an accelerate configuration for this machine, so that no default of the user's home is read."""
-    gpu = provenance.has_gpu()
+    gpu = machine.has_gpu()
     settings = {
         "compute_environment": "LOCAL_MACHINE",
         # With MULTI_CPU accelerate 1.15 silently starts one process; its launcher for GPUs starts several anywhere.

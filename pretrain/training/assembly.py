@@ -50,8 +50,7 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     built = build(model, tokens, settings.sequence_length, context.seed)
     if accelerator.is_main_process:
         require_documents_apart(built)
-    precision = device.resolve_precision(settings.precision, accelerator.device)
-    objective = Objective(built, precision)
+    objective = Objective(built, settings.precision)
     optimizer = torch.optim.AdamW(
         parameter_groups(objective, settings.weight_decay),
         lr=settings.learning_rate,
@@ -69,7 +68,7 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     )
     if compiled:
         objective.compile(dynamic=False)
-    context.note(f"computes in {precision}; {'compiled' if compiled else 'not compiled'}: {why}")
+    context.note(f"computes in {settings.precision}; {'compiled' if compiled else 'not compiled'}: {why}")
     if settings.report_to:
         accelerator.init_trackers("pretrain")
     return training

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cordee.config import Execution, TrainingConfig, require_whole_batches
+from cordee.config import Execution, Precision, TrainingConfig, require_whole_batches
 
 
 class Settings(TrainingConfig):
@@ -32,7 +32,7 @@ class Settings(TrainingConfig):
     """Decay of AdamW's mean of squared gradients."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients whose norm is larger are scaled down to it."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """What matrices are multiplied in; weights, loss and optimizer are float32. `auto`: bfloat16 where it is fast."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps from one measurement of held-out bits per byte to the next; 0: only at the end."""

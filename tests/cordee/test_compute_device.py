@@ -20,17 +20,6 @@ def no_accelerator_yet():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_auto_precision_is_bfloat16_where_the_processor_computes_in_it(monkeypatch):
-    for capabilities, expected in (
-        ({"avx512_bf16": True}, "bfloat16"),
-        ({"amx_bf16": True}, "bfloat16"),
-        ({}, "float32"),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert device.resolve_precision("auto", CPU) == expected
-    assert device.resolve_precision("bfloat16", CPU) == "bfloat16"
-
-
 def test_auto_compiles_a_long_training_and_not_a_short_one():
     assert device.resolve_compile("auto", 1e15, CPU)[0]
     assert not device.resolve_compile("auto", 1e9, CPU)[0]

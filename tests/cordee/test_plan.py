@@ -90,6 +90,16 @@ def test_the_seed_is_part_of_every_identity(brook):
     assert brook("seed=1").stage("spring").why == ("seed 0 → 1",)
 
 
+def test_a_raised_version_of_the_code_makes_its_stages_stale(brook, monkeypatch):
+    run(brook())
+    monkeypatch.setattr("toys.spring.VERSION", 2, raising=False)
+    changed = brook()
+    assert changed.stage("spring").why == ("version 1 → 2",)
+    monkeypatch.setattr("toys.spring.VERSION", "2")
+    with pytest.raises(UserError, match=r"stages.spring.uses: VERSION of toys.spring must be a whole number, not '2'"):
+        brook()
+
+
 def test_cost_is_told_before_and_measured_after(brook):
     assert brook().stage("spring").cost.tokens == len("water")
     run(brook())

@@ -232,6 +232,7 @@ def test_a_stage_also_runs_alone(write, tmp_path):
     assert manifest["identity"] == {
         "uses": "toys.spring",
         "seed": 4,
+        "version": 1,
         "config": {"text": "well", "source": None, "number": 2.0},
     }
     wrong = subprocess.run([*command[:-1], "nmber=2"], cwd=tmp_path, capture_output=True, text=True, check=False)

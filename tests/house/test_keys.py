@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def read_names(uses: str) -> frozenset[str]:
     config = stage.load(uses).config
     kinds = frozenset(one.__name__ for inner in (config, *nested(config)) for one in inner.__mro__)
     return frozenset(name for tree in reached(uses) for name in names_read_in(tree, kinds))
+
+
+@pytest.mark.parametrize("uses", STAGES)
+def test_a_stage_states_the_version_of_its_results(uses):
+    assert isinstance(importlib.import_module(uses).VERSION, int)
 
 
 @pytest.mark.parametrize(("uses", "name"), KEYS)

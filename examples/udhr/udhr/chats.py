@@ -20,6 +20,7 @@ from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.stage import Context
 
+VERSION = 1
 CHOICES = 4
 Count = Annotated[int, Field(ge=0)]
 

@@ -1,0 +1,88 @@
+"""This machine as seen without torch: processor, memory, GPU, and whether it computes in bfloat16."""
+
+import ctypes
+import functools
+import os
+import platform
+import sys
+from pathlib import Path
+
+from cordee.errors import UserError
+
+GPUS = Path("/proc/driver/nvidia/gpus")
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+"""Processor flags; a CPU without them emulates bfloat16, and is slower with it than in float32."""
+BFLOAT16_CAPABILITY = 8
+"""The first major compute capability of NVIDIA GPUs with bfloat16 (Ampere)."""
+
+
+def has_gpu() -> bool:
+    """Whether the machine shows an NVIDIA GPU, and `CUDA_VISIBLE_DEVICES` does not hide it."""
+    return GPUS.is_dir() and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1")
+
+
+def gpu() -> str | None:
+    """The model of the first NVIDIA GPU."""
+    for path in sorted(GPUS.glob("*/information")):
+        if name := _value(path, "Model"):
+            return name
+    return None
+
+
+def cpu() -> str:
+    """The processor's name."""
+    return _value(CPUINFO, "model name") or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+@functools.cache
+def fast_precision() -> str:
+    """`bfloat16` where the GPU, or without one the CPU, computes in it; else `float32`.
+
+    Raises:
+        UserError: the GPU's driver does not tell.
+    """
+    if has_gpu():
+        is_fast = _compute_capability() >= BFLOAT16_CAPABILITY
+    else:
+        is_fast = not BFLOAT16_FLAGS.isdisjoint(_value(CPUINFO, "flags").split())
+    return "bfloat16" if is_fast else "float32"
+
+
+def _value(path: Path, name: str) -> str:
+    """The value of the first line `name: value` of a file in /proc; empty where there is none."""
+    if not path.exists():
+        return ""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _compute_capability() -> int:
+    """The major compute capability of the first NVIDIA GPU, asked of its management library."""
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        failed = (
+            nvml.nvmlInit_v2()
+            or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device))
+            or nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+        )
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError) as error:
+        raise _unknown(str(error)) from error
+    if failed:
+        raise _unknown(f"NVML error {failed}")
+    return major.value
+
+
+def _unknown(why: str) -> UserError:
+    hint = "write bfloat16 or float32 instead of auto"
+    return UserError(f"the GPU's driver does not tell whether it computes in bfloat16 ({why})", hint=hint)
