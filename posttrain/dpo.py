@@ -20,6 +20,7 @@ from posttrain.settings import OWNED, TrlConfig, data_cost, training_cost
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from cordee.chat.pairs import TokenPair
     from posttrain.training import Meter
 
 
@@ -30,7 +31,9 @@ class Source(Keys):
     """One file of preference pairs."""
 
     path: Input
-    """A .parquet or .jsonl file with `prompt`, `chosen` and `rejected`, each a list of messages."""
+    """A .parquet or .jsonl file with `prompt`, `chosen` and `rejected`, each a list of messages, and `tools` if any."""
+    ignore: list[str] = Field(default_factory=list)
+    """Columns and keys of messages that are left out, though they hold something that the chat template can't use."""
 
 
 class Config(TrlConfig):
@@ -60,23 +63,28 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 def build(config: Config, context: Context) -> "tuple[Trainer, Meter]":
     """The trainer, whose pairs are those that were checked here, and what its batches count for."""
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
-    from posttrain import dpo_trainer, pairs, reading, training
-    from posttrain.rows import Stops
+    from cordee.chat import pairs
+    from cordee.chat.templates import Template
+    from cordee.compute.model import sequence_limits
+    from posttrain import dpo_trainer, training
 
     settings = training.arguments(DPOConfig, config, context, logging_first_step=True)
     dpo_trainer.check_settings(settings, config.lora)
     model, tokenizer = training.open_model(config)
-    rows = [row for source in config.data for row in reading.read(source.path, pairs.COLUMNS)]
-    longest = model.config.max_position_embeddings
-    checked = pairs.tokenize(rows, tokenizer, Stops.of(model, tokenizer), min(settings.max_length or longest, longest))
-    data = dpo_trainer.dataset(rows, settings, context.out)
-    trainer = training.open_trainer(DPOTrainer, config, model, settings, train_dataset=data, processing_class=tokenizer)
-    pairs.require_same(checked, trainer.train_dataset)
+    template, limits = Template(tokenizer), sequence_limits(model, settings.max_length)
+    found: list[TokenPair] = []
+    for source in config.data:
+        found += pairs.tokenize(source.path, template, limits, context.note, source.ignore)
+    data = dpo_trainer.dataset(found, settings, context.out)
+    trainer = training.open_trainer(
+        dpo_trainer.TokenPairTrainer, config, model, settings, train_dataset=data, processing_class=tokenizer
+    )
+    dpo_trainer.check_batches(trainer, found)
     trainer.add_callback(dpo_trainer.StartsAtReference(settings))
-    length = sum(pair.tokens for pair in checked) // (2 * len(checked))
-    return trainer, training.Meter(dpo_trainer.counts, len(rows), length, has_reference=True)
+    length = sum(pair.tokens for pair in found) // (2 * len(found))
+    return trainer, training.Meter(dpo_trainer.counts, len(found), length, has_reference=True)
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:

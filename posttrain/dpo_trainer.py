@@ -13,9 +13,10 @@ from datasets import Dataset, load_from_disk
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOConfig, DPOTrainer
 
+from cordee.chat.pairs import TokenPair
 from cordee.errors import Fault, UserError, nearest
-from posttrain.pairs import COLUMNS
-from posttrain.reading import Record
+
+CHECKED_BATCHES = 64
 
 
 def check_settings(settings: DPOConfig, lora: dict[str, Any] | None) -> None:
@@ -45,13 +46,21 @@ def check_settings(settings: DPOConfig, lora: dict[str, Any] | None) -> None:
         raise UserError("the reference is the model with the adapter off, which stays", key="trainer.sync_ref_model")
 
 
-def dataset(rows: Sequence[Record], settings: DPOConfig, out: Path) -> Dataset:
-    """The rows as TRL reads them.
+class TokenPairTrainer(DPOTrainer):  # type: ignore[misc] # TRL has no types for mypy
+    """TRL's trainer for pairs that are tokens already: it renders and tokenizes nothing."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+def dataset(pairs: Sequence[TokenPair], settings: DPOConfig, out: Path) -> Dataset:
+    """The pairs in the columns that TRL's collator reads: `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
     Log-probabilities computed beforehand are passed from process to process by a file beside the dataset's own, so
     it has to lie on the disk then; it goes with the resume points.
     """
-    whole = Dataset.from_list([{column: _plain(row.values[column]) for column in COLUMNS} for row in rows])
+    sides = ("prompt", "chosen", "rejected")
+    whole = Dataset.from_dict({f"{side}_ids": [getattr(pair, side) for pair in pairs] for side in sides})
     if not settings.precompute_ref_log_probs:
         return whole
     folder = out / "resume" / "pairs"
@@ -61,8 +70,25 @@ def dataset(rows: Sequence[Record], settings: DPOConfig, out: Path) -> Dataset:
     return load_from_disk(folder)
 
 
-def _plain(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def check_batches(trainer: DPOTrainer, pairs: Sequence[TokenPair]) -> None:
+    """Look at what the trainer's own collator makes before anything is learnt from it.
+
+    Raises:
+        Fault: a batch holds other tokens than the pairs, or compares others than the answers'.
+    """
+    size, data = trainer.args.per_device_train_batch_size, trainer.train_dataset
+    if len(data) != len(pairs):
+        raise Fault(f"the trainer holds {len(data)} of {len(pairs)} pairs")
+    for start in range(0, min(len(pairs), size * CHECKED_BATCHES), size):
+        some = pairs[start : start + size]
+        batch = trainer.data_collator(list(data.select(range(start, start + len(some)))))
+        sides = [(pair, pair.chosen) for pair in some] + [(pair, pair.rejected) for pair in some]
+        for row, (pair, side) in enumerate(sides):
+            kept, mask = batch["attention_mask"][row].bool(), batch["completion_mask"][row]
+            expected = pair.prompt + side, [0] * len(pair.prompt) + [1] * len(side)
+            found = batch["input_ids"][row][kept].tolist(), mask[kept].tolist()
+            if found != expected or mask[~kept].any():
+                raise Fault("the trainer's batches are not the pairs", file=pair.file, key=f"row {pair.number}")
 
 
 def counts(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

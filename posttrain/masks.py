@@ -4,45 +4,27 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed
 from transformers import PreTrainedModel
 
-from posttrain.rows import IGNORED, Row, Stops
+from cordee.chat.conversations import Conversation
+from posttrain.settings import IGNORED
+
+if TYPE_CHECKING:
+    from posttrain.raw_rows import Rows
 
 LEAK_LIMIT = 1e-5
 """How far a logit may move by another chat, in float32."""
 EXAMPLES = 3
+FAULTS = (
+    *("prompt_tokens_with_loss", "ends_of_turn_without_loss", "answer_tokens_without_loss", "chats_without_loss"),
+    "chats_not_in_the_data",  # that the trainer cut, joined or changed
+)
 Batch = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Collates packed rows without flattening them: attention costs rows · length² instead of (rows · length)².
-
-    There is no attention mask in the batch: transformers builds the block-diagonal one from `position_ids`, which
-    start again at 0 with each chat. The shape is always the same, so a compiled model is compiled once.
-    """
-
-    pad_token_id: int
-    length: int
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Tensors `[rows, length]`: `input_ids`, `labels` (-100: no loss) and `position_ids`."""
-        shape = len(examples), self.length
-        ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORED)
-        positions = torch.zeros(shape, dtype=torch.long)
-        for row, example in enumerate(examples):
-            used = len(example["input_ids"])
-            ids[row, :used] = torch.as_tensor(example["input_ids"])
-            labels[row, :used] = torch.as_tensor(example["labels"])
-            positions[row, :used] = torch.cat([torch.arange(length) for length in example["seq_lengths"]])
-        labels[positions == 0] = IGNORED  # no token of the chat before may predict a chat's first
-        return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def documents(batch: Batch, pad_token_id: int) -> Iterator[tuple[int, slice]]:
@@ -71,50 +53,61 @@ def counts(batch: Batch) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Audit:
-    """What was found in the batches of a trainer; every count but the first four must be 0."""
+    """What was found in the batches of a trainer; every fault must be 0."""
 
     chats: int = 0
     tokens: int = 0
     loss_tokens: int = 0
     packed_with_others: int = 0
     """Chats that share their row with another one."""
-    prompt_tokens_with_loss: int = 0
-    ends_of_turn_without_loss: int = 0
-    answer_tokens_without_loss: int = 0
-    chats_without_loss: int = 0
-    chats_without_exactly_one_begin: int = 0
-    chats_not_in_the_data: int = 0
-    """Chats that the trainer cut, joined or changed."""
+    faults: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FAULTS, 0)))
     examples: list[tuple[list[int], list[int]]] = field(default_factory=list)
     """Of the first chats: the tokens without loss, and those with."""
+    carried: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """How often each answer carried loss, by row and message, both from 0; told only where rows are compared with."""
 
-    @property
-    def faults(self) -> dict[str, int]:
-        """The counts that must be 0."""
-        names = list(vars(self))
-        return {name: getattr(self, name) for name in names[names.index("prompt_tokens_with_loss") : -1]}
+    def add(self, other: "Audit") -> None:
+        """Add what another process found."""
+        for name in ("chats", "tokens", "loss_tokens", "packed_with_others", "examples"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.faults.update(other.faults)
+        self.carried.update(other.carried)
 
 
-def audit(batches: Iterable[Batch], rows: Sequence[Row], stops: Stops, pad_token_id: int) -> dict[str, Audit]:
-    """Compare each chat of the batches with its row, source by source.
+def audit(
+    batches: Iterable[Batch], chats: Sequence[Conversation], pad_token_id: int, rows: "Mapping[str, Rows] | None" = None
+) -> dict[str, Audit]:
+    """Compare each chat of the batches with what it was made from, file by file.
+
+    Args:
+        batches: as the trainer's collator makes them.
+        chats: the chats in tokens.
+        pad_token_id: the padding.
+        rows: the files' own rows, where those are to be compared with as well.
 
     Returns:
         An `Audit` per file; chats that are in no file stand under "".
     """
-    places: dict[bytes, int] = {}
-    for number, row in enumerate(rows):
-        places.setdefault(_key(row.ids), number)
-    found = {str(row.file): Audit() for row in rows}
+    places: dict[bytes, list[Conversation]] = {}
+    for known in chats:
+        for key in (_key(known.ids, known.has_loss), _key(known.ids)):
+            places.setdefault(key, []).append(known)
+    found = {str(chat.file): Audit() for chat in chats}
     for batch in batches:
         chats_in = Counter(row for row, _ in documents(batch, pad_token_id))
         for row_in_batch, where in documents(batch, pad_token_id):
             ids = batch["input_ids"][row_in_batch, where].cpu().numpy().astype(np.int32)
             has_loss = (batch["labels"][row_in_batch, where] != IGNORED).cpu().numpy()
-            number = places.get(_key(ids))
-            name = "" if number is None else str(rows[number].file)
-            entry = found.setdefault(name, Audit())
+            alike = places.get(_key(ids, has_loss)) or places.get(_key(ids)) or []
+            chat = alike[0] if alike else None
+            entry = found.setdefault(str(chat.file) if chat else "", Audit())
             entry.packed_with_others += chats_in[row_in_batch] > 1
-            _compare(entry, ids, has_loss, None if number is None else rows[number], stops)
+            _compare(entry, ids, has_loss, chat)
+            if chat and rows:
+                told = rows[str(chat.file)].compare(chat.number - 1, chat.messages, ids, has_loss)
+                entry.faults.update(told.faults)
+                for one in alike:
+                    found[str(one.file)].carried.update((one.number - 1, place) for place in told.carried)
             if len(entry.examples) < EXAMPLES:
                 entry.examples.append((ids[~has_loss].tolist(), ids[has_loss].tolist()))
     return found
@@ -126,32 +119,32 @@ def gather(found: dict[str, Audit]) -> dict[str, Audit]:
         return found
     shares: list[dict[str, Audit]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(shares, found)
-    return {
-        file: Audit(**{name: sum((getattr(share[file], name) for share in shares if file in share), start)
-                       for name, start in vars(Audit()).items()})
-        for file in sorted({file for share in shares for file in share})
-    }  # fmt: skip
+    total: dict[str, Audit] = {}
+    for share in shares:
+        for file in sorted(share):
+            total.setdefault(file, Audit()).add(share[file])
+    return total
 
 
-def _compare(entry: Audit, ids: np.ndarray, has_loss: np.ndarray, row: Row | None, stops: Stops) -> None:
+def _compare(entry: Audit, ids: np.ndarray, has_loss: np.ndarray, chat: Conversation | None) -> None:
     """Add one chat of a batch to what was found."""
     entry.chats += 1
     entry.tokens += len(ids)
     entry.loss_tokens += int(has_loss.sum())
-    entry.chats_without_loss += not has_loss.any()
-    if stops.begin is not None:
-        entry.chats_without_exactly_one_begin += int(np.count_nonzero(ids == stops.begin) != 1)
-    if row is None:
-        entry.chats_not_in_the_data += 1
+    faults = entry.faults
+    faults["chats_without_loss"] += not has_loss.any()
+    if chat is None:
+        faults["chats_not_in_the_data"] += 1
         return
-    entry.ends_of_turn_without_loss += sum(not has_loss[until - 1] for _, until in row.turns)
-    entry.prompt_tokens_with_loss += int((has_loss & ~row.must_have_loss).sum())
-    entry.answer_tokens_without_loss += int((row.must_have_loss & ~has_loss).sum())
+    ends = [has_loss[answer.end : answer.until] for answer in chat.answers if answer.until > answer.end]
+    faults["ends_of_turn_without_loss"] += sum(not end.any() for end in ends)
+    faults["prompt_tokens_with_loss"] += int((has_loss & ~chat.has_loss).sum())
+    faults["answer_tokens_without_loss"] += int((chat.has_loss & ~has_loss).sum())
 
 
-def _key(ids: np.ndarray) -> bytes:
-    """A short name for a row's tokens."""
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+def _key(*tokens: np.ndarray) -> bytes:
+    """A short name for a chat's tokens, or for its tokens and its loss."""
+    return hashlib.blake2b(b"".join(array.tobytes() for array in tokens), digest_size=16).digest()
 
 
 @dataclass(frozen=True)

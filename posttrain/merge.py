@@ -62,19 +62,21 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Merge, compare, save, open again, compare."""
+    from cordee.chat import conversations
+    from cordee.chat.templates import Template
     from cordee.compute import device
     from cordee.compute.logprobs import MERGE_LIMIT, score
-    from cordee.compute.model import open_model, save_model
+    from cordee.compute.model import open_model, save_model, sequence_limits
     from cordee.compute.tokenizer import open_tokenizer
     from posttrain import adapters
-    from posttrain.pairs import conversations
 
     tokenizer = open_tokenizer(config.model, key="model")
     _require_same_tokenizer(config)
     base = open_model(config.model, key="model").eval()
     stored = base.dtype
     base = base.float()
-    sequences = conversations(config.prompts, config.rows, tokenizer, base.config.max_position_embeddings)
+    found = conversations.first(config.prompts, config.rows, Template(tokenizer), sequence_limits(base, None))
+    sequences = [ids for _, ids in found]
     dtype = str(stored).removeprefix("torch.")
     limit = config.tolerance or MERGE_LIMIT[dtype]
 

@@ -2,8 +2,9 @@
 
     accelerate launch -m posttrain.prove_masks --config sft.yaml
 
-Takes the same keys as `posttrain.sft` and builds the same trainer; nothing is trained. The certificate holds, per
-source, the counts that must be 0, the share of tokens with loss, and examples of what carries loss, decoded.
+Takes the same keys as `posttrain.sft` and builds the same trainer; nothing is trained. Each chat of the batches is
+compared with the tokens that were checked, and with its row in the file. The certificate holds, per file, the counts
+that must be 0, the share of tokens with loss, and examples of what carries loss, decoded.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 PROVES = "posttrain.sft"
-CLAIM = "only the assistant's answers and their end-of-turn carry loss, and packed chats never see each other"
+CLAIM = "what carries loss is what the rows say, and only that, and packed chats never see each other"
 
 
 class Config(sft.Config):
@@ -42,9 +43,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         Fault: a check failed; the certificate is not written.
     """
     from posttrain import masks
+    from posttrain.raw_rows import Rows
 
-    trainer, chats, stops = sft.open_trainer(config, context)
-    pad = trainer.processing_class.pad_token_id
+    trainer, chats = sft.open_trainer(config, context)
+    tokenizer = trainer.processing_class
+    rows = {str(source.path): Rows(source.path, tokenizer, source.ignore) for source in config.data}
+    pad = tokenizer.pad_token_id
     moved: list[Leak] = []
 
     def batches() -> Iterator[Any]:
@@ -57,26 +61,30 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             context.progress(done + 1, len(loader), "batches")
             yield batch
 
-    found = masks.gather(masks.audit(batches(), chats, stops, pad))
+    found = masks.gather(masks.audit(batches(), chats, pad, rows))
     checks = list(_mask_checks(found))
     if trainer.accelerator.num_processes == 1:
         seen = sum(audit.chats for audit in found.values())
         checks.append(Check(name="chats in one epoch", value=seen, limit=len(chats), passed=seen == len(chats)))
+    for file, told in rows.items():
+        numbers = {chat.number - 1 for chat in chats if str(chat.file) == file}
+        missing = told.without_loss(found[file].carried, numbers)
+        checks.append(at_most(f"answers without loss {_of(file)}", missing, 0))
     if context.is_main:
         checks += _attention_checks(moved, packing=trainer.args.packing)
     tokens, loss_tokens = (sum(getattr(audit, name) for audit in found.values()) for name in ("tokens", "loss_tokens"))
     if context.is_main:
         (context.out / "resume").rmdir()  # the trainer makes it; nothing was trained
-        examples = _examples(found, trainer.processing_class)
+        examples = _examples(found, tokenizer)
         proven = Certificate(proof="masks", of=PROVES, claim=CLAIM, checks=tuple(checks), evidence=examples)
         certificate.write(context.out, proven)
     return {"tokens": tokens, "loss_tokens": loss_tokens, "rows": len(chats), "checks": len(checks)}
 
 
 def _mask_checks(found: "dict[str, Audit]") -> Iterator[Check]:
-    """The counts of each source, and the share of its tokens that carries loss."""
+    """The counts of each file, and the share of its tokens that carries loss."""
     for file, audit in found.items():
-        source = f"of {file.rpartition('/')[2] or 'no source'}"
+        source = _of(file)
         for name, count in audit.faults.items():
             yield at_most(f"{name.replace('_', ' ')} {source}", count, 0)
         share = audit.loss_tokens / max(audit.tokens, 1)
@@ -85,6 +93,10 @@ def _mask_checks(found: "dict[str, Audit]") -> Iterator[Check]:
             name=f"share of tokens with loss {source}", value=round(share, 6), limit="above 0, below 1",
             passed=0 < share < 1,
         )  # fmt: skip
+
+
+def _of(file: str) -> str:
+    return f"of {file.rpartition('/')[2] or 'no file'}"
 
 
 def _attention_checks(moved: "list[Leak]", *, packing: bool) -> Iterator[Check]:
@@ -106,7 +118,7 @@ def _attention_checks(moved: "list[Leak]", *, packing: bool) -> Iterator[Check]:
 
 
 def _examples(found: "dict[str, Audit]", tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, str]]:
-    """The first chats of each source as they stood in the batches: what is only read, and what carries loss."""
+    """The first chats of each file as they stood in the batches: what is only read, and what carries loss."""
     return [
         {"source": file.rpartition("/")[2], "prompt": tokenizer.decode(prompt), "with_loss": tokenizer.decode(answer)}
         for file, audit in found.items()

@@ -13,6 +13,8 @@ from cordee.cost import Cost, training_bytes, training_flops
 
 BYTES_PER_TOKEN = 3.0
 """Bytes of a chat in a token, where only a guess is possible: before it is read."""
+IGNORED = -100
+"""The label of a token without loss."""
 OWNED = (
     # where, how often, and who is told: the stage's own keys, the artifact and its metrics.jsonl
     *("output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
@@ -76,7 +78,7 @@ def data_cost(file: Path, key: str, given: Mapping[str, Cost], columns: Sequence
     Raises:
         UserError: the beginning shows that the file can't be used.
     """
-    from posttrain.reading import estimate
+    from cordee.chat.formats import estimate
 
     if not file.is_file():
         return given.get(key, Cost())

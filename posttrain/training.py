@@ -115,7 +115,7 @@ def open_model(config: TrlConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     """The model, in float32 unless `trainer: {model_init_kwargs: {dtype: …}}` says otherwise, and its tokenizer.
 
     Raises:
-        UserError: the folder holds no model, or no tokenizer with a chat template and a padding token.
+        UserError: the folder holds no model, or no tokenizer with a padding token.
         Fault: it is damaged.
     """
     options = {"dtype": "float32", **(config.trainer.get("model_init_kwargs") or {})}
@@ -124,8 +124,6 @@ def open_model(config: TrlConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         config.model, dtype=None if dtype == "auto" else getattr(torch, dtype), key="model", **options
     )
     tokenizer = open_tokenizer(config.model, key="model")
-    if not tokenizer.chat_template:
-        raise UserError("its tokenizer has no chat template", file=config.model, key="model")
     if tokenizer.pad_token_id is None:
         raise UserError("its tokenizer has no padding token", file=config.model, key="model")
     return model, tokenizer

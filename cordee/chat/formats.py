@@ -1,8 +1,8 @@
 """Rows of chats and of pairs, read from Parquet and JSON lines, and one error for all that is wrong with them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from cordee.errors import UserError, nearest
 HEAD_BYTES = 1_000_000
 SHOWN = 3
 """Rows that an error names of each kind of problem."""
+Note = Callable[[str], None]
+"""Told what is not as one might expect, and is no error."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,56 @@ def _names(rows: dict[int, str]) -> str:
     shown = [f"{number}: {shown_by}" if shown_by else str(number) for number, shown_by in rows.items()]
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
     return f"row{'s' if len(shown) > 1 else ''} {', '.join(shown[:SHOWN])}{more}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the longest sequence and the largest token id may be."""
+
+    max_length: int | None
+    """Tokens that `max_length` allows; None where it sets no limit."""
+    positions: int | None
+    """Positions of the model; None where it has no limit."""
+    vocab_size: int
+    """Rows of the model's input embedding."""
+
+    def check(self, ids: Sequence[int]) -> None:
+        """See that a sequence fits.
+
+        Raises:
+            BadRowError: it does not.
+        """
+        if self.max_length is not None and len(ids) > self.max_length:
+            problem = f"longer than max_length={self.max_length} tokens: nothing is cut off in silence"
+            raise BadRowError(problem, f"{len(ids)} tokens", "raise it, or leave these rows out")
+        if self.positions is not None and len(ids) > self.positions:
+            raise BadRowError(f"longer than the model's {self.positions} positions", f"{len(ids)} tokens")
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            problem = f"a token id beyond the {self.vocab_size} rows of the model's embedding: is it its tokenizer?"
+            raise BadRowError(problem, f"id {largest}")
+
+
+@dataclass
+class Notes:
+    """What is not as one might expect in a file, and is no error."""
+
+    apart: int = 0
+    otherwise: int = 0
+    without_end: int = 0
+    other_columns: list[str] = field(default_factory=list)
+
+    def tell(self, file: Path, note: Note) -> None:
+        """Say each once, with its count."""
+        said = {
+            "answers that the chat template renders otherwise once more follows: each has its own sequence": self.apart,
+            "prompts that end otherwise alone than before their answer: loss begins where the two part": self.otherwise,
+            "answers after which the chat template writes no special token: nothing teaches to stop": self.without_end,
+        }
+        for what, count in said.items():
+            if count:
+                note(f"{file.name}: {count} {what}")
+        if self.other_columns:
+            note(f"{file.name}: columns that are kept out: {', '.join(self.other_columns)}")
 
 
 def read(file: Path) -> list[Record]:

@@ -77,8 +77,8 @@ def chat(record: Record, template: Template, ignore: Collection[str] = ()) -> Ch
     for place, (message, flag) in enumerate(zip(messages, flags, strict=True), 1):
         if flag and message["role"] != "assistant":
             raise BadRowError(f"a message of the {message['role']} is marked to be trained on", f"message {place}")
-        if trains[place - 1] and not any(_says(value) for key, value in message.items() if key != "role"):
-            raise BadRowError("an answer has no content", f"message {place}")
+        if trains[place - 1]:
+            _require_answer(message, f"message {place}")
     return Chat(record.file, record.number, messages, trains, options)
 
 
@@ -97,6 +97,9 @@ def pair(record: Record, template: Template, ignore: Collection[str] = ()) -> Pa
         side, flags = _messages(record, column, template, options, ignore, prompt)
         if side[-1]["role"] != "assistant":
             raise BadRowError(f"{column} ends with {side[-1]['role']!r}, not with the assistant")
+        for place, message in enumerate(side, 1):
+            if message["role"] == "assistant":
+                _require_answer(message, f"{column}, message {place}")
         if side[: len(prompt)] == prompt:
             raise BadRowError(f"{column} begins with the prompt, which would stand there twice", hint="take it out")
         if False in flags:
@@ -105,6 +108,25 @@ def pair(record: Record, template: Template, ignore: Collection[str] = ()) -> Pa
     if sides[0] == sides[1]:
         raise BadRowError("chosen and rejected are equal: there is nothing to prefer")
     return Pair(record.file, record.number, prompt, sides[0], sides[1], options)
+
+
+def chosen(record: Record, template: Template) -> Chat:
+    """The row as a chat, or of a pair its prompt with the chosen answer, without what the template does not read.
+
+    Raises:
+        BadRowError: it is neither.
+    """
+    columns = ("messages",) if "messages" in record.values else ("prompt", "chosen")
+    if not record.values.keys() >= {*columns}:
+        raise BadRowError("has neither `messages` nor `prompt` and `chosen`")
+    lists = [record.values[column] for column in columns if isinstance(record.values[column], list)]
+    keys = {key for messages in lists for item in messages if isinstance(item, dict) for key in item}
+    unread = {key for key in keys - {"role", "content"} if not template.reads(key)}
+    used = {*columns, "chat_template_kwargs", *(template.variables & {*OPTIONS})}
+    ignore = (unread | {"train", "weight"} | record.values.keys()) - used
+    options = _options(record, template, ignore, columns)
+    found = [message for column in columns for message in _messages(record, column, template, options, ignore)[0]]
+    return Chat(record.file, record.number, found, tuple(message["role"] == "assistant" for message in found), options)
 
 
 def other_columns(records: Collection[Record], used: Collection[str], ignore: Collection[str]) -> list[str]:
@@ -234,6 +256,12 @@ def _require_content(message: Message, where: str) -> None:
         raise BadRowError("its content is no text", where)
     if content is None and not any(_says(value) for key, value in message.items() if key not in ("role", *LINKS)):
         raise BadRowError("a message has no content", where)
+
+
+def _require_answer(message: Message, where: str) -> None:
+    """See that an answer says something."""
+    if not any(_says(value) for key, value in message.items() if key != "role"):
+        raise BadRowError("an answer has no content", where)
 
 
 def _require_plain(value: Any, where: str, template: Template) -> None:

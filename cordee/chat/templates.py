@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LINKS = ("name", "tool_call_id")
 """Keys of a tool's message that say to which call it belongs; many templates leave them out, as the order says it."""
+OTHERWISE = "the chat template renders a prompt otherwise alone than before its answer"
 Message = dict[str, Any]
 
 
@@ -43,13 +44,15 @@ class Template:
         self.tokenizer = tokenizer
         found = tokenizer.chat_template
         if not found:
-            raise UserError("its tokenizer has no chat template", key="model")
+            raise UserError("its tokenizer has no chat template", file=tokenizer.name_or_path, key="model")
         sources = list(found.values()) if isinstance(found, Mapping) else [found]
         environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
         try:
             trees = [environment.parse(source) for source in sources]
         except TemplateSyntaxError as error:
-            raise UserError(f"its chat template can't be read: {error}", key="model") from error
+            raise UserError(
+                f"its chat template can't be read: {error}", file=tokenizer.name_or_path, key="model"
+            ) from error
         self.variables = {name for tree in trees for name in meta.find_undeclared_variables(tree)}
         """What can be given to it: `tools`, `enable_thinking`, and what it sets itself where it was not given."""
         stored = {node.name for tree in trees for node in tree.find_all(nodes.Name) if node.ctx == "store"}
@@ -81,6 +84,17 @@ class Template:
         if shape not in self._left_out:
             self._left_out[shape] = self._probe(messages, options)
         return self._left_out[shape]
+
+    def require_written(self, messages: Sequence[Message], options: Mapping[str, Any]) -> None:
+        """See that what each message says is written: some templates leave out roles that they don't know.
+
+        Raises:
+            BadRowError: something is left out.
+        """
+        for place, key in self.left_out(messages, options):
+            problem = f"the chat template leaves out the {key!r} of a message of the {messages[place]['role']!r}"
+            hint = "" if key == "content" else f"`ignore: [{key}]` beside the file's path leaves it out"
+            raise BadRowError(problem, f"message {place + 1}", hint)
 
     def _probe(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[tuple[int, str]]:
         places: dict[str, tuple[int, str]] = {}
@@ -130,6 +144,32 @@ class Template:
         """
         return str(self._apply(messages, options, tokenize=False, **how))
 
+    def prompt(self, before: Sequence[Message], options: Mapping[str, Any], whole: Sequence[str]) -> tuple[str, int]:
+        """What asks for an answer after these messages, and how much of it has to stand in the whole texts.
+
+        That is all of it, or all but its generation prompt: some templates end a prompt in another way than an answer
+        begins (DeepSeek's with `<think>`).
+        """
+        prompt = self.text(before, options, add_generation_prompt=True)
+        if all(text.startswith(prompt) for text in whole) and not self.has_marks:
+            return prompt, len(prompt)
+        return prompt, self.end_in(prompt, self.text(before, options)) or len(prompt)
+
+    def end_in(self, whole: str, beginning: str) -> int:
+        """Where the beginning of a chat ends in a longer one's text; 0 if it is rendered otherwise there.
+
+        Only special tokens behind its end of turn may differ (Phi-3 ends a chat, but no turn within it, with one more).
+        """
+        end = common_length(whole, beginning)
+        if end == len(beginning):
+            return end
+        for found in self.special.finditer(beginning):
+            if found.start() < end < found.end():
+                end = found.start()
+        kept = beginning[:end].rstrip()
+        is_closed = any(found.end() == len(kept) for found in self.special.finditer(kept))
+        return end if is_closed and not self.special.sub("", beginning[end:]).strip() else 0
+
     def encode(self, texts: Sequence[str], **how: Any) -> Any:
         """Token ids of rendered texts, to which the tokenizer adds no special tokens: the template has written them."""
         return self.tokenizer(list(texts), add_special_tokens=False, **how)
@@ -144,6 +184,14 @@ class Template:
             return self.tokenizer.apply_chat_template(list(messages), **options, **how)
         except Exception as error:  # a template raises jinja2's errors, and whatever its filters raise
             raise BadRowError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+
+
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters or tokens two sequences share at their beginning."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(place for place in range(shorter) if one[place] != other[place])
 
 
 def _says(value: Any) -> bool:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cordee import files, model_folder
+from cordee.chat.formats import Limits
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer
 from cordee.errors import Fault
 
@@ -83,6 +84,12 @@ def save_model(
         path.replace(folder / path.name)
     beside.rmdir()
     files.sync_folder(folder)
+
+
+def sequence_limits(model: PreTrainedModel, max_length: int | None) -> Limits:
+    """How long a sequence and how large a token id may be: of `max_length`, and of the model itself."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Limits(max_length, positions, model.get_input_embeddings().weight.shape[0])
 
 
 def stop_token_ids(folder: Path) -> list[int]:

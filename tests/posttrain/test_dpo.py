@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cordee.chat import formats
 from cordee.cost import Cost
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
-from posttrain import adapters, dpo, reading
+from posttrain import adapters, dpo
 from posttrain.settings import BYTES_PER_TOKEN
 
 ANSWERS = ("German", "French", "Italian", "Romansh")
@@ -203,19 +205,11 @@ def test_trl_computes_the_loss_that_was_asked_for(
 ) -> None:
     """By hand: log-ratios of each side from two separate scorings, then the paper's formula, pair by pair."""
     import torch
-    from trl import DPOConfig, DPOTrainer
 
     from cordee.compute.logprobs import score
-    from cordee.compute.model import open_model
-    from cordee.compute.tokenizer import open_tokenizer
-    from posttrain import dpo_trainer, pairs, reading, training
 
     asked = config(model_folder, pairs_file, trainer={"loss_type": [loss_type], "beta": beta})
-    settings = training.arguments(DPOConfig, asked, context)
-    model, tokenizer = open_model(model_folder), open_tokenizer(model_folder)
-    rows = reading.read(pairs_file, pairs.COLUMNS)
-    data = dpo_trainer.dataset(rows, settings, context.out)
-    trainer = training.open_trainer(DPOTrainer, asked, model, settings, train_dataset=data, processing_class=tokenizer)
+    trainer, _ = dpo.build(asked, context)
     generator = torch.Generator().manual_seed(5)
     for name, weights in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -300,13 +294,13 @@ def broken(column: str, content: str) -> dict[str, Any]:
     [
         ({**pair(1), "rejected": pair(1)["chosen"]}, "are equal"),
         ({**pair(1), "chosen": []}, "chosen is empty"),
-        (broken("rejected", "  "), "rejected: message 1 has no content"),
+        (broken("rejected", "  "), r"an answer has no content \(rejected, message 1\)"),
         ({name: value for name, value in pair(1).items() if name != "rejected"} | {"rejectd": 1}, "mean 'rejectd'"),
-        (broken("prompt", "word " * 300), "tokens long, more than 128"),
+        (broken("prompt", "word " * 300), "longer than max_length=128 tokens"),
         (broken("chosen", "German<|assistant_end|>"), "spells out the special token"),
         ({**pair(1), "prompt": [*pair(1)["prompt"], *pair(1)["chosen"]]}, "nothing to answer"),
         ({**pair(1), "chosen": pair(1)["prompt"]}, "ends with 'user'"),
-        ({**pair(1), "tools": "[]"}, "which is not read"),
+        ({**pair(1), "tools": [{"name": "add"}]}, "has tools, which the chat template does not read"),
         ({**pair(1), "prompt": "What?"}, "no list of messages"),
     ],
 )
@@ -321,41 +315,48 @@ def test_a_pair_that_would_train_the_wrong_thing_stops_the_run_by_file_and_row(
     assert not (context.out / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("{{- bos_token }}", "{{- bos_token }}{{- bos_token }}", "2 beginning-of-sequence tokens"),
-        ("+ '<|assistant_end|>'", "", "has no end of turn"),
-        ("{%- if add_generation_prompt %}", "{%- if add_generation_prompt %}{{- '\n' }}", "as different tokens"),
-    ],
-)
-def test_a_template_that_renders_pairs_wrongly_is_refused(
-    model_folder: Path, pairs_file: Path, template: str, old: str, new: str, message: str
+def test_a_collator_that_makes_other_batches_than_the_pairs_is_a_fault(
+    model_folder: Path, pairs_file: Path, context: Context
 ) -> None:
-    from cordee.compute.model import open_model
-    from cordee.compute.tokenizer import open_tokenizer
-    from posttrain import pairs, reading
-    from posttrain.rows import Stops
+    from cordee.chat import pairs
+    from cordee.chat.formats import Limits
+    from cordee.chat.templates import Template
+    from posttrain.dpo_trainer import check_batches
 
-    tokenizer = open_tokenizer(model_folder)
-    assert old in template
-    tokenizer.chat_template = template.replace(old, new)
-    with pytest.raises(UserError, match=message):
-        pairs.tokenize(
-            reading.read(pairs_file, pairs.COLUMNS), tokenizer, Stops.of(open_model(model_folder), tokenizer), 512
-        )
+    trainer, _ = dpo.build(config(model_folder, pairs_file), context)
+    found = pairs.tokenize(pairs_file, Template(trainer.processing_class), Limits(128, None, 1000), print)
+    check_batches(trainer, found)
+    sound = trainer.data_collator
+
+    def with_mask(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = sound(examples)
+        return {**batch, "completion_mask": batch["attention_mask"]}
+
+    trainer.data_collator = with_mask
+    with pytest.raises(Fault, match="row 1: the trainer's batches are not the pairs"):
+        check_batches(trainer, found)
+    trainer.data_collator = lambda examples: sound([{**row, "chosen_ids": row["chosen_ids"][:-1]} for row in examples])
+    with pytest.raises(Fault, match="row 1: the trainer's batches are not the pairs"):
+        check_batches(trainer, found)
+    trainer.data_collator = sound
+    with pytest.raises(Fault, match="the trainer holds 24 of 23 pairs"):
+        check_batches(trainer, found[:-1])
 
 
-def test_a_row_that_the_trainer_dropped_or_cut_is_a_fault() -> None:
-    from posttrain.pairs import Pair, require_same
-
-    theirs = {"prompt_ids": [0, 1], "chosen_ids": [2, 8], "rejected_ids": [3, 8]}
-    ours = Pair([0, 1], [2, 8], [3, 8])
-    require_same([ours], [theirs])
-    with pytest.raises(Fault, match="holds 1 of 2"):
-        require_same([ours, ours], [theirs])
-    with pytest.raises(Fault, match="other tokens"):
-        require_same([ours], [{**theirs, "chosen_ids": [2]}])
+def test_pairs_reach_the_trainer_with_their_tools(model_folder: Path, tmp_path: Path, context: Context) -> None:
+    """TRL's columns hold what was checked: nothing is rendered a second time."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    template = folder / "chat_template.jinja"
+    text = template.read_text().replace("{{- bos_token }}", "{{- bos_token }}{{- tools | tojson if tools else '' }}")
+    template.write_text(text)
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds two numbers"}}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({**pair(n), "tools": tools}) + "\n" for n in range(8)))
+    trainer, _ = dpo.build(config(folder, file), context)
+    assert trainer.train_dataset.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
+    prompts = trainer.processing_class.batch_decode(list(trainer.train_dataset["prompt_ids"]))
+    assert all("Adds two numbers" in prompt for prompt in prompts)
 
 
 def test_the_cost_counts_two_sequences_a_pair_and_less_memory_for_an_adapter(
@@ -366,7 +367,7 @@ def test_the_cost_counts_two_sequences_a_pair_and_less_memory_for_an_adapter(
     adapter = dpo.cost(config(model_folder, not_made), given)
     full = dpo.cost(config(model_folder, not_made, lora=None), given)
     assert adapter.tokens == full.tokens == 2 * 100 * 2 * 128
-    rows, text_bytes = reading.estimate(pairs_file, ["prompt", "chosen", "rejected"])
+    rows, text_bytes = formats.estimate(pairs_file, ["prompt", "chosen", "rejected"])
     assert rows == pq.read_metadata(pairs_file).num_rows
     own = dpo.cost(config(model_folder, pairs_file), {})
     assert own.parameters > 0

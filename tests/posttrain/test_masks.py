@@ -1,8 +1,9 @@
 """What carries loss: every guard over chats, batches and attention is shown the fault that it guards against."""
 
+import dataclasses
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat_samples import chat, make_tokenizer, some_chats, write_lines, write_parquet
+from chat_samples import chat, some_chats, write_lines, write_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cordee.errors import Fault, UserError
+from cordee.chat import conversations
+from cordee.chat.conversations import Conversation
+from cordee.chat.formats import Limits
+from cordee.chat.templates import Template
+from cordee.errors import Fault
 from cordee.files import read_json
 from cordee.stage import Context
-from posttrain import masks, prove_masks, rows, sft
-
-GENERATION = re.compile(r"\{%-? generation %\}(.*?)\{%-? endgeneration %\}", re.DOTALL)
+from posttrain import masks, prove_masks, sft
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +32,6 @@ def model(model_folder: Path):
 @pytest.fixture(scope="module")
 def tokenizer(model_folder: Path):
     return AutoTokenizer.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="module")
-def stops(model, tokenizer) -> rows.Stops:
-    return rows.Stops.of(model, tokenizer)
 
 
 def config(model_folder: Path, *data: Path, **trainer: object) -> sft.Config:
@@ -48,125 +46,36 @@ def config(model_folder: Path, *data: Path, **trainer: object) -> sft.Config:
     )
 
 
-# --- rows -----------------------------------------------------------------------------------------------------
+# --- chats ----------------------------------------------------------------------------------------------------
 
 
-def test_each_answer_and_its_end_of_turn_carry_loss_and_nothing_else(tmp_path: Path, tokenizer, stops) -> None:
-    talk = [*chat("Was ist das?", "German", system="Be brief."), *chat("Et ça? 你好", "French é")]
-    (row,) = rows.tokenize(write_parquet(tmp_path / "m.parquet", [talk]), tokenizer, stops, 256)
-    assert tokenizer.decode(row.ids[row.has_loss].tolist()) == "German<|assistant_end|>French é<|assistant_end|>"
-    assert np.array_equal(row.has_loss, row.must_have_loss)
-    assert np.array_equal(row.labels, np.where(row.has_loss, row.ids, -100))
+def tokenized(file: Path, tokenizer, longest: int = 256) -> list[Conversation]:
+    return conversations.tokenize(file, Template(tokenizer), Limits(longest, 512, len(tokenizer)), print)
 
 
-def test_parquet_and_json_lines_give_the_same_rows(tmp_path: Path, tokenizer, stops) -> None:
-    chats = some_chats(5)
-    one = rows.tokenize(write_parquet(tmp_path / "m.parquet", chats), tokenizer, stops, 256)
-    other = rows.tokenize(write_lines(tmp_path / "m.jsonl", chats), tokenizer, stops, 256)
-    assert [row.ids.tolist() for row in one] == [row.ids.tolist() for row in other]
-
-
-@pytest.mark.parametrize(
-    ("bad", "problem"),
-    [
-        ([{"role": "user", "content": "hello"}], "no assistant turn"),
-        ([{"role": "usr", "content": "hello"}], "unknown role 'usr' in message 1; did you mean 'user'"),
-        ([], "messages is empty"),
-        (chat("hello", ""), "message 2 has no content"),
-        (chat("hello <s> there", "German"), "spells out the special token '<s>'"),
-        (chat("hello", "German<|assistant_end|>"), r"spells out the special token '<\|assistant_end\|>'"),
-        (chat("long " * 200, "German"), "more than trainer.max_length=128"),
-        ([{"role": "user"}], "message 1 has no content"),
-    ],
-)
-def test_a_chat_that_would_train_the_wrong_thing_is_named_with_file_and_row(
-    tmp_path: Path, tokenizer, stops, bad: list, problem: str
-) -> None:
-    file = write_lines(tmp_path / "m.jsonl", [*some_chats(3), bad])
-    with pytest.raises(UserError, match=problem) as caught:
-        rows.tokenize(file, tokenizer, stops, 128)
-    assert str(caught.value).startswith(f"{file}: row 4: ")
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("", "holds no rows"),
-        ('{"messages": [\n', "line 1 is no JSON"),
-        ('{"message": []}\n', "row 1: has no column 'messages'; did you mean 'message'"),
-        ('{"messages": "hello"}\n', "row 1: messages is no list"),
-    ],
-)
-def test_a_file_that_holds_no_chats_is_named(tmp_path: Path, tokenizer, stops, content: str, problem: str) -> None:
-    (tmp_path / "m.jsonl").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=problem):
-        rows.tokenize(tmp_path / "m.jsonl", tokenizer, stops, 256)
-
-
-def test_a_parquet_file_without_messages_is_named(tmp_path: Path, tokenizer, stops) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"message": ["x"]}), tmp_path / "m.parquet")
-    with pytest.raises(UserError, match="has no column 'messages'"):
-        rows.tokenize(tmp_path / "m.parquet", tokenizer, stops, 256)
-    with pytest.raises(UserError, match=r"neither \.parquet nor \.jsonl"):
-        rows.tokenize(tmp_path / "m.csv", tokenizer, stops, 256)
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda text: GENERATION.sub(r"\1", text), "no token would be trained on"),
-        (lambda text: text.replace("+ '<|assistant_end|>' }}", "}}").replace(
-            "{%- endgeneration %}", "{%- endgeneration %}{{- '<|assistant_end|>' }}"),
-         "end-of-turn token carries no loss"),
-        (lambda text: text.replace("{{- '<|assistant_start|>' }}\n        {%- generation %}",
-                                   "{%- generation %}{{- '<|assistant_start|>' }}"), "of the prompt carries loss"),
-        (lambda text: "{{- bos_token }}" + text, "2 beginning-of-sequence tokens"),
-        (lambda text: text.replace("{{- bos_token }}", ""), "0 beginning-of-sequence tokens"),
-        (lambda text: text.replace("+ '<|assistant_end|>' }}", "}}"), "no token at which generation stops"),
-        (lambda text: text.replace("{%- if add_generation_prompt %}", "{%- if add_generation_prompt %}{{- 'x' }}"),
-         "renders message 2 otherwise when more follows"),
-    ],
-)  # fmt: skip
-def test_a_chat_template_that_marks_the_wrong_tokens_is_caught(
-    tmp_path: Path, template: str, stops, change, problem: str
-) -> None:
-    changed = change(template)
-    assert changed != template
-    make_tokenizer(tmp_path, changed)
-    file = write_parquet(tmp_path / "m.parquet", some_chats(2))
-    with pytest.raises(UserError, match=problem):
-        rows.tokenize(file, AutoTokenizer.from_pretrained(tmp_path), stops, 256)
-
-
-def test_weights_repeat_rows_and_take_a_random_share(tmp_path: Path, tokenizer, stops) -> None:
-    made = rows.tokenize(write_parquet(tmp_path / "m.parquet", some_chats(20)), tokenizer, stops, 256)
-    assert [row.number for row in rows.weigh(made, 1.0, 0)] == list(range(1, 21))
-    assert len(rows.weigh(made, 2.25, 0)) == 45
-    half = [row.number for row in rows.weigh(made, 0.5, 0)]
+def test_weights_repeat_rows_and_take_a_random_share(tmp_path: Path, tokenizer) -> None:
+    made = tokenized(write_parquet(tmp_path / "m.parquet", some_chats(20)), tokenizer)
+    assert [row.number for row in sft.weigh(made, 1.0, 0)] == list(range(1, 21))
+    assert len(sft.weigh(made, 2.25, 0)) == 45
+    half = [row.number for row in sft.weigh(made, 0.5, 0)]
     assert len(set(half)) == 10
-    assert half == [row.number for row in rows.weigh(made, 0.5, 0)]
-    assert half != [row.number for row in rows.weigh(made, 0.5, 1)]
+    assert half == [row.number for row in sft.weigh(made, 0.5, 0)]
+    assert half != [row.number for row in sft.weigh(made, 0.5, 1)]
 
 
 # --- packing and attention ------------------------------------------------------------------------------------
 
 
-def packed(tokenizer, stops, tmp_path: Path, lengths: int = 3):
+def packed(tokenizer, tmp_path: Path, lengths: int = 3):
     """One packed row of some chats, collated as the stage does, and the chats."""
-    made = rows.tokenize(write_parquet(tmp_path / "m.parquet", some_chats(lengths)), tokenizer, stops, 128)
-    example = {
-        "input_ids": np.concatenate([row.ids for row in made]).tolist(),
-        "labels": np.concatenate([row.labels for row in made]).tolist(),
-        "seq_lengths": [len(row.ids) for row in made],
-    }
-    return masks.PackedRows(tokenizer.pad_token_id, 512)([example]), made
+    made = tokenized(write_parquet(tmp_path / "m.parquet", some_chats(lengths)), tokenizer, 128)
+    data, lengths_of = sft.dataset(made), [len(chat.ids) for chat in made]
+    example = {name: np.concatenate(data[name]).tolist() for name in ("input_ids", "labels")}
+    return sft.PackedRows(tokenizer.pad_token_id, 512)([{**example, "seq_lengths": lengths_of}]), made
 
 
-def test_packed_chats_get_the_logits_that_they_get_alone(tmp_path: Path, model, tokenizer, stops) -> None:
-    batch, made = packed(tokenizer, stops, tmp_path)
+def test_packed_chats_get_the_logits_that_they_get_alone(tmp_path: Path, model, tokenizer) -> None:
+    batch, made = packed(tokenizer, tmp_path)
     with torch.no_grad():
         together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
         start = 0
@@ -176,8 +85,8 @@ def test_packed_chats_get_the_logits_that_they_get_alone(tmp_path: Path, model, 
             start += len(row.ids)
 
 
-def test_attention_across_packed_chats_is_found(tmp_path: Path, model, tokenizer, stops) -> None:
-    batch, _ = packed(tokenizer, stops, tmp_path)
+def test_attention_across_packed_chats_is_found(tmp_path: Path, model, tokenizer) -> None:
+    batch, _ = packed(tokenizer, tmp_path)
     kept = masks.leak(model, batch, tokenizer.pad_token_id)
     assert kept
     assert kept.other_chats == 0
@@ -188,15 +97,15 @@ def test_attention_across_packed_chats_is_found(tmp_path: Path, model, tokenizer
     assert leaks.other_chats > masks.LEAK_LIMIT
 
 
-def test_no_label_is_predicted_by_the_chat_before(tmp_path: Path, tokenizer, stops) -> None:
-    batch, made = packed(tokenizer, stops, tmp_path)
+def test_no_label_is_predicted_by_the_chat_before(tmp_path: Path, tokenizer) -> None:
+    batch, made = packed(tokenizer, tmp_path)
     starts = np.cumsum([0, *(len(row.ids) for row in made[:-1])])
     assert batch["labels"][0, starts].tolist() == [-100] * len(made)
     assert (batch["labels"] != -100).sum() == sum(row.has_loss.sum() for row in made)
 
 
-def audit_of(batch, made, stops, tokenizer) -> dict[str, int]:
-    found = masks.audit([batch], made, stops, tokenizer.pad_token_id)
+def audit_of(batch, made, tokenizer) -> dict[str, int]:
+    found = masks.audit([batch], made, tokenizer.pad_token_id)
     totals: dict[str, int] = {}
     for audit in found.values():
         for name, count in audit.faults.items():
@@ -204,10 +113,10 @@ def audit_of(batch, made, stops, tokenizer) -> dict[str, int]:
     return {name: count for name, count in totals.items() if count}
 
 
-def test_a_sound_batch_has_no_fault_and_every_chat(tmp_path: Path, tokenizer, stops) -> None:
-    batch, made = packed(tokenizer, stops, tmp_path)
-    assert audit_of(batch, made, stops, tokenizer) == {}
-    (audit,) = masks.audit([batch], made, stops, tokenizer.pad_token_id).values()
+def test_a_sound_batch_has_no_fault_and_every_chat(tmp_path: Path, tokenizer) -> None:
+    batch, made = packed(tokenizer, tmp_path)
+    assert audit_of(batch, made, tokenizer) == {}
+    (audit,) = masks.audit([batch], made, tokenizer.pad_token_id).values()
     assert audit.chats == audit.packed_with_others == 3
     assert audit.tokens == sum(len(row.ids) for row in made)
     assert audit.loss_tokens == sum(row.has_loss.sum() for row in made)
@@ -221,29 +130,27 @@ def test_a_sound_batch_has_no_fault_and_every_chat(tmp_path: Path, tokenizer, st
         (lambda batch, end: batch["labels"][0, end].fill_(-100),
          {"ends_of_turn_without_loss": 1, "answer_tokens_without_loss": 1}),
         (lambda batch, _: batch["input_ids"][0, 3].fill_(300), {"chats_not_in_the_data": 1}),
-        (lambda batch, _: batch["input_ids"][0, 3].fill_(0),
-         {"chats_not_in_the_data": 1, "chats_without_exactly_one_begin": 1}),
     ],
 )  # fmt: skip
-def test_a_batch_that_is_not_the_chats_is_found(tmp_path: Path, tokenizer, stops, plant, fault: dict) -> None:
-    batch, made = packed(tokenizer, stops, tmp_path)
-    plant(batch, made[0].turns[0][1] - 1)
-    assert audit_of(batch, made, stops, tokenizer) == fault
+def test_a_batch_that_is_not_the_chats_is_found(tmp_path: Path, tokenizer, plant, fault: dict) -> None:
+    batch, made = packed(tokenizer, tmp_path)
+    plant(batch, made[0].answers[0].until - 1)
+    assert audit_of(batch, made, tokenizer) == fault
 
 
-def test_a_chat_whose_labels_are_all_masked_is_found(tmp_path: Path, tokenizer, stops) -> None:
-    batch, made = packed(tokenizer, stops, tmp_path)
+def test_a_chat_whose_labels_are_all_masked_is_found(tmp_path: Path, tokenizer) -> None:
+    batch, made = packed(tokenizer, tmp_path)
     batch["labels"][0, : len(made[0].ids)] = -100
-    assert audit_of(batch, made, stops, tokenizer)["chats_without_loss"] == 1
+    assert audit_of(batch, made, tokenizer)["chats_without_loss"] == 1
 
 
 def test_the_stage_stops_before_the_first_step_where_its_collator_is_wrong(
     tmp_path: Path, model_folder: Path, context: Context
 ) -> None:
     file = write_parquet(tmp_path / "m.parquet", some_chats(12))
-    trainer, chats, stops = sft.open_trainer(config(model_folder, file, packing=True), context)
+    trainer, chats = sft.open_trainer(config(model_folder, file, packing=True), context)
     sound = trainer.data_collator
-    sft.check_batches(trainer, chats, stops)
+    sft.check_batches(trainer, chats)
 
     def shifted(examples):
         batch = sound(examples)
@@ -251,11 +158,11 @@ def test_the_stage_stops_before_the_first_step_where_its_collator_is_wrong(
 
     trainer.data_collator = shifted
     with pytest.raises(Fault, match="prompt_tokens_with_loss"):
-        sft.check_batches(trainer, chats, stops)
+        sft.check_batches(trainer, chats)
 
     trainer.data_collator = lambda examples: {**sound(examples), "attention_mask": torch.ones(len(examples), 128)}
     with pytest.raises(Fault, match="packed chats see each other"):
-        sft.check_batches(trainer, chats, stops)
+        sft.check_batches(trainer, chats)
 
 
 # --- the proof ------------------------------------------------------------------------------------------------
@@ -308,15 +215,111 @@ def test_a_failed_proof_is_a_fault_that_names_the_check(
     tmp_path: Path, model_folder: Path, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_parquet(tmp_path / "m.parquet", some_chats(12))
-    original = masks.PackedRows.__call__
+    original = sft.PackedRows.__call__
 
     def without_ends(self, examples):
         batch = original(self, examples)
         batch["labels"][batch["labels"] == 8] = -100
         return batch
 
-    monkeypatch.setattr(masks.PackedRows, "__call__", without_ends)
+    monkeypatch.setattr(sft.PackedRows, "__call__", without_ends)
     keys = config(model_folder, file, packing=True).model_dump()
     with pytest.raises(Fault, match=r"ends of turn without loss of m\.parquet is 12"):
         prove_masks.run(prove_masks.Config.model_validate(keys), context)
     assert not (context.out / "certificate.json").exists()
+
+
+# --- the rows themselves --------------------------------------------------------------------------------------
+
+TOOLS = "{{- bos_token }}{%- if tools %}{{- '<|system_start|>' + tools | tojson + '<|system_end|>' }}{%- endif %}"
+CALLS = (
+    "{%- for call in message.tool_calls or [] %}{{- call.function.name + (call.function.arguments | tojson) }}"
+    "{%- endfor %}{{- message['content'] or '' }}{{- '<|assistant_end|>' }}"
+)
+ADD = {"type": "function", "function": {"name": "add", "description": "Adds", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture
+def tools_folder(tmp_path: Path, model_folder: Path) -> Path:
+    """The model with a template that knows tools, reasoning aside."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    template = folder / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8").replace("{{- bos_token }}", TOOLS)
+    text = text.replace("{{- message['content'] + '<|assistant_end|>' }}", CALLS)
+    text = text.replace("message['content'] is not string", "false").replace("message['role'] == 'user'",
+        "message['role'] in ('user', 'tool')")  # fmt: skip
+    template.write_text(text, encoding="utf-8")
+    return folder
+
+
+def tool_rows(count: int) -> list[dict]:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+    talks = [
+        [{"role": "user", "content": f"1+{n}?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+         {"role": "tool", "content": f"{n + 1}"}, {"role": "assistant", "content": f"It is {n + 1}."},
+         {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Sure.", "weight": n % 2}]
+        for n in range(count)
+    ]  # fmt: skip
+    return [{"messages": talk, "tools": json.dumps([ADD])} for talk in talks]
+
+
+def prove(folder: Path, rows: list[dict], context: Context, packing: bool = True) -> dict[str, float]:
+    file = context.out.parent / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    keys = config(folder, file, packing=packing, max_length=400).model_dump()
+    prove_masks.run(prove_masks.Config.model_validate(keys), context)
+    checks = read_json(context.out / "certificate.json")["checks"]
+    return {check["name"].replace(" of rows.jsonl", ""): check["value"] for check in checks}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tools_calls_and_flags_of_the_rows_are_proven(tools_folder: Path, context: Context, packing: bool) -> None:
+    checks = prove(tools_folder, tool_rows(8), context, packing)
+    assert checks["chats in one epoch"] == 8
+    for name in ("chats unlike their row", "answers partly without loss", "other texts with loss",
+                 "tools not in the prompt", "answers without loss"):  # fmt: skip
+        assert checks[name] == 0
+
+
+@pytest.mark.parametrize(
+    ("plant", "problem"),
+    [
+        (lambda chat: dataclasses.replace(chat, options={}), "chats unlike their row of rows.jsonl is 8"),
+        (lambda chat: dataclasses.replace(chat, options={}), "tools not in the prompt of rows.jsonl is 8"),
+        (lambda chat: dataclasses.replace(chat, trains=tuple(m["role"] == "assistant" for m in chat.messages)),
+         "other texts with loss of rows.jsonl is 4"),
+        (lambda chat: dataclasses.replace(chat, trains=(False,) * (len(chat.trains) - 1) + (True,)),
+         "; answers without loss of rows.jsonl is 16"),
+        (lambda chat: dataclasses.replace(chat, messages=chat.messages[:4], trains=chat.trains[:4]),
+         ": answers without loss of rows.jsonl is 4"),
+        (lambda chat: dataclasses.replace(chat, messages=[{**m, "content": m.get("content") or "null"}
+                                                          for m in chat.messages]), "chats unlike their row"),
+    ],
+)  # fmt: skip
+def test_a_fault_between_file_and_tokens_is_seen_by_the_proof(
+    tools_folder: Path, context: Context, monkeypatch: pytest.MonkeyPatch, plant, problem: str
+) -> None:
+    """The fault stands where chats are read: all that is made of them agrees with it."""
+    from cordee.chat import schema
+
+    sound = schema.chat
+    monkeypatch.setattr(schema, "chat", lambda *given: plant(sound(*given)))
+    with pytest.raises(Fault, match=problem):
+        prove(tools_folder, tool_rows(8), context)
+
+
+def test_marks_that_are_not_heeded_are_seen_by_the_proof(
+    tools_folder: Path, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault stands where loss is placed: a token too early."""
+    sound = conversations.loss_mask
+
+    def shifted(*given: object) -> np.ndarray:
+        return np.roll(sound(*given), -1)
+
+    monkeypatch.setattr(conversations, "loss_mask", shifted)
+    with pytest.raises(Fault) as caught:
+        prove(tools_folder, tool_rows(4), context)
+    assert "answers partly without loss of rows.jsonl is" in str(caught.value)
+    assert "ends of turn without loss of rows.jsonl is" in str(caught.value)

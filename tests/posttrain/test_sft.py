@@ -14,11 +14,14 @@ import torch
 from chat_samples import some_chats, write_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cordee.chat import conversations, formats
+from cordee.chat.templates import Template
+from cordee.compute.model import sequence_limits
 from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.files import read_json, read_json_lines
 from cordee.stage import Context
-from posttrain import reading, rows, sft, training
+from posttrain import sft, training
 from posttrain.settings import BYTES_PER_TOKEN
 
 ROWS = 8
@@ -56,10 +59,10 @@ def reference(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float64")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for row in rows.tokenize(data, tokenizer, rows.Stops.of(model, tokenizer), 128):
+    for row in conversations.tokenize(data, Template(tokenizer), sequence_limits(model, 128), print):
         ids = torch.tensor(row.ids, dtype=torch.long)
         logprobs = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
-        for place in range(row.turns[0][0], row.turns[0][1]):
+        for place in range(row.answers[0].first, row.answers[0].until):
             total -= logprobs[place - 1, ids[place]]
             count += 1
     loss = total / count
@@ -195,7 +198,7 @@ def test_weights_of_sources_change_how_often_chats_are_seen(
     data = write_parquet(tmp_path / "messages.parquet", some_chats(12))
     given = keys(model_folder, data)
     given["data"] = [{"path": str(data), "weight": 0.5}, {"path": str(data), "weight": 2.0}]
-    _, chats, _ = sft.open_trainer(sft.Config.model_validate(given), context)
+    _, chats = sft.open_trainer(sft.Config.model_validate(given), context)
     assert len(chats) == 6 + 24
 
 
@@ -277,7 +280,7 @@ def test_the_cost_of_a_users_own_model_and_chats_is_near_what_is_trained(
     model, _ = training.open_model(sft.Config.model_validate(keys(model_folder, file)))
     assert found.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
     assert found.vocab_size == model.config.vocab_size
-    assert reading.estimate(file, ["messages"])[0] == pytest.approx(400, rel=0.01)
+    assert formats.estimate(file, ["messages"])[0] == pytest.approx(400, rel=0.01)
     content = sum(len(text) + len("German") for text in texts)
     assert content / 2 <= found.tokens * BYTES_PER_TOKEN <= content * 2
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from cordee import files
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
-from posttrain import rows, sft, training, watch
+from posttrain import sft, training, watch
 
 STEPS = 9
 
@@ -216,7 +216,7 @@ def test_tokens_are_counted_and_not_estimated_from_epochs(
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
     pad = trainer.processing_class.pad_token_id
     tokens = sum(int((batch["input_ids"] != pad).sum()) for batch in batches)
-    loss_tokens = sum(int((batch["labels"] != rows.IGNORED).sum()) for batch in batches)
+    loss_tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     metrics = sft.run(config, context)
     assert (metrics["tokens"], metrics["loss_tokens"]) == (tokens, loss_tokens)
     assert metrics["steps"] == 1

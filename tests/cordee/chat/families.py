@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATES = Path(next(iter(find_spec("trl").submodule_search_locations))) / "chat_templates"
-TURNED = r"<start_of_turn>|<end_of_turn>|<end_of_utterance>|<turn\||<\|turn>|<channel\||<\|channel>"
+TURNED = r"<start_of_turn>|<end_of_turn>|<end_of_utterance>|<turn\|>|<\|turn>|<channel\|>|<\|channel>"
 SPECIAL = re.compile(rf"<\|\w+\|>|<\uff5c[^\uff5c]+\uff5c>|{TURNED}|\[/?(?:INST|AVAILABLE_TOOLS)\]")
 TEXTS = (
     "What is the capital of France? The capital of France is Paris. Answer with a tool call, name and arguments.",

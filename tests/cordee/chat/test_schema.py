@@ -214,6 +214,7 @@ def test_a_chat_with_nothing_to_train_on_is_refused(messages: Any, problem: str)
         ({"chosen": [*HELLO[:1], *talk("", "yes")[1:]]}, "chosen begins with the prompt"),
         ({"rejected": talk("", "no", train=False)[1:]}, "rejected is marked `train: false`"),
         ({"rejected": "no"}, "rejected is no list of messages"),
+        ({"rejected": talk("", "  ")[1:]}, "an answer has no content"),
     ],
 )
 def test_a_pair_with_nothing_to_prefer_is_refused(columns: dict[str, Any], problem: str) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from families import ADD, source, talk, tokenizer, write
 
-from cordee.chat import tokens
+from cordee.chat import conversations, pairs
+from cordee.chat.formats import Limits
 from cordee.chat.templates import Template
-from cordee.chat.tokens import Limits
 from cordee.errors import UserError
 
 QWEN = Template(tokenizer(source("qwen2_5")))
@@ -20,11 +20,11 @@ def preference(**columns: Any) -> dict[str, Any]:
     return {"prompt": HELLO[:1], "chosen": talk("", "yes")[1:], "rejected": talk("", "no no")[1:], **columns}
 
 
-@pytest.mark.parametrize("read", [tokens.conversations, tokens.pairs])
+@pytest.mark.parametrize("read", [conversations.tokenize, pairs.tokenize])
 @pytest.mark.parametrize(
     ("limits", "problem"),
     [
-        (Limits(100, 1024, 100_000), r"longer than trainer\.max_length=100 tokens: nothing is cut off"),
+        (Limits(100, 1024, 100_000), r"longer than max_length=100 tokens: nothing is cut off"),
         (Limits(512, 100, 100_000), "longer than the model's 100 positions"),
         (Limits(512, 1024, 300), "a token id beyond the 300 rows of the model's embedding"),
     ],
@@ -44,16 +44,16 @@ def test_rows_that_do_not_fit_are_counted_and_the_first_three_named(
 def test_all_kinds_of_problems_are_told_at_once(tmp_path: Path) -> None:
     rows = [{"messages": HELLO}, {"messages": []}, {"messages": talk("a " * 2000, "b")}, {"message": HELLO}]
     with pytest.raises(UserError) as caught:
-        tokens.conversations(write(tmp_path / "a.jsonl", *rows), QWEN, LIMITS, print)
+        conversations.tokenize(write(tmp_path / "a.jsonl", *rows), QWEN, LIMITS, print)
     line = str(caught.value)
     assert line.startswith(f"{tmp_path / 'a.jsonl'}: 3 of 4 rows: messages is empty (row 2); has no column 'messages'")
-    assert "longer than trainer.max_length=1024 tokens: nothing is cut off in silence (row 3: " in line
+    assert "longer than max_length=1024 tokens: nothing is cut off in silence (row 3: " in line
 
 
 def test_columns_that_are_kept_out_are_told_once(tmp_path: Path) -> None:
     notes: list[str] = []
     file = write(tmp_path / "a.jsonl", *({"messages": HELLO, "kind": "x", "id": n} for n in range(3)))
-    assert len(tokens.conversations(file, QWEN, LIMITS, notes.append)) == 3
+    assert len(conversations.tokenize(file, QWEN, LIMITS, notes.append)) == 3
     assert notes == ["a.jsonl: columns that are kept out: id, kind"]
 
 
@@ -70,7 +70,7 @@ def test_a_pair_is_tokenized_as_trl_does_it(tmp_path: Path, name: str, tools: An
 
     template, notes = Template(tokenizer(source(name))), []
     row = preference(**({"tools": tools} if tools else {}))
-    (pair,) = tokens.pairs(write(tmp_path / "pairs.jsonl", row), template, LIMITS, notes.append)
+    (pair,) = pairs.tokenize(write(tmp_path / "pairs.jsonl", row), template, LIMITS, notes.append)
     asked = _tokenize(template.tokenizer, row["prompt"], add_generation_prompt=True, tools=tools)["input_ids"]
     sides = [
         _tokenize(template.tokenizer, row["prompt"] + row[side], tools=tools)["input_ids"]
@@ -84,9 +84,23 @@ def test_a_pair_is_tokenized_as_trl_does_it(tmp_path: Path, name: str, tools: An
         assert "Adds two numbers" in template.tokenizer.decode(pair.prompt)
 
 
+def test_the_first_rows_of_chats_or_pairs_are_read_without_what_is_not_rendered(tmp_path: Path) -> None:
+    """Nothing is trained on them, so that what would be refused for training is left out."""
+    messages = [*talk("hello"), {**HELLO[1], "country": "CH", "train": False}]
+    rows = [{"messages": messages, "system": "x"}, {"prompt": HELLO[:1], "chosen": messages[1:]}, {"x": 1}]
+    file = write(tmp_path / "rows.jsonl", *rows)
+    found = conversations.first(file, 2, QWEN, LIMITS)
+    theirs = QWEN.tokenizer.apply_chat_template(HELLO, tokenize=True, return_dict=True)["input_ids"]
+    assert [(chat.messages, ids) for chat, ids in found] == [(HELLO, theirs)] * 2
+    with pytest.raises(UserError, match="row 3: has neither `messages` nor `prompt` and `chosen`"):
+        conversations.first(file, 3, QWEN, LIMITS)
+    with pytest.raises(UserError, match="longer than the model's 9 positions"):
+        conversations.first(file, 1, QWEN, Limits(None, 9, 1000))
+
+
 def test_sides_that_are_the_same_tokens_are_refused(tmp_path: Path) -> None:
     """Gemma's template trims what a message says."""
     template = Template(tokenizer(source("gemma")))
     row = preference(chosen=talk("", "yes")[1:], rejected=talk("", " yes ")[1:])
     with pytest.raises(UserError, match="row 1: chosen and rejected are the same tokens"):
-        tokens.pairs(write(tmp_path / "pairs.jsonl", row), template, LIMITS, print)
+        pairs.tokenize(write(tmp_path / "pairs.jsonl", row), template, LIMITS, print)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from families import ADD, TEMPLATES, TOOL_TALK, source, talk, tokenizer, write
 
-from cordee.chat import base, tokens
+from cordee.chat import base, conversations
+from cordee.chat.conversations import Conversation
+from cordee.chat.formats import Limits
 from cordee.chat.templates import Template
-from cordee.chat.tokens import Conversation, Limits
 from cordee.errors import UserError
 
 LIMITS = Limits(max_length=4096, positions=None, vocab_size=100_000)
@@ -22,7 +23,7 @@ FOUR = talk("What is the capital of France?", "The capital is Paris.", "Et ça? 
 def tokenized(
     file: Path, template: Template, *rows: dict[str, Any], notes: list[str] | None = None
 ) -> list[Conversation]:
-    return tokens.conversations(write(file, *rows), template, LIMITS, (notes if notes is not None else []).append)
+    return conversations.tokenize(write(file, *rows), template, LIMITS, (notes if notes is not None else []).append)
 
 
 def with_loss(conversation: Conversation, template: Template) -> list[str]:
@@ -94,6 +95,14 @@ def test_what_carries_loss_is_as_the_row_says(tmp_path: Path, name: str, row: di
     assert with_loss(one, template) == texts
     if "tools" in row:
         assert "Adds two numbers" in template.tokenizer.decode(one.ids[~one.has_loss])
+
+
+def test_an_answer_that_ends_with_what_begins_the_next_turn_learns_to_stop_there(tmp_path: Path) -> None:
+    """GLM's generation stops at `<|user|>`; its template writes nothing else after an answer."""
+    template, notes = Template(tokenizer(source("glm4moe"))), []
+    (one,) = tokenized(tmp_path / "chats.jsonl", template, {"messages": talk("a", "b", "c", "d")}, notes=notes)
+    assert with_loss(one, template) == ["\n<think></think>\nb<|user|>", "\n<think></think>\nd"]
+    assert [note.partition(" after")[0] for note in notes] == ["chats.jsonl: 1 answers"]
 
 
 @pytest.mark.parametrize(
