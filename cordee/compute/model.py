@@ -4,7 +4,6 @@
 """
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cordee import files, model_folder
 from cordee.chat.formats import Limits
-from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer
+from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_remark
 from cordee.errors import Fault
 
 END_OF_TURN = "<|assistant_end|>"
-_NOT_OWN = {"bos_token_id", "pad_token_id", "eos_token_id", "transformers_version", "_from_model_config"}
+GENERATION_CONFIG = "generation_config.json"
 
 
 def open_model(
@@ -60,8 +59,10 @@ def open_model(
 def save_model(
     model: PreTrainedModel, folder: Path, *, tokenizer: Path, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a model folder: config, safetensors, generation config, and the tokenizer files of `tokenizer`.
+    """Write a model folder: config, safetensors, generation config, and tokenizer.
 
+    The folder `tokenizer` holds the tokenizer's files and, where it is the model that was trained on, its maker's
+    `generation_config.json`: both stay as they are.
     A folder that is not there yet appears at once and whole. In one that is (an artifact's own), each file appears
     whole, and `config.json`, without which no reader takes the folder for a model, goes first and comes last.
     `state_dict` stands for the model's own where weights were gathered from shards.
@@ -70,9 +71,9 @@ def save_model(
     beside = folder.with_name(f".{folder.name}.saving") if fresh else folder / ".saving"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    opened = open_tokenizer(tokenizer)
-    model.generation_config = _generation_config(model.generation_config, opened)
+    model.generation_config = GenerationConfig()  # transformers refuses to save some that makers publish
     model.save_pretrained(beside, state_dict=state_dict)
+    files.write_json(beside / GENERATION_CONFIG, _generation_config(tokenizer, open_tokenizer(tokenizer)))
     copy_tokenizer(tokenizer, beside)
     files.sync_tree(beside)
     if fresh:
@@ -93,27 +94,69 @@ def sequence_limits(model: PreTrainedModel, max_length: int | None) -> Limits:
 
 
 def stop_token_ids(folder: Path) -> list[int]:
-    """The ids that end a generation of the model in a folder: its own, the end of the text, and of a turn."""
-    config = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
-    own = config.eos_token_id if config else None
-    return _ends(open_tokenizer(folder), own if isinstance(own, list) else [own])
+    """The ids that end a generation of the model in a folder, as its `generation_config.json` has them.
+
+    Where that names none: the tokenizer's eos, the end of an assistant's turn, and the added tokens that `config.json`
+    names.
+    """
+    return _as_list(_generation_config(folder, open_tokenizer(folder)).get("eos_token_id"))
 
 
-def _generation_config(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's own settings with the tokenizer's special tokens; every end stops a generation."""
-    own = config.to_diff_dict() if config else {}
-    ends = own.get("eos_token_id")  # a single one may be its architecture's default, of another tokenizer
-    return GenerationConfig(
-        **{name: value for name, value in own.items() if name not in _NOT_OWN},
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_ends(tokenizer, ends if isinstance(ends, list) else []),
-    )
+def remarks(folder: Path) -> list[str]:
+    """What a person should know of a model's tokenizer and of the tokens that end its generations, a line each."""
+    said = [remark] if (remark := tokenizer_remark(folder)) else []
+    tokenizer, stops = open_tokenizer(folder), stop_token_ids(folder)
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    file, named, _ = _named_stops(folder)
+    for number in named:
+        if number not in tokenizer.added_tokens_decoder:
+            what = f"{names[number]!r}, an ordinary token" if number in names else "which no token has"
+            then = "ends every generation" if number in stops else "is taken for a default and not used"
+            said.append(f"{file} names {number} as eos_token_id, {what}: it {then}")
+    if stops and tokenizer.chat_template and not {*stops} & _written(tokenizer):
+        shown = ", ".join(repr(names.get(number)) for number in stops)
+        said.append(f"the chat template never writes what ends a generation: {shown}")
+    return said
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase, more: Sequence[int | None]) -> list[int]:
-    """The end of the text, of the assistant's turn where there is one, and `more`, each once."""
-    ends = [tokenizer.eos_token_id]
-    if END_OF_TURN in tokenizer.get_vocab():
-        ends.append(tokenizer.convert_tokens_to_ids(END_OF_TURN))
-    return [int(end) for end in dict.fromkeys([*ends, *more]) if end is not None]
+def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The maker's `generation_config.json`; with stop tokens of the tokenizer where the maker names none.
+
+    Ids that transformers took from an architecture's defaults are believed where they are added tokens: in another
+    vocabulary, the default is an ordinary token.
+    """
+    path, added = folder / GENERATION_CONFIG, tokenizer.added_tokens_decoder
+    special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    fields: dict[str, Any] = dict(files.read_json(path)) if path.is_file() else special
+    file, named, is_default = _named_stops(folder)
+    if is_default and (file != GENERATION_CONFIG or not added.keys() >= {*named}):
+        ends = [tokenizer.eos_token_id]
+        if END_OF_TURN in tokenizer.get_vocab():
+            ends.append(tokenizer.convert_tokens_to_ids(END_OF_TURN))
+        ends += [number for number in named if number in added]
+        fields["eos_token_id"] = [int(end) for end in dict.fromkeys(ends) if end is not None]
+        fields.pop("_from_model_config", None)
+    return fields
+
+
+def _named_stops(folder: Path) -> tuple[str, list[int], bool]:
+    """Where a model's stop tokens are named, their ids, and whether they may be no more than defaults."""
+    for file in (GENERATION_CONFIG, "config.json"):
+        fields = dict(files.read_json(folder / file)) if (folder / file).is_file() else {}
+        named = fields.get("eos_token_id", fields.get("text_config", {}).get("eos_token_id"))
+        if named is not None:
+            break
+    return file, _as_list(named), file != GENERATION_CONFIG or fields.get("_from_model_config", False)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of a question and its answer as the chat template writes them; of all tokens where it refuses these."""
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        return set(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
+    except Exception:  # noqa: BLE001 - a template raises what it likes
+        return set(tokenizer.get_vocab().values())
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]

@@ -33,7 +33,8 @@ PROBE = (
 SAMPLE = 2048
 """How many of the vocabulary's tokens, and of its added tokens, are spelled out and encoded as well."""
 
-_opens_from: dict[tuple[Path, str], Path] = {}
+_known: dict[tuple[Path, str], tuple[Path, str]] = {}
+# A folder and the digest of its files, to where AutoTokenizer opens it from, and what it does with the folder itself.
 _corrected: list[tempfile.TemporaryDirectory[str]] = []
 
 
@@ -57,6 +58,16 @@ def tokenizer_folder(folder: Path, *, key: str | None = None) -> Path:
     return _open(folder, key)[1]
 
 
+def tokenizer_remark(folder: Path) -> str:
+    """What `AutoTokenizer` does otherwise with a folder as it is, where `tokenizer_folder` is a corrected copy."""
+    opens_from, problem = tokenizer_folder(folder), _known[_identity(folder)][1]
+    if not problem:
+        return ""
+    alone = (folder / "config.json").is_file() and not (opens_from / "config.json").is_file()
+    then = "; transformers itself takes another class for every model of this type" if alone else ""
+    return f"the tokenizer is used and published as {PLAIN_CLASS}: {problem}{then}"
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy a tokenizer's files byte by byte, but for a `tokenizer_config.json` that had to be corrected.
 
@@ -78,8 +89,9 @@ def _open(folder: Path, key: str | None) -> tuple[PreTrainedTokenizerBase, Path]
     if not (folder / "tokenizer.json").is_file():
         raise UserError("holds no tokenizer: it has no tokenizer.json", file=folder, key=key)
     model_folder.require_undamaged(folder, files.TOKENIZER_FILES)
-    known = (folder.resolve(), _digest(folder))
-    if opens_from := _opens_from.get(known):
+    identity = _identity(folder)
+    if identity in _known:
+        opens_from, _ = _known[identity]
         return _auto(opens_from), opens_from
     try:
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -87,6 +99,7 @@ def _open(folder: Path, key: str | None) -> tuple[PreTrainedTokenizerBase, Path]
         raise Fault(f"can't be opened as a tokenizer: {error}", file=folder / "tokenizer.json") from error
     own.no_truncation()
     own.no_padding()
+    problems: list[str] = []
     for opens_from in _candidates(folder):
         try:
             opened = _auto(opens_from)
@@ -94,10 +107,11 @@ def _open(folder: Path, key: str | None) -> tuple[PreTrainedTokenizerBase, Path]
         except Exception as error:  # noqa: BLE001 - whatever a class raises for a file that it was not made for
             problem = f"{type(error).__name__}: {error}"
         if not problem:
-            _opens_from[known] = opens_from
+            _known[identity] = opens_from, problems[0] if problems else ""
             return opened, opens_from
+        problems.append(problem)
     raise UserError(
-        f"transformers does not open it with the ids of tokenizer.json: {problem}",
+        f"transformers does not open it with the ids of tokenizer.json: {problems[-1]}",
         file=folder / "tokenizer_config.json",
         key=key,
     )
@@ -108,26 +122,26 @@ def _auto(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _digest(folder: Path) -> str:
-    """Stands for the content of all files that say how a tokenizer is opened."""
+def _identity(folder: Path) -> tuple[Path, str]:
+    """Stands for a folder and the content of all its files that say how a tokenizer is opened."""
     digest = hashlib.sha256()
     for name in (*files.TOKENIZER_FILES, "config.json"):
         content = (folder / name).read_bytes() if (folder / name).is_file() else b""
         digest.update(b"%d " % len(content) + content)
-    return digest.hexdigest()
+    return folder.resolve(), digest.hexdigest()
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Where `AutoTokenizer` may open the tokenizer from: its folder; a copy that names the plain class.
+    """Where `AutoTokenizer` may open the tokenizer from: its folder; a copy that names the plain class; that one alone.
 
-    In the copy no config of a model stands beside it, which would imply a class, and the added tokens are those of
-    `tokenizer.json`, which `tokenizer_config.json` could overrule.
+    In the copy, added tokens are as `tokenizer.json` has them, which `tokenizer_config.json` can overrule. For a few
+    types of models transformers takes a class of its own, whatever is named: then no config stands beside it.
     """
     yield folder
     kept = tempfile.TemporaryDirectory(prefix="cordee-tokenizer-")
     _corrected.append(kept)  # deleted when the process ends
     copy = Path(kept.name)
-    for name in files.TOKENIZER_FILES:
+    for name in (*files.TOKENIZER_FILES, "config.json"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, copy / name)
     added = {token["content"]: token for token in files.read_json(folder / "tokenizer.json")["added_tokens"]}
@@ -136,6 +150,9 @@ def _candidates(folder: Path) -> Iterator[Path]:
         token |= {name: value for name, value in added.get(token["content"], {}).items() if name != "id"}
     files.write_json(copy / "tokenizer_config.json", settings)
     yield copy
+    if (copy / "config.json").is_file():
+        (copy / "config.json").unlink()
+        yield copy
 
 
 def _settings(folder: Path) -> dict[str, Any]:

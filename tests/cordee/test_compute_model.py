@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cordee.compute.model import open_model, save_model, stop_token_ids
+from cordee import files
+from cordee.compute.model import open_model, remarks, save_model, stop_token_ids
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 
@@ -75,6 +76,69 @@ def test_a_saved_model_is_a_plain_folder_that_stops_at_every_end(folder: Path, t
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (tokenizer_folder / name).read_bytes()
     assert not list(folder.parent.glob(".*"))
+
+
+MAKERS = {
+    "a lone number": {"eos_token_id": 4, "temperature": 0.7, "do_sample": True, "pad_token_id": 1},
+    "a list": {"eos_token_id": [6, 1], "transformers_version": "4.40.1"},
+    "what transformers refuses to save": {"eos_token_id": 6, "temperature": 0.6, "do_sample": False},
+    "written by transformers": {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 6},
+    "a field of another version": {"eos_token_id": [6], "stop_after_thinking": [6, 4]},
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_makers_generation_config_survives_a_training(folder: Path, tmp_path: Path, maker: str) -> None:
+    files.write_json(folder / "generation_config.json", MAKERS[maker])
+    model = open_model(folder)
+    model.generation_config.eos_token_id = [0]  # as trainers do
+    for place in ("checkpoint", "trained"):
+        save_model(model, tmp_path / place, tokenizer=folder)
+        assert files.read_json(tmp_path / place / "generation_config.json") == MAKERS[maker]
+        stops = MAKERS[maker]["eos_token_id"]
+        assert stop_token_ids(tmp_path / place) == (stops if isinstance(stops, list) else [stops])
+
+
+LETTER = 20
+"""The id of a letter in the vocabulary of these tests."""
+USED, NOT_USED = "it ends every generation", "it is taken for a default and not used"
+STOPS = {
+    "written by transformers": ({"_from_model_config": True, "eos_token_id": LETTER}, {}, [1, 6], NOT_USED),
+    "in the config": (None, {"eos_token_id": LETTER}, [1, 6], NOT_USED),
+    "in the config, beside a token": (None, {"text_config": {"eos_token_id": [LETTER, 4]}}, [1, 6, 4], NOT_USED),
+    "the maker's own": ({"eos_token_id": [LETTER, 6]}, {}, [LETTER, 6], USED),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_a_stop_that_is_an_ordinary_token_is_said(folder: Path, case: str) -> None:
+    generation, config, stops, said = STOPS[case]
+    (folder / "generation_config.json").unlink()
+    own = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", {name: own[name] for name in own if name != "eos_token_id"} | config)
+    if generation:
+        files.write_json(folder / "generation_config.json", generation)
+    assert stop_token_ids(folder) == stops
+    file = "generation_config.json" if generation else "config.json"
+    assert remarks(folder)[0] == f"{file} names {LETTER} as eos_token_id, '.', an ordinary token: {said}"
+
+
+def test_a_stop_that_no_token_is_is_said(folder: Path) -> None:
+    files.write_json(folder / "generation_config.json", {"eos_token_id": [6, 300]})
+    said = "generation_config.json names 300 as eos_token_id, which no token has: it ends every generation"
+    assert remarks(folder)[0] == said
+
+
+def test_stops_that_the_template_never_writes_are_said(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|user_start|>{{ message['content'] }}<|user_end|>{% endfor %}"
+    )
+    (said,) = remarks(folder)
+    assert said == "the chat template never writes what ends a generation: '</s>', '<|assistant_end|>'"
+    files.write_json(folder / "generation_config.json", {"eos_token_id": [1, 4]})
+    assert remarks(folder) == []
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no chat of mine') }}")
+    assert remarks(folder) == []
 
 
 def test_saving_into_a_folder_that_is_there_leaves_what_else_it_holds(folder: Path, tokenizer_folder: Path) -> None:
