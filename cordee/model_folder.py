@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,33 @@ def require(folder: Path, key: str | None = None) -> None:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise UserError("is an adapter, not a model", file=folder, key=key, hint="merge it into its base first")
-        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"did you mean {folder.name}/{inside[-1]}?" if inside else ""
+        found = [*folder.glob("*/config.json"), *folder.glob("checkpoints/*/config.json")]
+        newest = max((path.parent for path in found), key=_step, default=None)
+        hint = f"did you mean {folder.name}/{newest.relative_to(folder)}?" if newest else ""
         raise UserError("is no Hugging Face model: it has no config.json", file=folder, key=key, hint=hint)
     if not isinstance(files.read_json(folder / "config.json"), dict):
         raise Fault("is no JSON object", file=folder / "config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError("holds no weights: it has no *.safetensors", file=folder, key=key)
+    if not (own := weights(folder)):
+        raise UserError("holds no weights: no *.safetensors, no pytorch_model.bin", file=folder, key=key)
+    if absent := [path.name for path in own if not path.is_file()]:
+        problem = f"lacks {len(absent)} of the {len(own)} files of weights that its index names: "
+        raise UserError(problem + ", ".join(absent[:3]), file=folder, key=key)
+
+
+def _step(folder: Path) -> tuple[int, str]:
+    """Orders checkpoints by the number that their names end with."""
+    number = re.search(r"\d+$", folder.name)
+    return int(number.group()) if number else -1, folder.name
+
+
+def weights(folder: Path) -> list[Path]:
+    """A model's files of weights, those that its index names first of all; `*.bin` only where there is nothing else."""
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        for index in sorted(folder.glob(f"{pattern}.index.json")):
+            return [folder / name for name in sorted({*files.read_json(index)["weight_map"].values()})]
+        if found := sorted(folder.glob(pattern)):
+            return found
+    return []
 
 
 def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> None:
@@ -64,7 +85,7 @@ def cost(folder: Path, key: str, given: Mapping[str, Cost]) -> Cost:
     require(folder, key)
     config = files.read_json(folder / "config.json")
     shape = config.get("text_config", config)
-    sizes = [_parameters(path) for path in folder.glob("model*.safetensors")]
+    sizes = [_parameters(path) for path in weights(folder) if path.suffix == ".safetensors"]
     return Cost(parameters=sum(sizes) or None, vocab_size=shape.get("vocab_size"))
 
 

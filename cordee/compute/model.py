@@ -5,6 +5,7 @@
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cordee import files, model_folder
 from cordee.chat.formats import Limits
+from cordee.chat.base import END_OF_TURN
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_remark
 from cordee.errors import Fault
 
-END_OF_TURN = "<|assistant_end|>"
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -38,12 +39,12 @@ def open_model(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
-            use_safetensors=True,
+            use_safetensors=model_folder.weights(folder)[0].suffix == ".safetensors",
             ignore_mismatched_sizes=True,  # reported below, in one line with the names
             output_loading_info=True,
             **options,
         )
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise Fault(f"can't be opened as a model: {error}", file=folder) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(what):

@@ -24,6 +24,10 @@ from cordee.errors import Fault, UserError
 IGNORED = -100
 """The label of a position that carries no loss."""
 
+SHOWN = 3
+"""Documents that an error names."""
+IDS_AT_ONCE = 2**24
+
 Ints = npt.NDArray[np.int64]
 Row = Ints
 """`[pieces in the row]`: indices into a split's pieces."""
@@ -33,6 +37,8 @@ Row = Ints
 class Split:
     """The documents of one file of tokens, in pieces of at most `sequence_length` tokens."""
 
+    name: str
+    """`train` or `heldout`."""
     ids: npt.NDArray[np.unsignedinteger]
     """`[tokens]`, memory-mapped."""
     starts: Ints
@@ -83,9 +89,11 @@ def open_split(
         )
     ids = np.memmap(folder / f"{split}.bin", dtype, "r") if size else np.empty(0, dtype)
     sizes = np.diff(offsets)
-    longest = int(sizes.argmax()) if len(sizes) else 0
-    if len(sizes) and sizes[longest] > sequence_length and long_documents == "error":
-        problem = f"{split} document {longest} has {sizes[longest]} tokens, more than sequence_length {sequence_length}"
+    if long_documents == "error" and (long := np.flatnonzero(sizes > sequence_length)).size:
+        shown = ", ".join(f"document {n + 1} has {sizes[n]}" for n in long[:SHOWN].tolist())
+        problem = (
+            f"{long.size} of {len(sizes)} {split} documents exceed sequence_length={sequence_length}: {shown} tokens"
+        )
         raise UserError(problem, file=folder, key=key, hint='raise it, or say long_documents: "split"')
     parts = np.maximum(1, -(-(sizes - 1) // (sequence_length - 1)))
     documents = np.repeat(np.arange(len(sizes)), parts)
@@ -93,7 +101,30 @@ def open_split(
     begins = part * (sequence_length - 1)
     lengths = np.minimum(sizes[documents] - begins, sequence_length)
     rows = _pack(-np.sort(-lengths), sequence_length)
-    return Split(ids, np.asarray(offsets)[documents] + begins, lengths, documents, rows)
+    return Split(split, ids, np.asarray(offsets)[documents] + begins, lengths, documents, rows)
+
+
+def require_ids_below(rows: int, split: Split, folder: Path, key: str) -> None:
+    """See that no document holds an id that an embedding table of so many rows does not have.
+
+    The ids are read only where the tokenizer has such an id: it may hold tokens that no text gives.
+
+    Raises:
+        UserError: documents do; says how many, and which is the first.
+    """
+    if files.read_json(folder / "tokens.json")["vocab_size"] <= rows:
+        return
+    wrong: dict[int, int] = {}
+    for start in range(0, len(split.ids), IDS_AT_ONCE):
+        ids = split.ids[start : start + IDS_AT_ONCE]
+        places = np.flatnonzero(ids >= rows)
+        documents = split.documents[np.searchsorted(split.starts, start + places, side="right") - 1]
+        wrong = dict(zip(documents[::-1].tolist(), ids[places][::-1].tolist(), strict=True)) | wrong
+    if wrong:
+        shown = ", ".join(f"document {document + 1} holds {wrong[document]}" for document in sorted(wrong)[:SHOWN])
+        held = f"{len(wrong)} {split.name} documents hold ids"
+        problem = f"{held} beyond the {rows} rows of the model's embedding table: {shown}"
+        raise UserError(problem, file=folder, key=key, hint="train on tokens of the model's own tokenizer")
 
 
 def _pack(lengths: Ints, capacity: int) -> tuple[Ints, ...]:

@@ -13,10 +13,11 @@ from torch._dynamo.exc import TorchDynamoException
 
 from cordee import files
 from cordee.compute import device, resume
+from cordee.compute.model import remarks
 from cordee.cost import training_flops
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from pretrain.data.loader import open_split
+from pretrain.data.loader import open_split, require_ids_below
 from pretrain.data.mixture import Mixture
 from pretrain.training import loop
 from pretrain.training.heldout import open_heldout
@@ -48,6 +49,10 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     accelerator = device.open_accelerator(launch, report_to=settings.report_to, logging_dir=context.out / "logs")
     mixture, heldout = _open_data(data, settings.sequence_length, context.seed)
     built = build(model, tokens, settings.sequence_length, context.seed)
+    rows = built.get_input_embeddings().weight.shape[0]
+    for index, folder in enumerate(data.folders):
+        for split in (mixture.splits[index], heldout.splits[index]):
+            require_ids_below(rows, split, folder, f"data.{index}.tokens")
     if accelerator.is_main_process:
         require_documents_apart(built)
     objective = Objective(built, settings.precision)
@@ -60,9 +65,11 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     device.require_wrapped(wrapped, accelerator.num_processes, launch)
     objective = accelerator.unwrap_model(wrapped)
-    training = Training(
-        settings, context, accelerator, wrapped, objective, optimizer, mixture, heldout, tokens / "tokenizer"
-    )
+    # the folder whose tokenizer, and generation settings if it is a model, are published with each checkpoint
+    files_from = model if model.is_dir() else tokens / "tokenizer"
+    for remark in remarks(files_from):
+        context.note(remark)
+    training = Training(settings, context, accelerator, wrapped, objective, optimizer, mixture, heldout, files_from)
     compiled, why = device.resolve_compile(
         settings.compile, _flops(training, _planned_tokens(settings)), accelerator.device
     )
@@ -168,6 +175,6 @@ def _planned_tokens(settings: Settings) -> int:
 
 
 def _flops(training: Training, tokens: float) -> float:
-    shape = training.objective.model.config
+    shape = training.objective.model.config.get_text_config()
     context = training.settings.sequence_length
     return training_flops(_parameters(training), tokens, shape.num_hidden_layers, shape.hidden_size, context)

@@ -74,14 +74,13 @@ def measure(
     """
     at_once = batch_shape[0] * accelerator.num_processes
     nats = [np.zeros(len(sizes)) for sizes in heldout.sizes]
-    pad_token_id = objective.model.config.pad_token_id or 0
     objective.train(objective.is_compiled and not objective.is_random)
     for start in range(0, len(heldout.rows), at_once):
         if stopping():
             objective.train()
             return None
         rows = heldout.rows[start : start + at_once][accelerator.process_index :: accelerator.num_processes]
-        batch = assemble([(heldout.splits[source], row) for source, row in rows], *batch_shape, pad_token_id)
+        batch = assemble([(heldout.splits[source], row) for source, row in rows], *batch_shape, objective.pad_token_id)
         with torch.set_grad_enabled(objective.is_compiled and not is_sharded(objective)):
             by_token = objective(*batch.to(accelerator.device)).detach().double().cpu()
         for (source, row), line in zip(rows, by_token.numpy(), strict=False):

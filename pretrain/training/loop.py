@@ -128,7 +128,7 @@ def _samples(training: Training, step: int) -> list[Sample]:
 def _batches(training: Training, samples: Sequence[Sample]) -> list[Batch]:
     """This process's share of a global batch, a forward pass each."""
     size, processes = training.batch_shape[0], training.accelerator.num_processes
-    splits, pad_token_id = training.mixture.splits, training.objective.model.config.pad_token_id or 0
+    splits, pad_token_id = training.mixture.splits, training.objective.pad_token_id
     mine = [
         samples[start : start + size]
         for start in range(training.accelerator.process_index * size, len(samples), size * processes)

@@ -1,5 +1,6 @@
 """The model to train: built from a YAML or opened from a folder, wrapped with its loss, and its optimizer."""
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from cordee import files, yaml12
 from cordee.compute.model import open_model
-from cordee.compute.tokenizer import open_tokenizer
+from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_folder, tokenizer_remark
 from cordee.errors import Fault, UserError, nearest
 from pretrain.data.loader import IGNORED
 
@@ -41,6 +42,12 @@ class Objective(nn.Module):
         return any(value for name, value in fields.items() if "dropout" in name or "jitter" in name)
 
     @property
+    def pad_token_id(self) -> int:
+        """What fills a row: the model's pad token where it has one with an embedding, else 0."""
+        pad = self.model.config.get_text_config().pad_token_id
+        return pad if pad is not None and 0 <= pad < self.model.get_input_embeddings().num_embeddings else 0
+
+    @property
     def is_compiled(self) -> bool:
         """Whether it runs compiled."""
         return self._compiled_call_impl is not None
@@ -64,16 +71,34 @@ def build(source: Path, tokens: Path, sequence_length: int, seed: int) -> PreTra
         open_tokenizer(source, key="model")
         if files.sha256(source / "tokenizer.json") != files.sha256(tokenizer / "tokenizer.json"):
             raise UserError(f"its tokenizer is not that of {tokens}", file=source / "tokenizer.json", key="model")
-        _require_fit(model.config, source, tokens, sequence_length)
-    else:
-        config = _read_config(source, tokens)
-        special = open_tokenizer(tokenizer, key="data.0.tokens")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(special, name))
-        _require_fit(config, source, tokens, sequence_length)
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.train()
+        _require_positions(model.config, source, sequence_length)
+        return model.train()
+    config = _read_config(source, tokens)
+    _require_positions(config, source, sequence_length)
+    _require_opens_beside(config, source, tokenizer)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def _require_positions(config: PreTrainedConfig, source: Path, sequence_length: int) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # some architectures have no limit
+    if positions is not None and positions < sequence_length:
+        problem = f"{positions} positions do not hold a sequence_length of {sequence_length}"
+        raise UserError(problem, file=source, key="max_position_embeddings")
+
+
+def _require_opens_beside(config: PreTrainedConfig, source: Path, tokenizer: Path) -> None:
+    """See that the tokenizer that will be published beside a new model's config is opened as it is.
+
+    For a few types of models transformers takes a class of its own, whatever `tokenizer_config.json` names.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        config.save_pretrained(folder)
+        copy_tokenizer(tokenizer, folder)
+        if tokenizer_folder(folder) != folder:
+            problem = f"beside a {config.model_type} model {tokenizer_remark(folder)}"
+            raise UserError(problem, file=source, key="model_type", hint="take another architecture or tokenizer")
 
 
 def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
@@ -87,21 +112,20 @@ def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
     for name in fields:
         if name not in known:
             raise UserError(f"{kind} has no field {name!r}", file=source, key=name, hint=nearest(name, known))
-    fields.setdefault("vocab_size", files.read_json(tokens / "tokens.json")["vocab_size"])
+    vocab_size = files.read_json(tokens / "tokens.json")["vocab_size"]
+    if "vocab_size" in known:
+        fields.setdefault("vocab_size", vocab_size)
     try:
-        return CONFIG_MAPPING[kind](**fields)
+        config = CONFIG_MAPPING[kind](**fields)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{kind} refuses it: {error}", file=source, key="model") from error
-
-
-def _require_fit(config: PreTrainedConfig, source: Path, tokens: Path, sequence_length: int) -> None:
-    vocab_size = files.read_json(tokens / "tokens.json")["vocab_size"]
-    if config.vocab_size < vocab_size:
-        problem = f"the model's vocabulary of {config.vocab_size} does not hold the {vocab_size} of {tokens}"
+    if (given := config.get_text_config().vocab_size) < vocab_size:
+        problem = f"the model's vocabulary of {given} does not hold the {vocab_size} of {tokens}"
         raise UserError(problem, file=source, key="vocab_size")
-    if config.max_position_embeddings < sequence_length:
-        problem = f"{config.max_position_embeddings} positions do not hold a sequence_length of {sequence_length}"
-        raise UserError(problem, file=source, key="max_position_embeddings")
+    special = open_tokenizer(tokens / "tokenizer", key="data.0.tokens")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(special, name))
+    return config
 
 
 @torch.no_grad()
@@ -113,7 +137,8 @@ def require_documents_apart(model: PreTrainedModel) -> None:
     """
     model.eval()  # no dropout
     first, second = torch.arange(5, 12), torch.arange(3, 14)  # any ids: what is seen of the other is what matters
-    documents = [ids.remainder(model.config.vocab_size).unsqueeze(0) for ids in (first, second)]
+    vocab_size = model.config.get_text_config().vocab_size
+    documents = [ids.remainder(vocab_size).unsqueeze(0) for ids in (first, second)]
     positions = [torch.arange(ids.shape[1]).unsqueeze(0) for ids in documents]
     apart = [
         model(input_ids=ids, position_ids=at, use_cache=False).logits

@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_model_is_named_for_what_it_is(folder: Path, tmp_pat
     (empty / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is an adapter, not a model"):
         open_model(empty)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "model.gguf")
     with pytest.raises(UserError, match="holds no weights"):
         open_model(folder)
     with pytest.raises(UserError, match="holds no tokenizer"):
@@ -230,6 +230,23 @@ def test_a_manifest_of_another_program_beside_a_model_is_left_alone(folder: Path
     (folder / "manifest.json").write_text('{"files": 3}')
     assert open_model(folder)
     assert open_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["shards", "torch"])
+def test_weights_in_shards_and_in_torchs_own_format_are_opened(folder: Path, kind: str) -> None:
+    model = open_model(folder)
+    if kind == "torch":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    if kind == "shards":
+        model.save_pretrained(folder, max_shard_size="20KB")
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+    for name, value in open_model(folder).state_dict().items():
+        assert value.equal(model.state_dict()[name]), name
+    for path in folder.glob("*.bin"):
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(Fault, match="can't be opened as a model"):
+            open_model(folder)
 
 
 def test_a_value_that_is_not_finite_is_a_fault(folder: Path) -> None:

@@ -51,3 +51,42 @@ def test_what_is_no_model_is_named(folder):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r": model: is no Hugging Face model: it has no config\.json"):
         model_folder.cost(folder, "model", {})
+
+
+def test_a_trainers_folder_leads_to_its_newest_checkpoint(folder):
+    """The newest by its number, not by its name."""
+    outer = folder / "trained"
+    for step in (500, 900, 1000):
+        (outer / f"checkpoint-{step}").mkdir(parents=True)
+        (outer / f"checkpoint-{step}" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has no config\.json; did you mean trained/checkpoint-1000\?"):
+        model_folder.require(outer)
+    (outer / "checkpoints").mkdir()
+    for step in (70, 1200):
+        (outer / "checkpoints" / str(step)).mkdir()
+        (outer / "checkpoints" / str(step) / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"did you mean trained/checkpoints/1200\?"):
+        model_folder.require(outer)
+
+
+def test_shards_that_the_index_names_have_to_be_there(folder):
+    names = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    index = {"weight_map": {f"weight{number}": name for number, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for number in (1, 2):
+        (folder / f"model-0000{number}-of-00002.safetensors").rename(folder / names[number - 1])
+    with pytest.raises(UserError, match=r"lacks 2 of the 4 files of weights that its index names: model-00003-of"):
+        model_folder.require(folder)
+    for name in names[2:]:
+        (folder / name).write_bytes(weights({"more": [2, 2]}))
+    assert model_folder.cost(folder, "model", {}).parameters == 2 * 512 * 8 + 8 + 1 + 2 * 4
+
+
+def test_weights_of_torch_count_where_there_are_no_others(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert [path.suffix for path in model_folder.weights(folder)] == [".safetensors"] * 2
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert [path.name for path in model_folder.weights(folder)] == ["pytorch_model.bin"]
+    model_folder.require(folder)
+    assert model_folder.cost(folder, "model", {}) == Cost(parameters=None, vocab_size=512)

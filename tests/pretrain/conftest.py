@@ -13,12 +13,18 @@ BOS, EOS, PAD = 0, 1, 2
 LANGUAGES = ("de-CH", "rm", "fr-CH")
 
 
-def write_tokens(folder: Path, lengths: Sequence[int], heldout: Sequence[int] = (9, 30, 17, 12), seed: int = 0) -> Path:
-    """A tokens artifact whose documents have these lengths, `<s>` and `</s>` counted."""
+def write_tokens(
+    folder: Path,
+    lengths: Sequence[int],
+    heldout: Sequence[int] = (9, 30, 17, 12),
+    seed: int = 0,
+    vocab_size: int = VOCAB_SIZE,
+) -> Path:
+    """A tokens artifact whose documents have these lengths, `<s>` and `</s>` counted, and ids below `vocab_size`."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for split, sizes in (("train", lengths), ("heldout", heldout)):
-        documents = [np.array([BOS, *rng.integers(3, VOCAB_SIZE, size - 2), EOS], dtype="<u2") for size in sizes]
+        documents = [np.array([BOS, *rng.integers(3, vocab_size, size - 2), EOS], dtype="<u2") for size in sizes]
         (folder / f"{split}.bin").write_bytes(b"".join(document.tobytes() for document in documents))
         np.save(folder / f"{split}.offsets.npy", np.cumsum([0, *sizes]).astype(np.int64))
     rows = [{"language": LANGUAGES[index % 3], "bytes": 3 * size} for index, size in enumerate(heldout)]

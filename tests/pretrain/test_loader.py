@@ -57,7 +57,7 @@ def test_the_order_is_the_same_on_every_machine(make_tokens):
 
 def test_a_long_document_is_an_error_that_names_it(make_tokens):
     with pytest.raises(
-        UserError, match=r"data\.0\.tokens: train document 1 has 70 tokens, more than sequence_length 64"
+        UserError, match=r"data\.0\.tokens: 1 of 2 train documents exceed sequence_length=64: document 2 has 70"
     ):
         open_split(make_tokens("a", [10, 70]), "train", 64, "error", "data.0.tokens")
 

@@ -173,7 +173,7 @@ def test_rows_that_a_process_was_not_given_are_noticed(trained, monkeypatch):
     ("keys", "error", "message"),
     [
         ({"global_batch_size": 7}, UserError, "global_batch_size: 7 rows can't be divided by 2 rows"),
-        ({"sequence_length": 32}, UserError, r"data\.0\.tokens: train document \d+ has \d+ tokens"),
+        ({"sequence_length": 32}, UserError, r"data\.0\.tokens: \d+ of 150 train documents exceed"),
         ({"report_to": ["wandb"]}, UserError, "report_to: tracker 'wandb' is not installed"),
         ({"launch": {"num_processes": 2}}, Fault, "launch.num_processes: 2 processes were asked for, and 1 run"),
     ],
