@@ -188,4 +188,4 @@ def _require_base(folder: Path, base: Path) -> None:
 
 def _hashes(base: Path) -> dict[str, str]:
     """The SHA-256 of each weight file of a model."""
-    return {path.name: files.sha256(path) for path in sorted(base.glob("*.safetensors"))}
+    return {path.name: files.sha256(path) for path in model_folder.weights(base)}

@@ -66,12 +66,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cordee.chat.templates import Template
     from cordee.compute import device
     from cordee.compute.logprobs import MERGE_LIMIT, score
-    from cordee.compute.model import open_model, save_model, sequence_limits
+    from cordee.compute.model import open_model, remarks, save_model, sequence_limits
     from cordee.compute.tokenizer import open_tokenizer
     from posttrain import adapters
 
     tokenizer = open_tokenizer(config.model, key="model")
     _require_same_tokenizer(config)
+    for remark in remarks(config.model):
+        context.note(remark)
     base = open_model(config.model, key="model").eval()
     stored = base.dtype
     base = base.float()

@@ -184,6 +184,8 @@ def fit(build: Callable[[Config, Context], tuple[Trainer, Meter]], config: Confi
 def _train(trainer: Trainer, meter: Meter, config: TrlConfig, context: Context) -> dict[str, Any]:
     """Take the steps that are left, publish, and say what was trained."""
     trainable = trainable_parameters(trainer.model)
+    for remark in compute.remarks(config.model):
+        context.note(remark)
     context.note(f"{meter.rows} rows; {trainable:,} parameters to train")
     point = newest_resume_point(context.out / "resume")
     context.rewind(point.step if point else 0)

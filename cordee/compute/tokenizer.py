@@ -168,10 +168,7 @@ def _difference(opened: PreTrainedTokenizerBase, own: Tokenizer, declared: Colle
         own: what the tokenizers library made of its `tokenizer.json`.
         declared: strings of the folder's other files, which may name tokens that `tokenizer.json` does not hold.
     """
-    name, vocabulary, ids = type(opened).__name__, opened.get_vocab(), own.get_vocab()
-    for token in sorted({*vocabulary, *ids}):
-        if vocabulary.get(token) != ids.get(token) and (token in ids or token not in declared):
-            return f"{name} has id {vocabulary.get(token)} for {token!r}, not {ids.get(token)}"
+    name = type(opened).__name__
     if not opened.is_fast:
         return f"{name} is none of the tokenizers library"
     spelled = [*PROBE, *_spelled_out(own, opened)]
@@ -185,6 +182,10 @@ def _difference(opened: PreTrainedTokenizerBase, own: Tokenizer, declared: Colle
     for said, right in zip(back, own.decode_batch(expected, skip_special_tokens=False), strict=True):
         if said != right:
             return f"{name} decodes to {said!r}, not {right!r}"
+    vocabulary, ids = opened.get_vocab(), own.get_vocab()
+    for token in sorted({*vocabulary, *ids}):
+        if vocabulary.get(token) != ids.get(token) and (token in ids or token not in declared):
+            return f"{name} has id {vocabulary.get(token)} for {token!r}, not {ids.get(token)}"
     return ""
 
 

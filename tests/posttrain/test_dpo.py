@@ -173,8 +173,12 @@ def test_without_lora_all_weights_are_trained_and_a_whole_model_is_written(
     assert metrics["trainable_parameters"] == metrics["parameters"] == sum(p.numel() for p in before.parameters())
     assert metrics_of(context)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics_of(context)[-1]["rewards/margins"] > 0.01
-    ends = json.loads((context.out / "generation_config.json").read_text())["eos_token_id"]
-    assert len(ends) == 2
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert json_or_text(context.out / name) == json_or_text(model_folder / name)
+
+
+def json_or_text(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
 
 
 def test_reference_log_probabilities_computed_beforehand_give_the_same_training(

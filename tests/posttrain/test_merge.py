@@ -9,7 +9,8 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from cordee.compute.model import open_model
+from cordee.compute.model import open_model, stop_token_ids
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
@@ -52,6 +53,18 @@ def merged(base: Path, prompts: Path, context: Context) -> Callable[..., dict[st
     return call
 
 
+def test_a_merged_model_stops_where_its_base_does(
+    merged: Callable[..., dict[str, Any]], base: Path, context: Context
+) -> None:
+    """As the maker has it: a lone number, which is not the tokenizer's eos, and fields beside it."""
+    stop = open_tokenizer(base).convert_tokens_to_ids("<|assistant_end|>")
+    settings = {"eos_token_id": stop, "temperature": 0.6, "top_p": 0.9, "stop_strings": ["###"]}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    merged()
+    assert json.loads((context.out / "generation_config.json").read_text()) == settings
+    assert stop_token_ids(context.out) == [stop]
+
+
 def test_a_merged_model_is_the_base_with_its_adapter(
     merged: Callable[..., dict[str, Any]], base: Path, context: Context
 ) -> None:
@@ -70,7 +83,6 @@ def test_a_merged_model_is_the_base_with_its_adapter(
     expected = before[f"{name}.weight"].double() + 8 / 4 * up @ down  # alpha / r, PEFT's default alpha being 8
     torch.testing.assert_close(after[f"{name}.weight"].double(), expected, atol=1e-6, rtol=0)
     assert (context.out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-    assert len(json.loads((context.out / "generation_config.json").read_text())["eos_token_id"]) == 2
 
 
 def test_saved_modules_are_merged_too(merged: Callable[..., dict[str, Any]], base: Path, context: Context) -> None:
