@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cordee import files, model_folder
-from cordee.chat.formats import Limits
 from cordee.chat.base import END_OF_TURN
+from cordee.chat.formats import Limits
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_remark
 from cordee.errors import Fault
 
