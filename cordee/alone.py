@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cordee import attempt, config, events, files, lock, plan, recipe, runner, yaml12
+from cordee import attempt, config, events, files, hashes, lock, plan, recipe, runner, yaml12
 from cordee.artifact import Artifact, Store, Work
 from cordee.display import Display
 from cordee.errors import Fault
@@ -80,6 +80,7 @@ def _run_job(
     job: dict[str, Any], planned: Planned, run_stage: Callable[[config.Config, Context], dict[str, Any]]
 ) -> dict[str, Any]:
     """Run the stage in this process; returns its metrics."""
+    hashes.trust(job["hashes"])
     context = Context(out=Path(job["out"]), seed=job["seed"], events=Path(job["events"]))
     return run_stage(planned.item.stage.config.model_validate(job["config"]), context)
 

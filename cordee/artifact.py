@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cordee import files, manifest
+from cordee import files, hashes, manifest
 from cordee.errors import Fault, UserError, nearest
 from cordee.manifest import Manifest
 
@@ -139,6 +139,11 @@ class Store:
             number += 1
         return work
 
+    @property
+    def hashes(self) -> Path:
+        """Keeps the hashes of files outside the store."""
+        return self.root / ".hashes.json"
+
     def lock_file(self, recipe: str, stage: str) -> Path:
         """The lock that whoever works on a stage holds."""
         return self.root / recipe / f".{stage}.lock"
@@ -240,7 +245,9 @@ def publish(work: Work, draft: Manifest) -> Artifact:
     for path in files.walk(work.out):
         path.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
     listed = tuple(
-        manifest.File(path=path.relative_to(work.out).as_posix(), bytes=path.stat().st_size, sha256=files.sha256(path))
+        manifest.File(
+            path=path.relative_to(work.out).as_posix(), bytes=path.stat().st_size, sha256=hashes.of_file(path)
+        )
         for path in files.walk(work.out)
     )
     if not listed:
@@ -250,6 +257,7 @@ def publish(work: Work, draft: Manifest) -> Artifact:
     manifest.write(work.out, whole)
     work.out.rename(final)
     files.sync_folder(final.parent)
+    hashes.moved(work.out, final)
     return Artifact(final, whole)
 
 
@@ -267,7 +275,7 @@ def verify(artifact: Artifact, place: str = "") -> Iterator[str]:
                 yield f"{path}: is missing"
             elif path.stat().st_size != item.bytes:
                 yield f"{path}: has {path.stat().st_size} bytes, the manifest says {item.bytes}"
-            elif files.sha256(path) != item.sha256:
+            elif hashes.of_file(path) != item.sha256:
                 yield f"{path}: its content differs from the manifest's SHA-256"
         except OSError as error:
             yield f"{path}: can't be read: {error.strerror}"

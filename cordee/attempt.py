@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cordee import artifact, config, events, files, identity, lock, manifest, provenance
+from cordee import artifact, config, events, files, hashes, identity, lock, manifest, provenance
 from cordee.artifact import Artifact, Damaged, Work
 from cordee.errors import Fault, UserError
 from cordee.manifest import Manifest
-from cordee.plan import Plan, Planned, content
+from cordee.plan import Plan, Planned
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def begin(
 
 def _verified(plan: Plan, planned: Planned, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
     """The path of each input, by its key, after its files were hashed again."""
-    paths = {}
+    paths, kept = {}, hashes.Kept(plan.store.hashes)
     for key, target in planned.inputs.items():
         place = f"stages.{planned.name}.{key}"
         if found := artifacts.get(target.stage) if target.stage else target.artifact:
@@ -97,13 +97,15 @@ def _verified(plan: Plan, planned: Planned, artifacts: Mapping[str, Artifact]) -
                 raise Fault(damage, file=plan.recipe.file, key=place, hint=hint)
         elif target.path:
             path = target.path
-            if not path.exists() or target.identity != f"content {content(path)}":
+            if not path.exists() or target.identity != f"content {hashes.of_content(path)}":
                 hint = "run again: it is planned anew with what is there now"
                 raise Fault(f"{path} changed since the plan was made", file=plan.recipe.file, key=place, hint=hint)
+            kept.of(path)
         else:
             hint = f"run it first: cordee run {plan.recipe.file}"
             raise UserError(f"{target.stage} is not made yet", file=plan.recipe.file, key=place, hint=hint)
         paths[key] = str(path.absolute())  # not resolved: the name of a link tells the kind of file
+    kept.save()
     return paths
 
 
@@ -119,6 +121,7 @@ def _write_job(plan: Plan, planned: Planned, work: Work, inputs: Mapping[str, st
         "out": str(work.out.resolve()),
         "events": str(work.events.resolve()),
         "fingerprint": planned.fingerprint,
+        "hashes": hashes.known(inputs.values()),
     }
     files.write_json(work.job, job)
     events.append(work.events, "start")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cordee import files, manifest
+from cordee import files, hashes, manifest
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 
@@ -70,7 +70,7 @@ def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> Non
         item = published.get(path.relative_to(owner).as_posix())
         if item is None or (path.suffix != ".safetensors" if names is None else path.name not in names):
             continue
-        if path.stat().st_size != item.bytes or files.sha256(path) != item.sha256:
+        if path.stat().st_size != item.bytes or hashes.of_file(path) != item.sha256:
             raise Fault("is damaged: its content differs from what was published", file=path)
 
 

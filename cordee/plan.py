@@ -4,19 +4,16 @@ A stage is *done* when an artifact with its fingerprint exists, *stale* when thi
 identity (the plan says which keys differ), and *ready* otherwise. What is not done will run.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cordee import files, identity
+from cordee import identity
 from cordee.artifact import REFERENCE, Artifact, Damaged, Store
 from cordee.config import Config, Input, inputs, resolved
 from cordee.cost import Cost
-from cordee.errors import CordeeError, Fault, UserError, nearest
+from cordee.errors import CordeeError, UserError, nearest
+from cordee.hashes import Kept
 from cordee.recipe import CERTIFICATES, Recipe, RecipeStage
 
 REPORT = "eval.report"
@@ -103,7 +100,7 @@ def make(recipe: Recipe, store: Store) -> Plan:
         UserError: an input is missing.
         Fault: an input is a damaged artifact that no stage of this recipe can make anew.
     """
-    hashes = _Hashes(store.root / ".hashes.json")
+    kept = Kept(store.hashes)
     found = store.scan(recipe.name)
     artifacts = tuple(one for one in found if isinstance(one, Artifact))
     damaged = tuple(one for one in found if isinstance(one, Damaged))
@@ -113,11 +110,11 @@ def make(recipe: Recipe, store: Store) -> Plan:
         certificates = [one for one in artifacts if one.manifest.proves in current]
         config = _with_certificates(item.config, certificates)
         targets = {
-            key: _target(value, planned, store, hashes, (recipe.file, f"stages.{item.name}.{key}"))
+            key: _target(value, planned, store, kept, (recipe.file, f"stages.{item.name}.{key}"))
             for key, value in inputs(config)
         }
         planned[item.name] = _planned(recipe, item, (config, targets), store, found, planned)
-    hashes.save()
+    kept.save()
     return Plan(recipe, store, tuple(planned.values()), artifacts, damaged)
 
 
@@ -215,9 +212,7 @@ def _with_certificates(config: Config, certificates: list[Artifact]) -> Config:
     return config.model_copy(update=changed) if changed else config
 
 
-def _target(
-    value: Input, planned: dict[str, Planned], store: Store, hashes: "_Hashes", place: tuple[object, str]
-) -> Target:
+def _target(value: Input, planned: dict[str, Planned], store: Store, kept: Kept, place: tuple[object, str]) -> Target:
     """Find what an input points to."""
     text, (file, key) = str(value), place
     match = REFERENCE.fullmatch(text)
@@ -242,7 +237,7 @@ def _target(
         raise UserError(f"no file or folder {text!r}", file=file, key=key, hint=hint)
     if found := store.around(path):
         return _in_artifact(*found, file=file, key=key)
-    return Target(f"content {hashes.of(path)}", path=path.absolute())
+    return Target(f"content {kept.of(path)}", path=path.absolute())
 
 
 def _in_artifact(artifact: Artifact | Damaged, inside: str, *, file: object, key: str) -> Target:
@@ -251,40 +246,3 @@ def _in_artifact(artifact: Artifact | Damaged, inside: str, *, file: object, key
         raise artifact.fault(file=file, key=key)
     path = artifact.at(inside, file=file, key=key)
     return Target(f"artifact {artifact.fingerprint}/{inside}".rstrip("/"), None, artifact, path, inside)
-
-
-def content(path: Path, of_file: Callable[[Path], str] = files.sha256) -> str:
-    """The SHA-256 of a file, or of a folder's file names and their hashes."""
-    if not path.is_dir():
-        return of_file(path)
-    listed = [[item.relative_to(path).as_posix(), of_file(item)] for item in files.walk(path)]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-class _Hashes:
-    """Content hashes of files outside the store, kept by size and time so that `plan` answers at once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.known: dict[str, list[Any]] = files.read_sealed(path)
-        except Fault:  # not there yet, or damaged: everything is hashed again
-            self.known = {}
-        self.changed = False
-
-    def of(self, path: Path) -> str:
-        """The hash of a file's or folder's content."""
-        return content(path, self._of_file)
-
-    def _of_file(self, path: Path) -> str:
-        state = path.stat()
-        key, mark = str(path.resolve()), [state.st_size, state.st_mtime_ns, state.st_ino]
-        if self.known.get(key, [None])[:-1] != mark:
-            self.known[key] = [*mark, files.sha256(path)]
-            self.changed = True
-        return str(self.known[key][-1])
-
-    def save(self) -> None:
-        """Keep what was hashed; a store that can't be written yet is no reason to stop planning."""
-        if self.changed and os.access(self.path.parent, os.W_OK):
-            files.write_sealed(self.path, self.known)

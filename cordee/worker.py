@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cordee import alone, events, files, lock
+from cordee import alone, events, files, hashes, lock
 from cordee.config import Config
 from cordee.errors import CordeeError, Fault, from_system
 from cordee.launchers import RUNNER
@@ -54,6 +54,7 @@ def main(config_type: type[Config], run: Run) -> None:
 def _run_job(job_file: Path, config_type: type[Config], run: Run) -> None:
     """Run one job; its metrics go to `result.json` beside the events, its error to the events."""
     job = files.read_json(job_file)
+    hashes.trust(job.get("hashes", {}))
     context = Context(out=Path(job["out"]), seed=job["seed"], events=Path(job["events"]))
     try:
         metrics = run_stage(config_type.model_validate(job["config"]), context, run)

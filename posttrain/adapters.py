@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from cordee import files, model_folder
+from cordee import files, hashes, model_folder
 from cordee.compute.tokenizer import copy_tokenizer
 from cordee.errors import Fault, UserError, nearest
 
@@ -188,4 +188,4 @@ def _require_base(folder: Path, base: Path) -> None:
 
 def _hashes(base: Path) -> dict[str, str]:
     """The SHA-256 of each weight file of a model."""
-    return {path.name: files.sha256(path) for path in model_folder.weights(base)}
+    return {path.name: hashes.of_file(path) for path in model_folder.weights(base)}

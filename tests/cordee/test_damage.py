@@ -1,6 +1,7 @@
 """A damaged artifact is noticed and named, counts as not made, and ends no command over the others."""
 
 import json
+import os
 import shutil
 
 import damages
@@ -165,6 +166,7 @@ def test_a_path_into_a_damaged_artifact_is_one_line(brook):
 
 def test_a_damaged_cache_of_hashes_is_not_believed(brook):
     (brook / "rock.txt").write_text("rock")
+    os.utime(brook / "rock.txt", (0, 0))
     before = load(brook, "spring.source=rock.txt").stage("spring").fingerprint
     path = brook / "runs/.hashes.json"
     content = path.read_text()
