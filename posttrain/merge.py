@@ -99,7 +99,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     merged = adapted.merge_and_unload(safe_merge=True)
     exact = limit if dtype == "float32" else MERGE_LIMIT["float32"]
     in_memory = _check(config, "merged in memory", (apart, scores(merged, 2)), exact)
-    save_model(merged.to(dtype=stored), context.out, tokenizer=config.model)
+    save_model(merged.to(dtype=stored), context.out, tokenizer=config.model, chats=True)
     del merged, adapted, base
     again = open_model(context.out).eval()
     on_disk = _check(config, "saved and opened again", (apart, scores(again.float(), 3)), limit)

@@ -231,7 +231,7 @@ def publish(trainer: Trainer, config: TrlConfig, folder: Path) -> None:
         if isinstance(model, PeftModel):
             adapters.save(model, folder, base=config.model, state_dict=weights)
         else:
-            compute.save_model(model, folder, tokenizer=config.model, state_dict=weights)
+            compute.save_model(model, folder, tokenizer=config.model, chats=True, state_dict=weights)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cordee import files, model_folder
-from cordee.chat.base import END_OF_TURN
 from cordee.chat.formats import Limits
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_remark
 from cordee.errors import Fault
@@ -58,12 +57,18 @@ def open_model(
 
 
 def save_model(
-    model: PreTrainedModel, folder: Path, *, tokenizer: Path, state_dict: dict[str, torch.Tensor] | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer: Path,
+    chats: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model folder: config, safetensors, generation config, and tokenizer.
 
     The folder `tokenizer` holds the tokenizer's files and, where it is the model that was trained on, its maker's
-    `generation_config.json`: both stay as they are.
+    `generation_config.json`: both stay as they are. Where it was trained on `chats`, what ends an answer ends a
+    generation too.
     A folder that is not there yet appears at once and whole. In one that is (an artifact's own), each file appears
     whole, and `config.json`, without which no reader takes the folder for a model, goes first and comes last.
     `state_dict` stands for the model's own where weights were gathered from shards.
@@ -74,7 +79,7 @@ def save_model(
     beside.mkdir(parents=True)
     model.generation_config = GenerationConfig()  # transformers refuses to save some that makers publish
     model.save_pretrained(beside, state_dict=state_dict)
-    files.write_json(beside / GENERATION_CONFIG, _generation_config(tokenizer, open_tokenizer(tokenizer)))
+    files.write_json(beside / GENERATION_CONFIG, _generation_config(tokenizer, open_tokenizer(tokenizer), chats=chats))
     copy_tokenizer(tokenizer, beside)
     files.sync_tree(beside)
     if fresh:
@@ -97,8 +102,8 @@ def sequence_limits(model: PreTrainedModel, max_length: int | None) -> Limits:
 def stop_token_ids(folder: Path) -> list[int]:
     """The ids that end a generation of the model in a folder, as its `generation_config.json` has them.
 
-    Where that names none: the tokenizer's eos, the end of an assistant's turn, and the added tokens that `config.json`
-    names.
+    Where that names none: the tokenizer's eos, what its chat template ends an answer with, and the added tokens that
+    `config.json` names.
     """
     return _as_list(_generation_config(folder, open_tokenizer(folder)).get("eos_token_id"))
 
@@ -114,13 +119,14 @@ def remarks(folder: Path) -> list[str]:
             what = f"{names[number]!r}, an ordinary token" if number in names else "which no token has"
             then = "ends every generation" if number in stops else "is taken for a default and not used"
             said.append(f"{file} names {number} as eos_token_id, {what}: it {then}")
-    if stops and tokenizer.chat_template and not {*stops} & _written(tokenizer):
+    end = _end_of_turn(tokenizer)
+    if end is not None and end not in stops:
         shown = ", ".join(repr(names.get(number)) for number in stops)
-        said.append(f"the chat template never writes what ends a generation: {shown}")
+        said.append(f"the chat template ends an answer with {names[end]!r}, and a generation ends with {shown}")
     return said
 
 
-def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, *, chats: bool = False) -> dict[str, Any]:
     """The maker's `generation_config.json`; with stop tokens of the tokenizer where the maker names none.
 
     Ids that transformers took from an architecture's defaults are believed where they are added tokens: in another
@@ -130,14 +136,15 @@ def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     fields: dict[str, Any] = dict(files.read_json(path)) if path.is_file() else special
     file, named, is_default = _named_stops(folder)
+    end_of_turn = _end_of_turn(tokenizer)
+    ends: list[int | None] = [*named]
     if is_default and (file != GENERATION_CONFIG or not added.keys() >= {*named}):
-        ends = [tokenizer.eos_token_id]
-        if END_OF_TURN in tokenizer.get_vocab():
-            ends.append(tokenizer.convert_tokens_to_ids(END_OF_TURN))
-        ends += [number for number in named if number in added]
-        fields["eos_token_id"] = [int(end) for end in dict.fromkeys(ends) if end is not None]
+        ends = [tokenizer.eos_token_id, end_of_turn, *(number for number in named if number in added)]
         fields.pop("_from_model_config", None)
-    return fields
+    elif chats:
+        ends = [*named, end_of_turn]
+    own = [end for end in dict.fromkeys(ends) if end is not None]
+    return fields if own == named else fields | {"eos_token_id": own}
 
 
 def _named_stops(folder: Path) -> tuple[str, list[int], bool]:
@@ -150,13 +157,18 @@ def _named_stops(folder: Path) -> tuple[str, list[int], bool]:
     return file, _as_list(named), file != GENERATION_CONFIG or fields.get("_from_model_config", False)
 
 
-def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of a question and its answer as the chat template writes them; of all tokens where it refuses these."""
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes first behind an answer; None where there is none."""
+    answer = "qzx"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        return set(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
-    except Exception:  # noqa: BLE001 - a template raises what it likes
-        return set(tokenizer.get_vocab().values())
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # noqa: BLE001 - no template, or one that refuses such a chat with whatever it raises
+        return None
+    _, _, behind = text.rpartition(answer)
+    special = tokenizer.added_tokens_decoder
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return next((int(number) for number in ids if number in special and special[number].special), None)
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -26,7 +26,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_special_tokens(list(SPECIAL))
     names = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=False))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    fast.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.chat_template = (
+        "{{ bos_token }}{% for message in messages %}<|assistant_start|>{{ message['content'] }}<|assistant_end|>"
+        "{% endfor %}"
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
     return folder
@@ -93,7 +96,7 @@ def test_the_makers_generation_config_survives_a_training(folder: Path, tmp_path
     model = open_model(folder)
     model.generation_config.eos_token_id = [0]  # as trainers do
     for place in ("checkpoint", "trained"):
-        save_model(model, tmp_path / place, tokenizer=folder)
+        save_model(model, tmp_path / place, tokenizer=folder, chats="6" in str(MAKERS[maker]["eos_token_id"]))
         assert files.read_json(tmp_path / place / "generation_config.json") == MAKERS[maker]
         stops = MAKERS[maker]["eos_token_id"]
         assert stop_token_ids(tmp_path / place) == (stops if isinstance(stops, list) else [stops])
@@ -129,14 +132,15 @@ def test_a_stop_that_no_token_is_is_said(folder: Path) -> None:
     assert remarks(folder)[0] == said
 
 
-def test_stops_that_the_template_never_writes_are_said(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text(
-        "{% for message in messages %}<|user_start|>{{ message['content'] }}<|user_end|>{% endfor %}"
-    )
-    (said,) = remarks(folder)
-    assert said == "the chat template never writes what ends a generation: '</s>', '<|assistant_end|>'"
-    files.write_json(folder / "generation_config.json", {"eos_token_id": [1, 4]})
-    assert remarks(folder) == []
+def test_a_training_on_chats_adds_what_ends_an_answer_and_no_other_does(folder: Path, tmp_path: Path) -> None:
+    maker = {"eos_token_id": 1, "max_new_tokens": 2048}
+    files.write_json(folder / "generation_config.json", maker)
+    said = "the chat template ends an answer with '<|assistant_end|>', and a generation ends with '</s>'"
+    assert remarks(folder) == [said]
+    for chats, stops in ((True, [1, 6]), (False, 1)):
+        save_model(open_model(folder), tmp_path / f"{chats}", tokenizer=folder, chats=chats)
+        assert files.read_json(tmp_path / f"{chats}" / "generation_config.json") == maker | {"eos_token_id": stops}
+    assert remarks(tmp_path / "True") == []
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no chat of mine') }}")
     assert remarks(folder) == []
 

@@ -43,7 +43,6 @@ def adapter(base: Path) -> Path:
         ({"modules_to_save": ["lm_haed"]}, r"lora\.modules_to_save: .*mean 'lm_head'"),
         ({"rank_pattern": {"q_porj": 8}}, r"lora\.rank_pattern: .*mean '.*_proj'"),
         ({"layers_to_transform": [0, 2], "target_modules": ["q_proj"]}, "there is no layer 2: the model has 2"),
-        ({"bias": "all"}, r"lora\.bias"),
     ],
 )
 def test_a_name_that_peft_would_leave_out_without_a_word_is_refused(

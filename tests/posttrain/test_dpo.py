@@ -258,6 +258,13 @@ def test_a_dropout_that_trl_would_switch_off_is_refused(model_folder: Path, pair
         dpo.run(config(model_folder, pairs_file, lora={"r": 4, "lora_dropout": 0.1}), context)
 
 
+def test_biases_that_would_stay_trained_in_the_reference_are_refused(
+    model_folder: Path, pairs_file: Path, context: Context
+) -> None:
+    with pytest.raises(UserError, match=r"lora\.bias: with 'all' biases stay trained"):
+        dpo.run(config(model_folder, pairs_file, lora={"r": 4, "bias": "all"}), context)
+
+
 def test_a_loss_that_trl_does_not_have_is_refused_by_its_nearest_name(
     model_folder: Path, pairs_file: Path, context: Context
 ) -> None:
