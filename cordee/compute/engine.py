@@ -23,7 +23,7 @@ from cordee import model_folder
 from cordee.compute.device import default
 from cordee.compute.logprobs import Scores, score
 from cordee.compute.model import open_model, stop_token_ids
-from cordee.compute.tokenizer import open_tokenizer
+from cordee.compute.tokenizer import open_tokenizer, tokenizer_folder
 from cordee.errors import Fault, UserError
 
 PROBE_LIMIT = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -84,7 +84,7 @@ def settings(folder: Path, max_length: int, seed: int, dtype: str = "auto") -> d
     batched = {} if torch.cuda.is_available() else {"max_num_batched_tokens": 512}
     return {
         **batched,
-        "tokenizer": str(folder),
+        "tokenizer": str(tokenizer_folder(folder)),
         "dtype": dtype if torch.cuda.is_available() else "float32",
         "generation_config": "vllm",  # the first checkpoint's own would hold for all that follow
         "max_model_len": max_length,

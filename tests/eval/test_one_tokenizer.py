@@ -1,0 +1,57 @@
+"""lm-eval and vLLM open a folder by `AutoTokenizer` themselves: what they would do with a wrong class is seen.
+
+And it does not reach them where they are given `tokenizer_folder`.
+"""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+
+from cordee.compute.model import open_model, stop_token_ids
+from cordee.compute.tokenizer import open_tokenizer, tokenizer_folder
+from eval import parity
+
+CHATS = [
+    [{"role": "user", "content": f"Which  language\tis {text}?"}, {"role": "assistant", "content": f"{text}, 1789"}]
+    for text in ("Alle Menschen", "Tous les hommes")
+]
+
+
+@pytest.fixture
+def misnamed(checkpoints, tmp_path):
+    """A byte-level tokenizer that names the class of another kind."""
+    folder = shutil.copytree(checkpoints["first"], tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"}))
+    return folder
+
+
+def test_lm_eval_sends_what_training_saw(misnamed, checkpoints, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    trained = parity.encode(open_tokenizer(misnamed), CHATS, 500, tmp_path)
+    assert trained == parity.encode(open_tokenizer(checkpoints["first"]), CHATS, 500, tmp_path)
+    model = open_model(misnamed, dtype=torch.float32)
+    by_itself, given = (
+        HFLM(pretrained=model, tokenizer=str(folder), add_bos_token=False)
+        for folder in (misnamed, tokenizer_folder(misnamed))
+    )
+    ends = stop_token_ids(misnamed)
+    assert parity.otherwise_in_lm_eval(by_itself, CHATS, trained, ends) == len(CHATS)
+    assert parity.otherwise_in_lm_eval(given, CHATS, trained, ends) == 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+def test_vllm_encodes_what_training_saw(misnamed, tmp_path):
+    from cordee.compute import engine
+
+    engine.prepare()
+    from vllm.tokenizers import get_tokenizer
+
+    trained = parity.encode(open_tokenizer(misnamed), CHATS, 500, tmp_path)
+    place = engine.settings(misnamed, 64, 0)["tokenizer"]
+    assert parity.encode(get_tokenizer(str(misnamed)), CHATS, 500, tmp_path) != trained
+    assert parity.encode(get_tokenizer(place), CHATS, 500, tmp_path) == trained
