@@ -74,6 +74,9 @@ def build(source: Path, tokens: Path, sequence_length: int, seed: int) -> PreTra
         _require_positions(model.config, source, sequence_length)
         return model.train()
     config = _read_config(source, tokens)
+    special = open_tokenizer(tokenizer, key="data.0.tokens")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(special, name))
     _require_positions(config, source, sequence_length)
     _require_opens_beside(config, source, tokenizer)
     torch.manual_seed(seed)
@@ -122,9 +125,6 @@ def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
     if (given := config.get_text_config().vocab_size) < vocab_size:
         problem = f"the model's vocabulary of {given} does not hold the {vocab_size} of {tokens}"
         raise UserError(problem, file=source, key="vocab_size")
-    special = open_tokenizer(tokens / "tokenizer", key="data.0.tokens")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(special, name))
     return config
 
 
