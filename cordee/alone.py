@@ -55,6 +55,7 @@ def run(
         if isinstance(current, Artifact):
             console.print(f"{current.name} is this already")
             return
+        runner.keep_recipe(own)
         files.write_text(_launch_file(current.work), _launch())
         with Display(console) as display:
             display.begin(planned.name, current.announce())

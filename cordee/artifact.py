@@ -128,28 +128,36 @@ class Store:
         An interrupted attempt at the same fingerprint is continued. Otherwise it is the first number after the newest
         published version at which no other attempt has left files.
         """
-        versions = [0]
-        for name, version, partial, _ in self._folders(recipe):
-            if name == stage and not partial:
-                versions.append(version)
-            elif name == stage and (work := self.work(recipe, stage, version)).is_at(fingerprint):
+        for work in self.attempts(recipe):
+            if work.stage == stage and work.fingerprint == fingerprint:
                 return work
-        number = max(versions) + 1
-        while (work := self.work(recipe, stage, number)).has_files():
+        number = 1 + max(
+            (n for name, n, partial, _ in self._folders(recipe) if name == stage and not partial), default=0
+        )
+        while (work := self._work(recipe, stage, number)).has_files():
             number += 1
         return work
+
+    def attempts(self, recipe: str) -> list["Work"]:
+        """The attempts at a recipe's stages that were begun and not published."""
+        return [self._work(recipe, stage, version) for stage, version, partial, _ in self._folders(recipe) if partial]
 
     @property
     def hashes(self) -> Path:
         """Keeps the hashes of files outside the store."""
         return self.root / ".hashes.json"
 
+    @property
+    def cache(self) -> Path:
+        """Keeps what only makes a start faster, such as compiled code."""
+        return self.root / ".cache"
+
     def lock_file(self, recipe: str, stage: str) -> Path:
         """The lock that whoever works on a stage holds."""
         return self.root / recipe / f".{stage}.lock"
 
-    def work(self, recipe: str, stage: str, version: int) -> "Work":
-        """The folders in which one version of a stage is, or was, worked on."""
+    def _work(self, recipe: str, stage: str, version: int) -> "Work":
+        """The folders in which one version of a stage is worked on."""
         base = self.root / recipe
         return Work(base / f"{stage}@{version}.partial", base / "logs" / f"{stage}@{version}")
 
@@ -211,13 +219,20 @@ class Work:
         """The artifact's number."""
         return int(self.logs.name.rpartition("@")[2])
 
-    def is_at(self, fingerprint: str) -> bool:
-        """Whether an attempt at this fingerprint was begun here and not published."""
+    @property
+    def stage(self) -> str:
+        """The stage's name."""
+        return self.logs.name.rpartition("@")[0]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the attempt that was begun here and not published; None if there is none that could be continued."""
         try:
             job = files.read_json(self.job) if self.out.is_dir() else None
         except Fault:
-            return False
-        return isinstance(job, dict) and job.get("fingerprint") == fingerprint
+            return None
+        found = job.get("fingerprint") if isinstance(job, dict) else None
+        return found if isinstance(found, str) else None
 
     def has_files(self) -> bool:
         """Whether an attempt has left a file."""

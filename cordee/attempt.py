@@ -75,7 +75,7 @@ def begin(
                 return
         inputs = _verified(plan, planned, artifacts)
         work = plan.store.work_folders(plan.recipe.name, planned.name, planned.fingerprint)
-        if not work.is_at(planned.fingerprint):  # what is there was left by an attempt that has no files
+        if work.fingerprint != planned.fingerprint:  # what is there was left by an attempt that has no files
             shutil.rmtree(work.out, ignore_errors=True)
             shutil.rmtree(work.logs, ignore_errors=True)
         work.out.mkdir(parents=True, exist_ok=True)

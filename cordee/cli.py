@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cordee import __version__
 from cordee.errors import CordeeError, from_system
 
 if TYPE_CHECKING:
@@ -27,6 +28,21 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe's Y
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[stage.key=value]...", help="keys to override")]
 Runs = Annotated[Path, typer.Option(help="the folder that holds the artifacts")]
 RUNS = Path("runs")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cordee {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -161,6 +177,26 @@ def verify(
     chosen = [lineage.find(name, store) for name in what] if what else store.scan()
     if not show.verify(_console(), chosen):
         raise typer.Exit(1)
+
+
+@_command
+def clean_(
+    recipe_file: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="a recipe's YAML file (default: all as last run)")
+    ] = None,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    yes: Annotated[bool, typer.Option("--yes", help="delete it")] = False,
+) -> None:
+    """List what no run will use again, such as attempts that no plan continues; delete it with --yes."""
+    from cordee import clean, recipe, show
+    from cordee.artifact import Store
+
+    found = clean.find(Store(runs), recipe.load(recipe_file, overrides or []) if recipe_file else None)
+    show.clean(_console(), found)
+    for item in found if yes else ():
+        if not item.is_kept:
+            clean.delete(item)
 
 
 @_command

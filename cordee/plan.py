@@ -143,7 +143,7 @@ def _planned(
         for one in found
         if isinstance(one, Damaged) and one.is_of(recipe.name, item.name)
     ]
-    if store.work_folders(recipe.name, item.name, fingerprint).is_at(fingerprint):
+    if store.work_folders(recipe.name, item.name, fingerprint).fingerprint == fingerprint:
         why.append("continues where it was stopped")
     cost = _cost(recipe, item, config, targets, before)
     return Planned(item, config, targets, now, fingerprint, "stale" if earlier else "ready", tuple(why), None, cost)

@@ -39,7 +39,7 @@ def run(plan: Plan, out: Console, only: set[str] | None = None, proves: str | No
     Raises:
         CordeeError: a stage failed or was stopped; what came before it stays published.
     """
-    _keep_recipe(plan)
+    keep_recipe(plan)
     artifacts = {planned.name: planned.artifact for planned in plan.stages if planned.artifact}
     with Display(out) as display:
         for planned in plan.stages:
@@ -156,7 +156,7 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _keep_recipe(plan: Plan) -> None:
+def keep_recipe(plan: Plan) -> None:
     """Store the resolved recipe with the run."""
     now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H-%M-%S")
     path = plan.store.root / plan.recipe.name / "logs" / f"{now}.recipe.yaml"

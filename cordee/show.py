@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from cordee import artifact, certificate, events, lineage, lock, provenance
 from cordee.artifact import Artifact, Damaged
+from cordee.clean import Item
 from cordee.display import duration, progress_line
 from cordee.keys import Key
 from cordee.lineage import Step
@@ -163,7 +164,7 @@ def _status(plan: Plan, planned: Planned) -> tuple[str, str]:
     if planned.artifact:
         return "done", f"{planned.artifact.name}, {duration(planned.artifact.manifest.seconds)}"
     work = plan.store.work_folders(plan.recipe.name, planned.name, planned.fingerprint)
-    seen = events.read(work.events) if work.is_at(planned.fingerprint) else []
+    seen = events.read(work.events) if work.fingerprint == planned.fingerprint else []
     if not seen:
         return planned.state, "; ".join(planned.why)
     start = max((index for index, event in enumerate(seen) if event["event"] == "start"), default=0)
@@ -233,6 +234,27 @@ def keys(out: Console, listed: Iterable[Key]) -> None:
         indent = 4 * " "
         said = textwrap.fill(key.meaning, out.width, initial_indent=indent, subsequent_indent=indent)
         out.print(said, markup=False, highlight=False)
+
+
+def clean(out: Console, items: Iterable[Item]) -> None:
+    """Print what can be deleted, and what is kept and why, with sizes."""
+    table = Table("size", "", "path", "why", box=None, pad_edge=False)
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    for item in items:
+        sizes[item.is_kept].append(item.size_bytes)
+        state = Text("kept", "green") if item.is_kept else Text("delete", "yellow")
+        table.add_row(size(sizes[item.is_kept][-1]), state, Text(str(item.path), overflow="fold"), Text(item.why))
+    if table.row_count:
+        out.print(table)
+    out.print(f"{len(sizes[False])} to delete, {size(sum(sizes[False]))}; {len(sizes[True])} kept", highlight=False)
+
+
+def size(number: float) -> str:
+    """Bytes with three digits: `1.24 GB`."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.0f} B"
 
 
 def reports(out: Console, made: Iterable[Artifact]) -> None:

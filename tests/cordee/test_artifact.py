@@ -87,7 +87,7 @@ def test_what_was_left_half_written_is_continued_only_under_the_same_fingerprint
     store = Store(tmp_path / "runs")
     left = begin(store, "f1", "line.txt")
     assert store.work_folders("brook", "spring", "f1") == left
-    assert left.is_at("f1")
+    assert left.fingerprint == "f1"
     assert store.work_folders("brook", "spring", "f2").version == 2
     assert store.scan() == []
 
