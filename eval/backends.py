@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from cordee.chat.templates import special_tokens
 from cordee.compute import device, engine
 from cordee.compute.model import open_model
-from cordee.compute.tokenizer import open_tokenizer, special_tokens
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 
 REQUESTS_AT_ONCE = 256

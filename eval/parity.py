@@ -4,67 +4,55 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
-
-from cordee import files
+from cordee.chat import conversations
+from cordee.chat.formats import Limits
+from cordee.chat.schema import Chat
+from cordee.chat.templates import Template
 from cordee.compute.logprobs import Scores
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import UserError
 
-Chat = list[dict[str, str]]
 
-
-def read(path: Path, rows: int) -> list[Chat]:
-    """The first chats of a file, parquet or JSON lines; of a pair, the chosen answer.
+def read(path: Path, rows: int, model: Path, longest: int) -> tuple[list[Chat], list[list[int]]]:
+    """The first chats of a file, of a pair the prompt with the chosen answer, and their ids by a model's tokenizer.
 
     Raises:
-        UserError: it can't be read, holds no chat, or one does not end with an answer.
+        UserError: it can't be read, holds no chats that end with an answer, or one is longer than `longest` tokens.
     """
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path).slice(0, rows).to_pylist()
-        else:
-            table = files.read_rows(path)[:rows]
-        chats = [row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]] for row in table]
-        last = [chat[-1]["role"] for chat in chats]
-    except (pa.ArrowException, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"holds no chats: {error!r}", file=path, key="prompts") from error
-    if not last or set(last) != {"assistant"}:
+    tokenizer = open_tokenizer(model)
+    found = conversations.first(path, rows, Template(tokenizer), Limits(longest, None, len(tokenizer)))
+    if {chat.messages[-1]["role"] for chat, _ in found} != {"assistant"}:
         raise UserError("holds no chats that end with an answer", file=path, key="prompts")
-    return chats
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], longest: int, path: Path) -> list[list[int]]:
-    """The ids that training sees of each chat.
-
-    Raises:
-        UserError: one is longer than `longest` tokens.
-    """
-    encoded = []
-    for number, chat in enumerate(chats, start=1):
-        ids = list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
-        if len(ids) > longest:
-            raise UserError(f"row {number} has {len(ids)} tokens, and {longest} fit", file=path, key="max_length")
-        encoded.append(ids)
-    return encoded
+    return [chat for chat, _ in found], [ids for _, ids in found]
 
 
 def otherwise_in_vllm(llm: Any, chats: Sequence[Chat], trained: Sequence[list[int]]) -> int:
     """How many chats reach vLLM's model, by its own chat entrance, as other ids than training saw before the answer."""
     from vllm import SamplingParams
 
-    outputs = llm.chat([chat[:-1] for chat in chats], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-    sent = [list(output.prompt_token_ids) for output in outputs]
-    return sum(ids[: len(own)] != own for own, ids in zip(sent, trained, strict=True))
+    differing = 0
+    for chat, ids in zip(chats, trained, strict=True):
+        settings = {name: value for name, value in chat.options.items() if name != "tools"}
+        (output,) = llm.chat(
+            chat.messages[:-1], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False,
+            tools=chat.options.get("tools"), chat_template_kwargs=settings or None,
+        )  # fmt: skip
+        own = list(output.prompt_token_ids)
+        differing += ids[: len(own)] != own
+    return differing
 
 
 def otherwise_in_lm_eval(lm: Any, chats: Sequence[Chat], trained: Sequence[list[int]], ends: Collection[int]) -> int:
-    """How many chats and answers lm-eval encodes as other ids than training saw up to one of the `ends` of a turn."""
+    """How many chats and answers lm-eval encodes as other ids than training saw up to one of the `ends` of a turn.
+
+    Chats with tools or settings of their own, and answers that call tools, are none of lm-eval's.
+    """
     differing = 0
     for chat, ids in zip(chats, trained, strict=True):
-        own = list(lm.tok_encode(lm.apply_chat_template(chat[:-1]) + chat[-1]["content"]))
-        differing += ids[: len(own)] != own or ids[len(own)] not in ends
+        answer = chat.messages[-1].get("content")
+        if not chat.options and isinstance(answer, str) and len(chat.messages[-1]) == 2:
+            own = list(lm.tok_encode(lm.apply_chat_template(chat.messages[:-1]) + answer))
+            differing += ids[: len(own)] != own or ids[len(own)] not in ends
     return differing
 
 

@@ -8,9 +8,11 @@ import torch
 import transformers
 
 from cordee import files
+from cordee.chat.formats import BadRowError
+from cordee.chat.templates import Template
 from cordee.compute import device
 from cordee.compute.model import open_model, stop_token_ids
-from cordee.compute.tokenizer import open_tokenizer, special_tokens
+from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import UserError
 
 
@@ -52,21 +54,20 @@ def encode(folder: Path, prompts: Sequence[str], longest: int, path: Path) -> li
     """The token ids of each prompt as one user's turn, up to where the assistant's turn begins.
 
     Raises:
-        UserError: one is longer than `longest` tokens, or spells out a special token.
+        UserError: one is longer than `longest` tokens, spells out a special token, or is refused by the template.
     """
-    tokenizer = open_tokenizer(folder, key="models")
-    pattern = special_tokens(tokenizer)
-    encoded = []
+    template = Template(open_tokenizer(folder, key="models"))
+    asked = []
     for number, prompt in enumerate(prompts, start=1):
-        if found := pattern.search(prompt):
-            raise UserError(f"prompt {number} spells out the special token {found.group()!r}", file=path, key="prompts")
-        turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
+        try:
+            template.require_plain([prompt])
+            asked.append(template.text([{"role": "user", "content": prompt}], {}, add_generation_prompt=True))
+        except BadRowError as error:
+            raise UserError(f"prompt {number}: {error.problem}", file=path, key="prompts") from error
+    encoded: list[list[int]] = template.encode(asked)["input_ids"]
+    for number, ids in enumerate(encoded, start=1):
         if len(ids) > longest:
             raise UserError(f"prompt {number} has {len(ids)} tokens, and {longest} fit", file=path, key="max_length")
-        encoded.append(list(ids))
     return encoded
 
 

@@ -58,7 +58,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     import torch
     from peft import PeftModel
 
-    from cordee.compute import engine, tokenizer
+    from cordee.compute import engine
     from cordee.compute.logprobs import MERGE_LIMIT, score
     from cordee.compute.model import open_model, stop_token_ids
     from eval import backends, parity
@@ -66,8 +66,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     engine.choose("vllm")
     engine.require_one_shape({"model": config.model, "artifact": config.artifact})
     length = engine.longest_request(config.artifact, config.max_length)
-    chats = parity.read(config.prompts, config.rows)
-    ids = parity.encode(tokenizer.open_tokenizer(config.artifact), chats, length - 1, config.prompts)
+    chats, ids = parity.read(config.prompts, config.rows, config.artifact, length - 1)
 
     def scored(model: Any, done: int) -> Any:
         if context.stop_requested():

@@ -182,7 +182,7 @@ def _mappings(value: Any, name: str, template: Template) -> list[dict[str, Any]]
         raise BadRowError(f"{name} is no list of mappings")
     if name not in template.variables:
         raise BadRowError(f"has {name}, which the chat template does not read")
-    _require_plain(items, name, template)
+    template.require_plain(_texts(items), name)
     return items
 
 
@@ -212,7 +212,7 @@ def _messages(
         flags.append(_flag(message, where))
         _parse_calls(message, where)
         _require_content(message, where)
-        _require_plain(message, where, template)
+        template.require_plain(_texts(message), where)
         messages.append(message)
     whole = [*(before or []), *messages]
     for message in messages:
@@ -262,13 +262,6 @@ def _require_answer(message: Message, where: str) -> None:
     """See that an answer says something."""
     if not any(_says(value) for key, value in message.items() if key != "role"):
         raise BadRowError("an answer has no content", where)
-
-
-def _require_plain(value: Any, where: str, template: Template) -> None:
-    """See that no text spells out a special token, which would become the token itself."""
-    for text in _texts(value):
-        if found := template.special.search(text):
-            raise BadRowError(f"a text spells out the special token {found.group()!r}", where)
 
 
 def _require_read(

@@ -1,7 +1,7 @@
 """Chat templates: what one reads, and the one way from messages to text and token ids."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +120,17 @@ class Template:
     @cached_property
     def special(self) -> re.Pattern[str]:
         """Finds a special token spelled out in a text, where it would become the token itself."""
-        names = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        return special_tokens(self.tokenizer)
+
+    def require_plain(self, texts: Iterable[str], where: str = "") -> None:
+        """See that no text spells out a special token.
+
+        Raises:
+            BadRowError: one does.
+        """
+        for text in texts:
+            if found := self.special.search(text):
+                raise BadRowError(f"a text spells out the special token {found.group()!r}", where)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -184,6 +193,12 @@ class Template:
             return self.tokenizer.apply_chat_template(list(messages), **options, **how)
         except Exception as error:  # a template raises jinja2's errors, and whatever its filters raise
             raise BadRowError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Finds a special token spelled out in a text, where it would become the token itself."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:

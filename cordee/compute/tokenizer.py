@@ -79,11 +79,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(opens_from / name, folder / name)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Finds a special token spelled out in a text, where it would become the token itself."""
-    return _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-
-
 def _open(folder: Path, key: str | None) -> tuple[PreTrainedTokenizerBase, Path]:
     """The tokenizer, and where `AutoTokenizer` opens it from; encodes the probe once for each content of a folder."""
     if not (folder / "tokenizer.json").is_file():

@@ -249,9 +249,8 @@ def test_a_template_that_lm_eval_would_send_otherwise_is_a_fault(models, checkpo
         models.open(checkpoints["first"])
 
 
-def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monkeypatch):
+def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monkeypatch, tmp_path):
     from cordee.compute.model import stop_token_ids
-    from cordee.compute.tokenizer import open_tokenizer
     from eval import parity
 
     lm = models.open(checkpoints["first"])
@@ -259,7 +258,9 @@ def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monke
         [{"role": "user", "content": f"Which language is this?\n\n{text}"}, {"role": "assistant", "content": "German"}]
         for text in ("Jeder hat das Recht auf Leben.", "Alle Menschen")
     ]
-    ids = parity.encode(open_tokenizer(checkpoints["first"]), chats, LENGTH, Path("p"))
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    chats, ids = parity.read(path, 8, checkpoints["first"], LENGTH)
     ends = stop_token_ids(checkpoints["first"])
     assert parity.otherwise_in_vllm(lm.model, chats, ids) == 0
     assert parity.otherwise_in_lm_eval(lm, chats, ids, ends) == 0

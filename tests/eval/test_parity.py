@@ -75,15 +75,15 @@ def test_a_model_that_the_adapter_was_not_merged_into_is_a_fault(forms, prompts,
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "holds no chats that end with an answer"),
-        ('{"text": "x"}\n', "holds no chats"),
-        ('{"messages": [{"role": "user", "content": "x"}]}\n', "holds no chats that end with an answer"),
+        ("", "holds no rows"),
+        ('{"text": "x"}\n', "row 1: has neither `messages` nor `prompt` and `chosen`"),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', "prompts: holds no chats that end with an answer"),
     ],
 )
-def test_prompts_that_hold_no_chats_are_one_line(line, message, tmp_path):
+def test_prompts_that_hold_no_chats_are_one_line(line, message, checkpoints, tmp_path):
     from eval import parity
 
     path = tmp_path / "chats.jsonl"
     path.write_text(line)
     with pytest.raises(UserError, match=message):
-        parity.read(path, 8)
+        parity.read(path, 8, checkpoints["first"], 64)
