@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cordee import identity
+from cordee import artifact, identity
 from cordee.artifact import REFERENCE, Artifact, Damaged, Store
 from cordee.config import Config, Input, inputs, resolved
 from cordee.cost import Cost
@@ -133,10 +133,10 @@ def _planned(
     now = identity.of_stage(item.stage.uses, recipe.seed, config, pointed, place, item.stage.version)
     fingerprint = identity.fingerprint(now)
     artifacts = [one for one in found if isinstance(one, Artifact)]
-    artifact = next((one for one in artifacts if one.fingerprint == fingerprint), None)
+    done = next((one for one in artifacts if one.fingerprint == fingerprint), None)
     earlier = [one for one in artifacts if (one.manifest.recipe, one.manifest.stage) == (recipe.name, item.name)]
-    if artifact:
-        return Planned(item, config, targets, now, fingerprint, "done", (), artifact, measured(artifact))
+    if done:
+        return Planned(item, config, targets, now, fingerprint, "done", (), done, measured(done))
     why = _reasons(earlier[-1], now, targets) if earlier else []
     why += [
         f"{one.name} counts as not made: {one.problem}"
@@ -145,8 +145,10 @@ def _planned(
     ]
     if store.work_folders(recipe.name, item.name, fingerprint).fingerprint == fingerprint:
         why.append("continues where it was stopped")
-    cost = _cost(recipe, item, config, targets, before)
-    return Planned(item, config, targets, now, fingerprint, "stale" if earlier else "ready", tuple(why), None, cost)
+    cost, damage = _cost(recipe, item, config, targets, before)
+    return Planned(
+        item, config, targets, now, fingerprint, "stale" if earlier else "ready", (*why, *damage), None, cost
+    )
 
 
 def _reasons(earlier: Artifact, now: dict[str, Any], targets: dict[str, Target]) -> list[str]:
@@ -161,14 +163,14 @@ def _reasons(earlier: Artifact, now: dict[str, Any], targets: dict[str, Target])
 
 def _cost(
     recipe: Recipe, item: RecipeStage, config: Config, targets: dict[str, Target], before: dict[str, Planned]
-) -> Cost:
-    """What a stage will cost, as far as its module can say.
+) -> tuple[Cost, list[str]]:
+    """What a stage will cost, as far as its module can say; unknown where an artifact that it reads is damaged.
 
     Raises:
         CordeeError: one of its inputs can't be used.
     """
     if item.stage.cost is None:
-        return Cost()
+        return Cost(), []
     # An input that exists is given as its path, so that its files can be read; any other stays a reference.
     paths = {key: str(targets[key].path or value) for key, value in inputs(config)}
     config = type(config).model_validate(resolved(config, paths))
@@ -179,9 +181,15 @@ def _cost(
         elif target.artifact:
             given[key] = measured(target.artifact)
     try:
-        return item.stage.cost(config, given)
-    except CordeeError as error:
-        raise in_recipe(recipe, item, error) from error
+        return item.stage.cost(config, given), []
+    except Exception as error:
+        read = [(key, target.artifact, target.place) for key, target in targets.items() if target.artifact]
+        damage = [f"{key}: {line}" for key, of, place in read for line in artifact.verify(of, place)]
+        if damage:
+            return Cost(), damage
+        if isinstance(error, CordeeError):
+            raise in_recipe(recipe, item, error) from error
+        raise
 
 
 def in_recipe(recipe: Recipe, item: RecipeStage, error: CordeeError) -> CordeeError:
@@ -189,9 +197,9 @@ def in_recipe(recipe: Recipe, item: RecipeStage, error: CordeeError) -> CordeeEr
     return error.in_stage(recipe.file, f"stages.{item.name}", type(item.config).model_fields)
 
 
-def measured(artifact: Artifact) -> Cost:
+def measured(of: Artifact) -> Cost:
     """The cost of an artifact, as it was measured."""
-    told = artifact.manifest
+    told = of.manifest
     names = ("tokens", "flops", "parameters", "vocab_size", "rows")
     known: dict[str, Any] = {name: told.metrics[name] for name in names if _is_number(told.metrics.get(name))}
     return Cost(memory_bytes=told.peak_memory_bytes, seconds=told.seconds, **known)
@@ -240,9 +248,9 @@ def _target(value: Input, planned: dict[str, Planned], store: Store, kept: Kept,
     return Target(f"content {kept.of(path)}", path=path.absolute())
 
 
-def _in_artifact(artifact: Artifact | Damaged, inside: str, *, file: object, key: str) -> Target:
+def _in_artifact(found: Artifact | Damaged, inside: str, *, file: object, key: str) -> Target:
     """A place in an artifact that was named by itself, not as a stage of this recipe."""
-    if isinstance(artifact, Damaged):
-        raise artifact.fault(file=file, key=key)
-    path = artifact.at(inside, file=file, key=key)
-    return Target(f"artifact {artifact.fingerprint}/{inside}".rstrip("/"), None, artifact, path, inside)
+    if isinstance(found, Damaged):
+        raise found.fault(file=file, key=key)
+    path = found.at(inside, file=file, key=key)
+    return Target(f"artifact {found.fingerprint}/{inside}".rstrip("/"), None, found, path, inside)

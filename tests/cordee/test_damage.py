@@ -7,6 +7,7 @@ import shutil
 import damages
 import manifests
 import pytest
+from damages import printed
 from rich.console import Console
 
 from cordee import lineage, manifest, plan, recipe, runner, show
@@ -52,27 +53,13 @@ def load(folder, *overrides):
     return plan.make(recipe.load(folder / "brook.yaml", overrides), Store(folder / "runs"))
 
 
-def printed(show_it, *given):
-    out = Console(width=200, file=None, record=True, quiet=False)
-    with out.capture() as caught:
-        result = show_it(out, *given)
-    return result, caught.get()
-
-
 def test_of_200_damages_planted_at_random_all_are_noticed_and_none_ends_a_command(brook):
     store = Store(brook / "runs")
     assert printed(show.verify, store.scan())[0]
-    artifacts = [found.path for found in store.scan()]
     kinds = set()
-    for artifact, what in damages.each(artifacts, 200, SEED, brook):
-        is_whole, said = printed(show.verify, store.scan())
-        assert not is_whole, what
-        name = f"{artifact.parent.name}/{artifact.name}"
-        assert [line.split()[1] for line in said.splitlines() if line.startswith("damaged")] == [name], what
-        now = load(brook)
-        printed(show.plan, now)
-        printed(show.status, now)
-        kinds.add((what.partition(":")[0], "manifest" if manifest.NAME in what else "file"))
+    for what, problem in damages.check(store, lambda: load(brook), 200, SEED):
+        assert not problem, what
+        kinds.add((what.partition(":")[0], manifest.NAME in what))
     assert len(kinds) == 8, "each kind was planted in a manifest and in another file"
     assert printed(show.verify, store.scan())[0]
 
@@ -154,6 +141,25 @@ def test_the_commands_name_a_damaged_artifact_in_one_line(brook, cordee):
         failed = cordee(*command)
         assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
         assert "other/lake@1: manifest.json is damaged: its content differs" in failed.stderr
+
+
+def test_a_cost_that_cant_be_read_from_a_damaged_artifact_is_unknown(brook, write):
+    tokens = write("runs/brook/tokens@1/tokens.json", '{"vocab_size": 100}').parent
+    manifests.seal(tokens, stage="tokens")
+    write("m.yaml", "{hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, "
+          "num_key_value_heads: 1}")  # fmt: skip
+    write("brook.yaml", BROOK + """
+  base: {uses: pretrain.train, model: m.yaml, data: [{tokens: brook/tokens@1}], max_steps: 2, global_batch_size: 8,
+         sequence_length: 8, learning_rate: 0.1}
+""")  # fmt: skip
+    assert load(brook).stage("base").cost.vocab_size == 100
+    for text in ("{", '{"vocab_syze": 100}', "[]"):
+        (tokens / "tokens.json").write_text(text)
+        (why,) = load(brook).stage("base").why
+        assert why.startswith("data.0.tokens: ")
+        assert "tokens.json: has" in why or "tokens.json: its content differs" in why
+    (tokens / "tokens.json").unlink()
+    assert load(brook).stage("base").state == "ready"
 
 
 def test_a_path_into_a_damaged_artifact_is_one_line(brook):

@@ -8,7 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import damages
 import pytest
+
+from cordee import plan, recipe
+from cordee.artifact import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "configs/recipes/tiny/quickstart.yaml"
@@ -45,6 +49,14 @@ def test_the_pipeline_publishes_every_stage(published):
     for name in STAGES:
         assert (published / f"{name}@1" / "manifest.json").exists()
     assert call(published.parent, "verify").returncode == 0
+
+
+def test_every_damage_to_real_artifacts_is_noticed(published, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    store = Store(published.parent)
+    found = list(damages.check(store, lambda: plan.make(recipe.load(Path(RECIPE)), store), 200, 20261125))
+    assert [(what, problem) for what, problem in found if problem] == []
+    assert len(found) == 200
 
 
 def test_two_processes_trained(published):
