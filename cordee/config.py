@@ -5,6 +5,7 @@ Marks carry the meaning that a plan needs:
 - `Input`: a reference (`$sft`, `$base/checkpoints/500`, `quickstart/base@1`) or a path. What it points to is
   part of the stage's identity by its fingerprint or its content, never by its name or place.
 - `Execution[T]`: says only how to execute (processes, micro-batch, logging); no part of the identity.
+- `FunctionOf("pretrain.training.losses")`: the name of a function of that module, read from its source.
 - `Library("trl.SFTConfig", owned=...)`: a mapping that is handed through to a library's own dataclass and
   checked against the fields of the installed version; `owned` are those that the stage sets itself.
 - `Precision`, `Engine`: `auto` becomes what this machine computes with when the config is read, so that two machines
@@ -14,7 +15,7 @@ Marks carry the meaning that a plan needs:
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
 from pydantic_core import CoreSchema, core_schema
@@ -65,6 +66,25 @@ class Library:
     owned: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class FunctionOf:
+    """Marks a text field that names a public function of a module; the names are read from the module's source."""
+
+    module: str
+
+    def names(self) -> list[str]:
+        """What the field may hold."""
+        return peek.functions(self.module)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str, info: core_schema.ValidationInfo[Any]) -> str:
+        if value not in (names := self.names()):
+            raise UserError(f"no {info.field_name} {value!r}", key=info.field_name or "", hint=nearest(value, names))
+        return value
+
+
 class Config(BaseModel):
     """Base of every stage's `Config` and of the mappings nested in it."""
 
@@ -98,6 +118,8 @@ class Launch(Config):
 class AccelerateConfig(Config):
     """Base of the stages that are started by `accelerate launch`."""
 
+    is_launched: ClassVar[bool] = True
+    """False for a stage with the keys of a training that does not train itself, but starts trainings."""
     launch: Execution[Launch] = Launch()
     """Processes and devices; the result is the same, to tolerance, at any of them."""
 

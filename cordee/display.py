@@ -47,7 +47,7 @@ class Display:
 
     def event(self, event: dict[str, Any]) -> None:
         """Show an event of the stage: progress or a note."""
-        if event["event"] == "note":
+        if event["event"] in ("note", "resumed"):
             self.say(event["text"])
         elif event["event"] == "progress":
             self.first = self.first or event

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from cordee.config import Config, Input, config_in, is_execution, libraries
+from cordee.config import Config, FunctionOf, Input, config_in, is_execution, libraries
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ def of(config: type[Config], prefix: str = "") -> Iterator[Key]:
     handed = dict(libraries(config))
     for name, field in sorted(config.model_fields.items(), key=lambda item: not item[1].is_required()):
         kind = f"fields of {handed[name].dataclass_name}" if name in handed else _kind(field.annotation)
+        for mark in field.metadata:
+            if isinstance(mark, FunctionOf):
+                kind = " | ".join(mark.names())
         words = [kind, *_limits(field), _default(field)]
         if is_execution(config, name):
             words.append("execution only")

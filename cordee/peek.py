@@ -33,6 +33,18 @@ def dataclass_fields(dataclass_name: str) -> dict[str, Any]:
     return fields
 
 
+def functions(module: str) -> list[str]:
+    """The public functions of a module, in their order, read from its source.
+
+    Raises:
+        Fault: there is no such module.
+    """
+    file = _source_of(module)
+    if file is None:
+        raise Fault(f"there is no module {module}")
+    return [node.name for node in _parse(file).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
+
+
 def _fields(file: Path, name: str) -> Iterator[tuple[str, Any]]:
     """The annotated fields of a class that a file defines or imports; bases first, so a subclass's type wins."""
     tree = _parse(file)

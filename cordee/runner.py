@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime as dt
-import json
 import os
 import resource
 import signal
@@ -13,11 +12,11 @@ from collections.abc import Iterator
 import yaml
 from rich.console import Console
 
-from cordee import attempt, events, files, lock
+from cordee import attempt, events, files, launchers
 from cordee.artifact import Artifact, Work
 from cordee.display import Display, duration
 from cordee.errors import CordeeError, Fault, Stopped, UserError
-from cordee.launchers import RUNNER, Job, command, local
+from cordee.launchers import Job, command, local
 from cordee.plan import Plan, Planned, in_recipe
 
 POLL_S = 0.2
@@ -58,14 +57,9 @@ def _run_stage(
         if isinstance(current, Artifact):
             return current
         argv = command.of_stage(planned.item.stage.uses, planned.config, current.work.job.resolve())
-        environment = {
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONSAFEPATH": "1",  # a folder `eval/` in the current folder is not the code that was planned
-            RUNNER: json.dumps(lock.owner(os.getpid())),
-        }
         display.begin(planned.name, current.announce())
         try:
-            memory = _watch(Job(argv, environment, current.work.log), current.work, display)
+            memory = _watch(Job(argv, launchers.environment(), current.work.log), current.work, display)
         except Stopped:
             raise
         except CordeeError as error:

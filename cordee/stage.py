@@ -69,6 +69,11 @@ class Context:
         if self.is_main:
             events.append(self.events, "note", text=text)
 
+    def resumed(self, step: int) -> None:
+        """Say that a training goes on from the state that was saved at `step`."""
+        if self.is_main:
+            events.append(self.events, "resumed", step=step, text=f"goes on from step {step}")
+
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop: save what is needed to go on, then call `stop`."""
         return (self.events.parent / "stop").exists()

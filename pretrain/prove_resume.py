@@ -6,16 +6,21 @@ Four short trainings, as real processes: one to its end; one that is killed with
 another number of processes. The first and the continued one have to agree in every bit.
 """
 
+import os
 import shutil
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from cordee import certificate, worker
+from cordee import certificate, trial, worker
 from cordee.certificate import Certificate
 from cordee.errors import UserError
 from cordee.stage import Context
 from pretrain import train
+
+if TYPE_CHECKING:
+    from pretrain.training.trials import Ended
 
 VERSION = 1
 PROVES = "pretrain.train"
@@ -24,6 +29,8 @@ RESUME_STEPS = 2
 
 class Config(train.Config):
     """The keys of the training that is proven, and how long the short ones are."""
+
+    is_launched: ClassVar[bool] = False
 
     steps: int = Field(default=6, ge=4)
     """Optimizer steps of each short training."""
@@ -35,13 +42,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Train, kill, continue and compare; write `certificate.json`.
 
     Raises:
-        UserError: the training would end before it is killed.
+        UserError: the training would end before it is killed, or a launcher started this proof.
         Fault: a check failed; names it.
     """
     if config.kill_at_step >= config.steps:
         raise UserError(f"is not before the last of {config.steps} steps", key="kill_at_step")
-    if not context.is_main:  # the trainings start processes of their own
-        return {}
+    if "LOCAL_RANK" in os.environ:
+        hint = "start it with python -m pretrain.prove_resume"
+        raise UserError("it was started by a launcher, and launches its own trainings", hint=hint)
     from cordee.compute import device
     from pretrain.training import trials
 
@@ -52,24 +60,25 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     total = 3 if other is None else 4
     # as the training itself is in its full length
     compiled, _ = device.resolve_compile(config.compile, train.cost(config, {}).flops or 0.0, device.default())
-    settings = _short(config, max(processes, other or 1), compiled)
+    short = _short(config, max(processes, other or 1), compiled)
     context.progress(0, total, "trainings")
-    whole = trials.start(settings, work / "uninterrupted", context).to_end()
+    whole = _to_end(short, work / "uninterrupted", context)
     context.progress(1, total, "trainings")
-    trials.start(settings, work / "killed", context).kill_after(config.kill_at_step)
+    trial.start(PROVES, short, work / "killed", context).kill_after(config.kill_at_step)
     context.progress(2, total, "trainings")
-    continued = trials.start(settings, work / "killed", context).to_end()
+    continued = _to_end(short, work / "killed", context)
     checks = trials.same_bits(whole, continued)
+    shown = continued.shown()
     evidence = {
         "num_processes": processes,
-        "settings": settings,
+        "settings": short.model_dump(mode="json"),
         "uninterrupted": whole.shown(),
-        "killed": continued.shown(),
+        "killed": shown,
     }
     if other is not None:
         context.progress(3, total, "trainings")
-        launch = {"num_processes": other, "config_file": None}
-        compared = trials.start({**settings, "launch": launch}, work / "other", context).to_end()
+        launch = short.launch.model_copy(update={"num_processes": other, "config_file": None})
+        compared = _to_end(short.model_copy(update={"launch": launch}), work / "other", context)
         checks += trials.same_within_rounding(whole, compared)
         evidence |= {"other_num_processes": other, "other": compared.shown()}
     context.progress(total, total, "trainings")
@@ -80,26 +89,37 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     proven = Certificate(proof="resume", of=PROVES, claim=claim, checks=tuple(checks), evidence=evidence)
     certificate.write(context.out, proven)
     shutil.rmtree(work)
-    shown = evidence["killed"]
     return {"passed": True, "weights_sha256": shown["weights_sha256"], "resumed_from_step": shown["resumed_from_step"]}
 
 
-def _short(config: Config, most_processes: int, compiled: bool) -> dict[str, Any]:
+def _to_end(config: train.Config, folder: Path, context: Context) -> "Ended":
+    """Train to the end, from the beginning or from where an attempt in this folder was killed."""
+    from pretrain.training.trials import Ended
+
+    training = trial.start(PROVES, config, folder, context)
+    training.to_end()
+    return Ended(training.work.out, training.resumed_from())
+
+
+def _short(config: Config, most_processes: int, compiled: bool) -> train.Config:
     """The same training, made short: few small steps, yet each with two passes in the largest number of processes."""
     values = config.model_dump(mode="json", include=set(train.Config.model_fields))
-    return values | {
-        "max_steps": config.steps,
-        "warmup_steps": min(config.warmup_steps, 2),
-        "decay_steps": min(config.decay_steps, 2),
-        "per_device_train_batch_size": 1,
-        "global_batch_size": 2 * most_processes,
-        "compile": "on" if compiled else "off",
-        "eval_steps": 0,
-        "save_steps": [1],
-        "resume_steps": RESUME_STEPS,
-        "logging_steps": 1,
-        "report_to": [],
-    }
+    return train.Config.model_validate(
+        values
+        | {
+            "max_steps": config.steps,
+            "warmup_steps": min(config.warmup_steps, 2),
+            "decay_steps": min(config.decay_steps, 2),
+            "per_device_train_batch_size": 1,
+            "global_batch_size": 2 * most_processes,
+            "compile": "on" if compiled else "off",
+            "eval_steps": 0,
+            "save_steps": [1],
+            "resume_steps": RESUME_STEPS,
+            "logging_steps": 1,
+            "report_to": [],
+        }
+    )
 
 
 def main() -> None:

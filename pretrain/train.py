@@ -1,11 +1,10 @@
-"""Pretrains a language model on tokens: packed documents, WSD, exact resume, held-out bits per byte.
+"""Pretrains a language model on tokens: packed documents, exact resume, held-out bits per byte.
 
     accelerate launch -m pretrain.train --config train.yaml
 
 Killed at any moment, the next run goes on from the last resume point and ends in the same weights, bit for bit.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -59,13 +58,14 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
     if not vocab_size or fields.get("model_type", "apertus") != "apertus" or any(name not in fields for name in SHAPE):
         return Cost(tokens=tokens, vocab_size=vocab_size)
     parameters = decoder_parameters(fields, vocab_size)
+    slow_mean = 4.0 * parameters if config.optimizer == "ademamix" else 0.0
     layers, width = fields["num_hidden_layers"], fields["hidden_size"]
     at_once = config.per_device_train_batch_size * config.sequence_length
     return Cost(
         tokens=tokens,
         flops=training_flops(parameters, tokens, layers, width, config.sequence_length),
         parameters=parameters,
-        memory_bytes=training_bytes(parameters, at_once, layers, width, vocab_size),
+        memory_bytes=training_bytes(parameters, at_once, layers, width, vocab_size) + slow_mean,
         vocab_size=vocab_size,
     )
 
@@ -73,7 +73,7 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 def _model_fields(model: Path) -> dict[str, Any]:
     """The fields of a model's config, or none where it is not there yet."""
     if (model / "config.json").is_file():
-        return files.read_json(model / "config.json")
+        return dict(files.read_json(model / "config.json"))
     fields = yaml12.read(model, key="model") if model.is_file() else {}
     for name in ("vocab_size", *SHAPE):
         value = fields.get(name, 1)
@@ -110,7 +110,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         training.accelerator.end_training()
     if context.is_main:
         shutil.rmtree(context.out / "resume", ignore_errors=True)
-    return json.loads(finished.read_text(encoding="utf-8"))
+    return dict(files.read_json(finished))
 
 
 def main() -> None:

@@ -1,7 +1,11 @@
 """Launchers start jobs. A launcher gets a `Job` and knows nothing of stages; stages know nothing of launchers."""
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from cordee import lock
 
 RUNNER = "CORDEE_RUNNER"
 """The variable that tells a stage's processes which process runs them (JSON, as `lock.owner` has it)."""
@@ -16,3 +20,12 @@ class Job:
     """Set besides what this process has."""
     log: Path
     """Standard output and error are appended here."""
+
+
+def environment() -> dict[str, str]:
+    """What a stage's processes are told by the process that runs them, which is this one."""
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a folder `eval/` in the current folder is not the code that was planned
+        RUNNER: json.dumps(lock.owner(os.getpid())),
+    }

@@ -159,7 +159,8 @@ class Stream:
         """The pieces of row `index`."""
         epoch, place = divmod(index, len(self.split.rows))
         pieces, order = self._epoch(epoch)
-        return pieces[self.split.rows[order[place]]]
+        row: Row = pieces[self.split.rows[order[place]]]
+        return row
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ class Mixture:
             totals[sample.source] += self.splits[sample.source].tokens(sample.row)
         return totals
 
-    def predictions(self, samples: Sequence[Sample]) -> int:
-        """Tokens in these samples that carry loss: all but the first of each piece."""
+    def labels(self, samples: Sequence[Sample]) -> int:
+        """Labels in these samples: a token for each but the first of each piece."""
         return sum(self.tokens(samples)) - sum(len(sample.row) for sample in samples)
 
 

@@ -19,10 +19,10 @@ from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from pretrain.data.loader import open_split, require_ids_below
 from pretrain.data.mixture import Mixture
-from pretrain.training import loop
+from pretrain.training import loop, optimizers
 from pretrain.training.heldout import open_heldout
 from pretrain.training.loop import State, Training
-from pretrain.training.model import Objective, build, parameter_groups, require_documents_apart
+from pretrain.training.model import Objective, build, require_documents_apart
 from pretrain.training.settings import Settings
 
 
@@ -55,13 +55,8 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
             require_ids_below(rows, split, folder, f"data.{index}.tokens")
     if accelerator.is_main_process:
         require_documents_apart(built)
-    objective = Objective(built, settings.precision)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(objective, settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        fused=True,
-    )
+    objective = Objective(built, settings)
+    optimizer = getattr(optimizers, settings.optimizer)(objective, settings)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     device.require_wrapped(wrapped, accelerator.num_processes, launch)
     objective = accelerator.unwrap_model(wrapped)
@@ -111,7 +106,7 @@ def restore(training: Training) -> State:
         raise Fault(f"not every process sees the state at step {step}", file=context.out / "resume")
     resume.restore(point, training.objective, training.optimizer)
     context.rewind(step)
-    context.note(f"goes on from step {step}")
+    context.resumed(step)
     state = State.of(point.state)
     if state.precision != training.objective.precision:
         training.objective.precision = state.precision
@@ -153,6 +148,7 @@ def metrics(training: Training, state: State) -> dict[str, Any]:
     }
     return {
         "tokens": tokens,
+        "labels": state.labels,
         "flops": flops,
         "parameters": _parameters(training),
         "num_processes": training.accelerator.num_processes,

@@ -82,7 +82,8 @@ def measure(
         rows = heldout.rows[start : start + at_once][accelerator.process_index :: accelerator.num_processes]
         batch = assemble([(heldout.splits[source], row) for source, row in rows], *batch_shape, objective.pad_token_id)
         with torch.set_grad_enabled(objective.is_compiled and not is_sharded(objective)):
-            by_token = objective(*batch.to(accelerator.device)).detach().double().cpu()
+            _, _, nats_by_token = objective(*batch.to(accelerator.device))
+            by_token = nats_by_token.double().cpu()
         for (source, row), line in zip(rows, by_token.numpy(), strict=False):
             begins = np.cumsum(heldout.splits[source].lengths[row]) - heldout.splits[source].lengths[row]
             np.add.at(nats[source], heldout.splits[source].documents[row], np.add.reduceat(line, begins))

@@ -20,10 +20,9 @@ from cordee.errors import Fault
 from cordee.stage import Context
 from pretrain.data.loader import Batch, assemble
 from pretrain.data.mixture import Mixture, Sample, digest
-from pretrain.training import checkpoint, heldout
+from pretrain.training import checkpoint, heldout, schedules
 from pretrain.training.heldout import Heldout
 from pretrain.training.model import Objective
-from pretrain.training.schedules import warmup_stable_decay
 from pretrain.training.settings import Settings
 
 
@@ -31,8 +30,10 @@ from pretrain.training.settings import Settings
 class Window:
     """What was seen since the last line of `metrics.jsonl`."""
 
-    nats: float = 0.0
-    predictions: int = 0
+    loss: float = 0.0
+    """Summed over the labels that count."""
+    labels: int = 0
+    """How many count."""
     tokens: int = 0
     seconds: float = 0.0
     samples: int = 0
@@ -45,6 +46,8 @@ class State:
 
     step: int = 0
     source_tokens: list[int] = field(default_factory=list)
+    labels: int = 0
+    """Labels that counted in the loss."""
     seconds: float = 0.0
     """In training steps; not in compiling, measuring or saving."""
     loss: float | None = None
@@ -95,12 +98,13 @@ def train(training: Training, state: State) -> None:
     while state.step < settings.max_steps:
         began = time.perf_counter()
         samples = _samples(training, state.step)
-        _set_learning_rate(training, state.step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, state.step)
         # randomness is a function of where the training stands: a resumed one needs no generator's state
         torch.manual_seed(_seed(context.seed, state.step, accelerator.process_index))
         sums = _accumulate(training, samples)
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
-        _require_finite(sums["nats"], grad_norm, state.step + 1, training)
+        _require_finite(sums["loss"], grad_norm, state.step + 1, training)
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
@@ -139,37 +143,37 @@ def _batches(training: Training, samples: Sequence[Sample]) -> list[Batch]:
 
 
 def _accumulate(training: Training, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Leave in `.grad` the gradient of the global batch's mean nats per predicted token; returns sums over it."""
+    """Leave in `.grad` the gradient of the global batch's mean loss per label that counts; returns sums over it."""
     accelerator, model = training.accelerator, training.model
-    predictions = training.mixture.predictions(samples)
+    labels = training.mixture.labels(samples)
     batches = _batches(training, samples)
-    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    num_counted = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     for index, batch in enumerate(batches):
         synchronize = index == len(batches) - 1
         with contextlib.nullcontext() if synchronize else accelerator.no_sync(model):
-            loss = model(*batch.to(accelerator.device)).sum()
-            # DDP and FSDP take the mean over processes: their number undoes it, and the division is by all tokens
-            accelerator.backward(loss * (accelerator.num_processes / predictions))
-        nats += loss.detach()
+            losses, counts, _ = model(*batch.to(accelerator.device))
+            loss = losses.sum()
+            # DDP and FSDP take the mean over processes: their number undoes it
+            accelerator.backward(loss * (accelerator.num_processes / labels))
+        loss_sum += loss.detach()
+        num_counted += counts.sum()
     rows = [row.tobytes() for batch in batches for row in batch.input_ids.numpy()]
-    counted = sum(int((batch.labels >= 0).sum()) for batch in batches)
-    mine = torch.tensor([counted, sum(map(digest, rows))], device=accelerator.device)
-    counted, seen = accelerator.reduce(mine, "sum").tolist()
-    if counted != predictions:
-        raise Fault(f"the processes predicted {counted} tokens of a batch that holds {predictions}")
-    return {"nats": float(accelerator.reduce(nats, "sum")), "predictions": predictions, "samples": seen}
-
-
-def _set_learning_rate(training: Training, step: int) -> None:
-    for group in training.optimizer.param_groups:
-        group["lr"] = learning_rate(training.settings, step)
+    given = sum(int((batch.labels >= 0).sum()) for batch in batches)
+    mine = torch.tensor([given, sum(map(digest, rows))], device=accelerator.device)
+    given, seen, counted = accelerator.reduce(torch.cat([mine, num_counted[None]]), "sum").tolist()
+    if given != labels:
+        raise Fault(f"the processes were given {given} labels of a batch that holds {labels}")
+    if counted != labels:  # known only now: the division is by the labels that count
+        for weights in model.parameters():
+            if weights.grad is not None:
+                weights.grad.mul_(labels / counted)
+    return {"loss": float(accelerator.reduce(loss_sum, "sum")), "labels": counted, "samples": seen}
 
 
 def learning_rate(settings: Settings, step: int) -> float:
     """The learning rate of a step, from 0."""
-    factor = warmup_stable_decay(
-        step, settings.max_steps, settings.warmup_steps, settings.decay_steps, settings.min_learning_rate_ratio
-    )
+    factor: float = getattr(schedules, settings.schedule)(step, settings)
     return settings.learning_rate * factor
 
 
@@ -177,10 +181,10 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
-def _require_finite(nats: float, grad_norm: float, step: int, training: Training) -> None:
+def _require_finite(loss: float, grad_norm: float, step: int, training: Training) -> None:
     """Stop before the weights are touched."""
-    if not (math.isfinite(nats) and math.isfinite(grad_norm)):
-        problem = f"step {step}: the loss is {nats} and the gradient's norm {grad_norm}"
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        problem = f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}"
         raise Fault(problem, file=training.context.out, hint="lower learning_rate, or look at the data of this step")
 
 
@@ -190,22 +194,23 @@ def _count(training: Training, state: State, samples: Sequence[Sample], sums: di
     state.source_tokens = [before + now for before, now in zip(state.source_tokens, tokens, strict=True)]
     state.seconds += seconds
     window = state.window
-    window.nats += sums["nats"]
-    window.predictions += sums["predictions"]
+    window.loss += sums["loss"]
+    window.labels += sums["labels"]
+    state.labels += sums["labels"]
     window.samples += sums["samples"]
     window.tokens += sum(tokens)
     window.seconds += seconds
     now = time.monotonic()
     if now - training.told_s >= 1 or state.step == training.settings.max_steps:
         training.told_s = now
-        figures = {"loss": sums["nats"] / sums["predictions"], "tokens_per_s": sum(tokens) / seconds}
+        figures = {"loss": sums["loss"] / sums["labels"], "tokens_per_s": sum(tokens) / seconds}
         training.context.progress(state.step, training.settings.max_steps, "steps", **figures)
 
 
 def _log(training: Training, state: State, grad_norm: float) -> None:
     """Write what the window saw, and begin a new one."""
     window, state.window = state.window, Window()
-    state.loss = window.nats / window.predictions
+    state.loss = window.loss / window.labels
     figures: dict[str, float] = {
         "loss": state.loss,
         "learning_rate": learning_rate(training.settings, state.step - 1),

@@ -1,4 +1,4 @@
-"""The model to train: built from a YAML or opened from a folder, wrapped with its loss, and its optimizer."""
+"""The model to train: built from a YAML or opened from a folder, and wrapped with its loss."""
 
 import tempfile
 from pathlib import Path
@@ -14,6 +14,8 @@ from cordee.compute.model import open_model
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_folder, tokenizer_remark
 from cordee.errors import Fault, UserError, nearest
 from pretrain.data.loader import IGNORED
+from pretrain.training import losses
+from pretrain.training.settings import Settings
 
 LEAK = 1e-4
 """How much logits may depend on a neighbouring document, as a share of the largest: rounding, and no more."""
@@ -22,18 +24,30 @@ LEAK = 1e-4
 class Objective(nn.Module):
     """A language model with its loss: what is compiled and wrapped as one."""
 
-    def __init__(self, model: PreTrainedModel, precision: str) -> None:
+    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
         super().__init__()
         self.model = model
-        self.precision = precision
+        self.settings = settings
+        self.precision = settings.precision
+        """What matrices are multiplied in; a training that is continued keeps to the one in which it began."""
+        self.loss = getattr(losses, settings.loss)
         self._no_split_modules = model._no_split_modules  # noqa: SLF001 - accelerate shards the class named here
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Nats of each label, `[rows, sequence_length]` in float32; 0 where there is none to predict."""
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What each label costs by the loss, whether it counts, and its plain nats.
+
+        Each `[rows, sequence_length]`; the costs and nats in float32, 0 where there is no label. Only the costs have a
+        gradient.
+        """
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        nats = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return nats.view_as(labels)
+        logits = logits.float()
+        nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        nats = nats.view_as(labels)
+        loss, counts = self.loss(losses.Labels(nats, logits, input_ids, position_ids, labels), self.settings)
+        return loss, counts, nats.detach()
 
     @property
     def is_random(self) -> bool:
@@ -150,10 +164,3 @@ def require_documents_apart(model: PreTrainedModel) -> None:
         problem = f"{type(model).__name__} lets documents of one row see each other: logits differ by {difference:.1e}"
         raise Fault(problem, key="model")
     model.train()
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices (embeddings too), which decay, and norms, biases and xIELU's scalars, which do not."""
-    matrices = [weights for weights in model.parameters() if weights.ndim >= 2]
-    others = [weights for weights in model.parameters() if weights.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,14 +1,15 @@
 """How a training runs: the keys of `pretrain.train` that its loop reads."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cordee.config import Execution, Precision, TrainingConfig, require_whole_batches
+from cordee.config import Execution, FunctionOf, Precision, TrainingConfig, require_whole_batches
+from cordee.errors import UserError
 
 
 class Settings(TrainingConfig):
-    """Batches, optimizer, precision, and what is saved and measured on the way."""
+    """Batches, loss, optimizer, schedule, precision, and what is saved and measured on the way."""
 
     max_steps: int = Field(ge=1)
     """Optimizer steps of the whole training."""
@@ -16,20 +17,36 @@ class Settings(TrainingConfig):
     """Sequences in one optimizer step, over all processes and accumulation steps."""
     sequence_length: int = Field(ge=2)
     """Tokens in one sequence; documents share a sequence and do not see each other."""
+    loss: Annotated[str, FunctionOf("pretrain.training.losses")] = "cross_entropy"
+    """A function of `pretrain.training.losses`."""
+    goldfish_k: int = Field(default=50, ge=2)
+    """`goldfish` leaves out one label in so many."""
+    goldfish_h: int = Field(default=50, ge=1)
+    """Tokens before a label that decide whether `goldfish` leaves it out."""
+    optimizer: Annotated[str, FunctionOf("pretrain.training.optimizers")] = "adamw"
+    """A function of `pretrain.training.optimizers`."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay, for matrices only; no norm, bias or scalar decays."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the mean of gradients, in `adamw` and `ademamix`."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the mean of squared gradients, in both."""
+    ademamix_beta3: float = Field(default=0.9999, gt=0, lt=1)
+    """Decay of the slow mean of gradients in `ademamix`."""
+    ademamix_alpha: float = Field(default=8.0, ge=0)
+    """Weight of the slow mean beside the fast one."""
+    ademamix_warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps over which both rise to these values; `max_steps` if not given."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
+    schedule: Annotated[str, FunctionOf("pretrain.training.schedules")] = "wsd"
+    """A function of `pretrain.training.schedules`."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps in which the learning rate rises to its peak in a line."""
     decay_steps: int = Field(default=0, ge=0)
-    """Last steps, in which it falls as `1 - sqrt`; between the two it is constant (WSD)."""
+    """Last steps, in which `wsd` falls as `1 - sqrt`; between the two it is constant. `cosine` has none."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     """Where the fall ends, as a share of the peak."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """AdamW's decoupled decay, for matrices only; no norm, bias or scalar decays."""
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's mean of gradients."""
-    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of AdamW's mean of squared gradients."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients whose norm is larger are scaled down to it."""
     precision: Precision = "auto"
@@ -48,5 +65,12 @@ class Settings(TrainingConfig):
     @model_validator(mode="after")
     def _fit_each_other(self) -> "Settings":
         self.require_steps(self.max_steps)
+        for key, variant in (("loss", "goldfish"), ("optimizer", "ademamix")):
+            for name, field in type(self).model_fields.items():
+                is_set = name.startswith(f"{variant}_") and getattr(self, name) != field.default
+                if is_set and (chosen := getattr(self, key)) != variant:
+                    raise UserError(f"{chosen} does not read it", key=name, hint=f"say {key}: {variant}")
+        if self.schedule == "cosine" and self.decay_steps:
+            raise UserError("cosine falls from the end of the warmup", key="decay_steps", hint="say 0")
         require_whole_batches(self.global_batch_size, self.per_device_train_batch_size, self.launch.num_processes)
         return self

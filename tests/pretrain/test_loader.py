@@ -129,7 +129,7 @@ def test_a_mixture_goes_through_each_source_in_order_and_counts_its_epochs(mixtu
 def test_a_mixture_counts_the_tokens_that_carry_loss(mixture):
     samples = [mixture.sample(index) for index in range(40)]
     rows = [(mixture.splits[sample.source], sample.row) for sample in samples]
-    assert mixture.predictions(samples) == int((assemble(rows, 40, 64, 2).labels != IGNORED).sum())
+    assert mixture.labels(samples) == int((assemble(rows, 40, 64, 2).labels != IGNORED).sum())
 
 
 def test_a_weight_too_small_to_be_met_is_an_error(make_tokens):

@@ -8,10 +8,12 @@ from torch import nn
 from cordee.cost import decoder_parameters
 from cordee.errors import Fault, UserError
 from pretrain.data.loader import IGNORED, assemble, open_split
-from pretrain.training.model import Objective, build, parameter_groups, require_documents_apart
+from pretrain.training.model import Objective, build, require_documents_apart
+from pretrain.training.settings import Settings
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 MICRO = MODELS / "apertus-micro.yaml"
+SETTINGS = Settings(max_steps=9, global_batch_size=8, sequence_length=64, learning_rate=1e-3, precision="float32")
 
 
 @pytest.fixture
@@ -30,9 +32,9 @@ def gradients(objective):
 
 def test_documents_of_one_row_give_the_losses_and_gradients_of_each_alone(tokens, split):
     model = build(MICRO, tokens, 64, seed=3).double()
-    objective = Objective(model, "float32")
+    objective = Objective(model, SETTINGS)
     packed = assemble([(split, np.array([0, 1, 2]))], 1, 80, 2)
-    together = objective(*packed.to("cpu"))
+    together, *_ = objective(*packed.to("cpu"))
     together.sum().backward()
     packed_gradients = gradients(objective)
     objective.zero_grad()
@@ -40,7 +42,7 @@ def test_documents_of_one_row_give_the_losses_and_gradients_of_each_alone(tokens
     for piece in range(3):
         length = int(split.lengths[piece])
         batch = assemble([(split, np.array([piece]))], 1, length, 2)
-        nats = objective(*batch.to("cpu"))
+        nats, *_ = objective(*batch.to("cpu"))
         nats.sum().backward()
         alone.append(nats.detach())
     assert torch.allclose(together[:, :64], torch.cat(alone, 1), rtol=1e-6, atol=1e-6)  # the loss itself is float32
@@ -65,7 +67,7 @@ def test_a_token_changes_no_logit_of_another_document(tokens, split):
 def test_the_loss_is_the_negative_log_probability_and_nothing_where_there_is_no_label(tokens, split):
     model = build(MICRO, tokens, 64, seed=3)
     batch = assemble([(split, np.array([1, 2]))], 1, 64, 2)
-    nats = Objective(model, "float32")(*batch.to("cpu"))
+    nats, *_ = Objective(model, SETTINGS)(*batch.to("cpu"))
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits.double()
     for at in range(64):
@@ -114,16 +116,6 @@ def test_a_model_file_that_does_not_fit_is_an_error_that_names_the_field(tokens,
     (tmp_path / "m.yaml").write_text("\n".join([*kept, line]))
     with pytest.raises(UserError, match=message):
         build(tmp_path / "m.yaml", tokens, 64, seed=0)
-
-
-def test_only_matrices_decay(tokens):
-    model = build(MICRO, tokens, 64, seed=0)
-    decaying, others = parameter_groups(model, 0.1)
-    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    names = {weights: name for name, weights in model.named_parameters()}
-    assert {names[weights].rpartition(".")[2] for weights in decaying["params"]} == {"weight"}
-    assert all("norm" in names[weights] or "alpha" in names[weights] for weights in others["params"])
-    assert len(decaying["params"]) + len(others["params"]) == len(names)
 
 
 @pytest.mark.parametrize(

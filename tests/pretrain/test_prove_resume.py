@@ -1,12 +1,14 @@
 import json
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cordee import worker
+from cordee import trial, worker
 from cordee.errors import Fault, UserError
+from cordee.launchers import command
 from cordee.stage import Context
-from pretrain import prove_resume
+from pretrain import prove_resume, train
 from pretrain.training import trials
 
 
@@ -39,6 +41,32 @@ def test_resume_is_proven_with_real_processes_and_a_real_kill(proven, monkeypatc
     assert [path.name for path in out.iterdir()] == ["certificate.json"]
 
 
+def test_trainings_start_as_the_product_starts_them_and_the_proof_without_a_launcher(proven, monkeypatch, tmp_path):
+    class StartedError(Exception):
+        pass
+
+    def start(started):
+        raise StartedError(started)
+
+    monkeypatch.setattr(trial.local, "start", start)
+    with pytest.raises(Fault, match="StartedError") as caught:
+        proven("a", launch={"num_processes": 2})
+    started = caught.value.__cause__.args[0]
+    folder = tmp_path / "a" / "out" / "work" / "uninterrupted"
+    config = train.Config.model_validate(json.loads((folder / "job.json").read_text())["config"])
+    assert started.argv == command.of_stage("pretrain.train", config, folder / "job.json")
+    assert started.argv[started.argv.index("--num_processes") + 1] == "2"
+    told = json.loads((tmp_path / "a" / "job.json").read_text())["config"]
+    proof = command.of_stage("pretrain.prove_resume", prove_resume.Config.model_validate(told), tmp_path / "job.json")
+    assert proof == (sys.executable, "-m", "pretrain.prove_resume", "--job", str(tmp_path / "job.json"))
+
+
+def test_a_proof_that_a_launcher_started_is_refused(proven, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"start it with python -m pretrain\.prove_resume"):
+        proven("a")
+
+
 def test_a_kill_after_the_end_is_refused(proven):
     with pytest.raises(UserError, match="kill_at_step: is not before the last of 6 steps"):
         proven("a", steps=6, kill_at_step=6)
@@ -47,7 +75,7 @@ def test_a_kill_after_the_end_is_refused(proven):
 def test_a_training_that_fails_fails_the_proof_with_its_own_words(proven, tmp_path):
     model = tmp_path / "m.yaml"
     model.write_text("hiden_size: 3")
-    with pytest.raises(Fault, match=r"the training of the proof failed: .*apertus has no field 'hiden_size'"):
+    with pytest.raises(Fault, match=r"the run for the proof failed: .*apertus has no field 'hiden_size'"):
         proven("a", model=str(model))
 
 
@@ -55,9 +83,7 @@ def test_a_training_that_fails_fails_the_proof_with_its_own_words(proven, tmp_pa
 def ended(trained):
     """Two equal trainings of which the second looks continued."""
     one, other = (trained(name, save_steps=[1])[0] for name in ("one", "other"))
-    with (other.parent / "events.jsonl").open("a") as file:
-        file.write('{"event": "note", "text": "goes on from step 2"}\n')
-    return trials.Ended(one), trials.Ended(other)
+    return trials.Ended(one), trials.Ended(other, resumed_from=2)
 
 
 def failed(checks):

@@ -61,7 +61,8 @@ def test_killed_with_sigkill_and_continued_it_leaves_the_same_files(trained, job
         process.wait()
         assert not (folder / "out" / "training.json").exists()
     assert start(folder).wait() == 0
-    assert any(note.startswith("goes on from step") for note in notes(folder))
+    events = list(map(json.loads, (folder / "events.jsonl").read_text().splitlines()))
+    assert [event["step"] for event in events if event["event"] == "resumed"][-1] >= 6
     assert files_of(folder / "out") == files_of(whole)
 
 
@@ -151,4 +152,16 @@ def test_dropout_does_not_break_the_same_bits(trained, monkeypatch, tmp_path):
     monkeypatch.setitem(KEYS, "model", keys["model"])
     stopped_at_five(trained, monkeypatch)
     out, _ = trained("a", **keys)
+    assert files_of(out) == files_of(whole)
+
+
+def test_the_state_of_every_optimizer_is_continued_to_the_same_bits(trained, monkeypatch, tmp_path):
+    others = {"optimizer": "ademamix", "loss": "goldfish", "goldfish_k": 2, "goldfish_h": 3, "schedule": "cosine"}
+    for name, value in {**others, "decay_steps": 0}.items():
+        monkeypatch.setitem(KEYS, name, value)
+    whole, _ = trained("whole", **KEYS)
+    stopped_at_five(trained, monkeypatch)
+    moments = load_file(tmp_path / "a" / "out" / "resume" / "4" / "optimizer.safetensors")
+    assert {name.rpartition("/")[2] for name in moments} == {"exp_avg", "exp_avg_slow", "exp_avg_sq", "step"}
+    out, _ = trained("a", **KEYS)
     assert files_of(out) == files_of(whole)

@@ -67,11 +67,13 @@ def test_a_training_publishes_models_that_transformers_opens_and_says_what_it_di
     assert (metrics["precision"], metrics["compiled"], metrics["data.0.token_share"]) == ("float32", False, 1.0)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_held_out_bits_per_byte_are_those_of_each_document_alone_in_float64(trained, tmp_path, dropout):
+@pytest.mark.parametrize(
+    ("dropout", "keys"), [(0.0, {}), (0.5, {}), (0.0, {"loss": "goldfish", "goldfish_k": 2, "goldfish_h": 2})]
+)
+def test_held_out_bits_per_byte_are_those_of_each_document_alone_in_float64(trained, tmp_path, dropout, keys):
     model = (ROOT / "configs/models/apertus-micro.yaml").read_text() + f"attention_dropout: {dropout}\n"
     (tmp_path / "m.yaml").write_text(model)
-    out, metrics = trained("a", model=str(tmp_path / "m.yaml"))
+    out, metrics = trained("a", model=str(tmp_path / "m.yaml"), **keys)
     told = json.loads((out / "heldout.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
     tokens = out.parents[1] / "tokens"
@@ -165,7 +167,7 @@ def test_rows_that_a_process_was_not_given_are_noticed(trained, monkeypatch):
 
     batches = loop._batches
     monkeypatch.setattr(loop, "_batches", lambda training, samples: batches(training, samples)[1:])
-    with pytest.raises(Fault, match=r"the processes predicted \d+ tokens of a batch that holds \d+"):
+    with pytest.raises(Fault, match=r"the processes were given \d+ labels of a batch that holds \d+"):
         trained("a")
 
 
@@ -174,6 +176,12 @@ def test_rows_that_a_process_was_not_given_are_noticed(trained, monkeypatch):
     [
         ({"global_batch_size": 7}, UserError, "global_batch_size: 7 rows can't be divided by 2 rows"),
         ({"sequence_length": 32}, UserError, r"data\.0\.tokens: \d+ of 150 train documents exceed"),
+        ({"loss": "goldfsh"}, UserError, "loss: no loss 'goldfsh'; did you mean 'goldfish'"),
+        ({"optimizer": "muon"}, UserError, "optimizer: no optimizer 'muon'; known: adamw, ademamix"),
+        ({"schedule": "_groups"}, UserError, "schedule: no schedule '_groups'; known: cosine, wsd"),
+        ({"goldfish_k": 4}, UserError, "goldfish_k: cross_entropy does not read it; say loss: goldfish"),
+        ({"ademamix_beta3": 0.99}, UserError, "ademamix_beta3: adamw does not read it; say optimizer: ademamix"),
+        ({"schedule": "cosine"}, UserError, "decay_steps: cosine falls from the end of the warmup; say 0"),
         ({"report_to": ["wandb"]}, UserError, "report_to: tracker 'wandb' is not installed"),
         ({"launch": {"num_processes": 2}}, Fault, "launch.num_processes: 2 processes were asked for, and 1 run"),
     ],
@@ -215,10 +223,15 @@ def test_a_compiled_training_ends_in_the_same_bits_each_time(trained):
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-def test_two_processes_train_the_model_that_one_trains(trained, job):
-    one, _ = trained("one", max_steps=3, save_steps=[1])
+OTHERS = {"loss": "goldfish", "goldfish_k": 3, "goldfish_h": 2, "optimizer": "ademamix", "schedule": "cosine"}
+"""The second one of each kind."""
+
+
+@pytest.mark.parametrize("keys", [{}, {**OTHERS, "decay_steps": 0}], ids=["default", "others"])
+def test_two_processes_train_the_model_that_one_trains(trained, job, keys):
+    one, _ = trained("one", max_steps=3, save_steps=[1], **keys)
     settings = ROOT / "configs/accelerate/cpu-2.yaml"
-    folder = job("two", max_steps=3, launch={"num_processes": 2, "config_file": str(settings)})
+    folder = job("two", max_steps=3, launch={"num_processes": 2, "config_file": str(settings)}, **keys)
     ended = launch(folder, settings, 2)
     assert ended.returncode == 0, ended.stderr
     two = folder / "out"

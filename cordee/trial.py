@@ -1,0 +1,97 @@
+"""A short run of a stage for a proof: started by the product's own launcher, killed at a step or run to its end."""
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cordee import events, files, launchers
+from cordee.artifact import Work
+from cordee.config import Config
+from cordee.errors import Fault
+from cordee.launchers import Job, command, local
+from cordee.stage import Context
+
+POLL_S = 0.01
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that is not published."""
+
+    process: subprocess.Popen[bytes]
+    work: Work
+    context: Context
+    """Of the proof, which may be asked to stop."""
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of its `metrics.jsonl`."""
+        return files.read_json_lines(self.work.out / "metrics.jsonl")
+
+    def to_end(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            Fault: it failed.
+            Stopped: the proof was asked to stop.
+        """
+        while self.process.poll() is None:
+            self._wait()
+        if self.process.returncode != 0:
+            raise Fault(f"the run for the proof failed: {self._error()}", file=self.work.log)
+
+    def kill_after(self, step: int) -> None:
+        """Kill it with SIGKILL as soon as it has logged `step`.
+
+        Raises:
+            Fault: it ended before.
+            Stopped: the proof was asked to stop.
+        """
+        while max((row["step"] for row in self.metrics), default=0) < step:
+            if self.process.poll() is not None:
+                raise Fault(f"it ended before it could be killed: {self._error()}", file=self.work.log)
+            self._wait()
+        self._kill()
+        if self.work.result.exists():
+            raise Fault("it ended before it could be killed", key="steps", hint="raise it")
+
+    def resumed_from(self) -> int:
+        """The step from which its last attempt continued; 0 where none did."""
+        steps = [event["step"] for event in events.read(self.work.events) if event["event"] == "resumed"]
+        return int(steps[-1]) if steps else 0
+
+    def _error(self) -> str:
+        errors = [event["text"] for event in events.read(self.work.events) if event["event"] == "error"]
+        return errors[0] if errors else f"exit code {self.process.returncode}"
+
+    def _wait(self) -> None:
+        time.sleep(POLL_S)
+        if self.context.stop_requested():
+            self._kill()
+            self.context.stop("a proof, which begins anew")
+
+    def _kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # workers in sessions of their own die with their parent
+        self.process.wait()
+
+
+def start(uses: str, config: Config, folder: Path, context: Context) -> Trial:
+    """Start a stage, or let it continue what an earlier attempt left in the same folder.
+
+    Args:
+        uses: the stage's module.
+        config: its keys, with paths in the place of references.
+        folder: of the run: its job, events and log, and in `out/` what the stage writes.
+        context: of the proof; its seed is the run's too.
+    """
+    work = Work(folder / "out", folder)
+    work.out.mkdir(parents=True, exist_ok=True)
+    keys = config.model_dump(mode="json")
+    job = {"config": keys, "seed": context.seed, "out": str(work.out), "events": str(work.events)}
+    files.write_json(work.job, job)
+    argv = command.of_stage(uses, config, work.job)
+    return Trial(local.start(Job(argv, launchers.environment(), work.log)), work, context)
