@@ -28,7 +28,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.settings = settings
-        self.precision = settings.precision
+        self.precision: str = settings.precision
         """What matrices are multiplied in; a training that is continued keeps to the one in which it began."""
         self.loss = getattr(losses, settings.loss)
         self._no_split_modules = model._no_split_modules  # noqa: SLF001 - accelerate shards the class named here
