@@ -129,8 +129,8 @@ def remarks(folder: Path) -> list[str]:
 def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, *, chats: bool = False) -> dict[str, Any]:
     """The maker's `generation_config.json`; with stop tokens of the tokenizer where the maker names none.
 
-    Ids that transformers took from an architecture's defaults are believed where they are added tokens: in another
-    vocabulary, the default is an ordinary token.
+    A lone id that transformers may have taken from an architecture's defaults is believed where it is the tokenizer's
+    eos or ends an answer: in another vocabulary, the default is some other token.
     """
     path, added = folder / GENERATION_CONFIG, tokenizer.added_tokens_decoder
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -138,7 +138,7 @@ def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, *, chat
     file, named, is_default = _named_stops(folder)
     end_of_turn = _end_of_turn(tokenizer)
     ends: list[int | None] = [*named]
-    if is_default and (file != GENERATION_CONFIG or not added.keys() >= {*named}):
+    if is_default and (file != GENERATION_CONFIG or not {tokenizer.eos_token_id, end_of_turn} >= {*named}):
         ends = [tokenizer.eos_token_id, end_of_turn, *(number for number in named if number in added)]
         fields.pop("_from_model_config", None)
     elif chats:
@@ -154,7 +154,8 @@ def _named_stops(folder: Path) -> tuple[str, list[int], bool]:
         named = fields.get("eos_token_id", fields.get("text_config", {}).get("eos_token_id"))
         if named is not None:
             break
-    return file, _as_list(named), file != GENERATION_CONFIG or fields.get("_from_model_config", False)
+    is_default = fields.get("_from_model_config", False) and not isinstance(named, list)
+    return file, _as_list(named), file != GENERATION_CONFIG or is_default
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -107,6 +107,12 @@ LETTER = 20
 USED, NOT_USED = "it ends every generation", "it is taken for a default and not used"
 STOPS = {
     "written by transformers": ({"_from_model_config": True, "eos_token_id": LETTER}, {}, [1, 6], NOT_USED),
+    "written by transformers, and beside a token": (
+        {"_from_model_config": True, "eos_token_id": [LETTER, 6]},
+        {},
+        [LETTER, 6],
+        USED,
+    ),
     "in the config": (None, {"eos_token_id": LETTER}, [1, 6], NOT_USED),
     "in the config, beside a token": (None, {"text_config": {"eos_token_id": [LETTER, 4]}}, [1, 6, 4], NOT_USED),
     "the maker's own": ({"eos_token_id": [LETTER, 6]}, {}, [LETTER, 6], USED),
@@ -124,6 +130,11 @@ def test_a_stop_that_is_an_ordinary_token_is_said(folder: Path, case: str) -> No
     assert stop_token_ids(folder) == stops
     file = "generation_config.json" if generation else "config.json"
     assert remarks(folder)[0] == f"{file} names {LETTER} as eos_token_id, '.', an ordinary token: {said}"
+
+
+def test_a_default_that_is_a_token_of_another_meaning_ends_no_generation_alone(folder: Path) -> None:
+    files.write_json(folder / "generation_config.json", {"_from_model_config": True, "eos_token_id": 2})  # <pad>
+    assert stop_token_ids(folder) == [1, 6, 2]
 
 
 def test_a_stop_that_no_token_is_is_said(folder: Path) -> None:
