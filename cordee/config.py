@@ -1,4 +1,4 @@
-"""What a stage can be told: frozen, typed fields, each with its meaning right below it.
+"""Base of every stage's `Config`: frozen, typed fields, each with its meaning below it.
 
 Marks carry the meaning that a plan needs:
 
@@ -104,7 +104,7 @@ class Launch(Config):
     @field_validator("config_file")
     @classmethod
     def _can_be_read(cls, name: str | None) -> str | None:
-        """See that accelerate will find a mapping there: it would end in a stack trace otherwise."""
+        """Check that the file is YAML with a mapping; accelerate would end in a stack trace."""
         file = Path(name) if name is not None else None
         if file and not file.is_file():
             beside = [str(path) for path in file.parent.glob("*.yaml")]
@@ -150,10 +150,10 @@ class TrainingConfig(AccelerateConfig):
 
 
 def require_whole_batches(global_batch_size: int, at_once: int, num_processes: int) -> None:
-    """See that so many processes, each with `at_once` rows, make up a global batch in whole passes.
+    """Check that so many processes, each with `at_once` rows, divide a global batch.
 
     Raises:
-        UserError: they don't; says what would.
+        UserError: they don't; the hint names a value that does.
     """
     if global_batch_size % (at_once * num_processes) == 0:
         return
@@ -182,7 +182,7 @@ def config_in(annotation: Any) -> type[Config] | None:
 
 
 def libraries(model: type[Config]) -> Iterator[tuple[str, Library]]:
-    """The fields of a config that are handed through to a library: name and mark."""
+    """The fields of a config that are passed to a library: name and mark."""
     for name, field in model.model_fields.items():
         for mark in field.metadata:
             if isinstance(mark, Library):

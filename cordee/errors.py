@@ -41,25 +41,25 @@ class CordeeError(Exception):
 
 
 class UserError(CordeeError):
-    """What was asked for is wrong: names the file, the key, what is wrong and the nearest right name."""
+    """The request is wrong: names the file, the key, what is wrong and the nearest right name."""
 
     exit_code = 2
 
 
 class Fault(CordeeError):  # noqa: N818 - the design's word
-    """What was asked for is right, and doing it failed: says what happened and what to do."""
+    """The request was right and could not be fulfilled: names what happened and what to do."""
 
     exit_code = 1
 
 
 class Stopped(CordeeError):  # noqa: N818 - no error, but an end
-    """The run was asked to stop, saved its state, and goes on with the next `run`."""
+    """The run was asked to stop and saved its state; the next `run` continues it."""
 
     exit_code = 130
 
 
 def from_system(error: OSError, file: object = None) -> Fault:
-    """The fault that an error of the operating system is: names the file, and what to do about a full disk."""
+    """An error of the operating system as a fault that names the file."""
     where = error.filename or file
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Fault("no space left on the disk", file=where, hint="free some, then run again")
@@ -67,7 +67,7 @@ def from_system(error: OSError, file: object = None) -> Fault:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names what `name` was probably meant to be, or else everything it could be."""
+    """A hint with the most similar of the known names, or else all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, flushed to the disk, renamed."""
+"""Atomic writes (temporary file, flush, rename), and reading JSON and JSON lines."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _SEAL = re.compile(rb'\{\n  "sha256": "([0-9a-f]{64})",\n')
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, whatever is killed when."""
+    """Write a text file so that a reader sees the old content or the new, even if the process is killed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -30,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON in the same way; NaN is refused, since no JSON reader takes it back."""
+    """Write indented JSON in the same way; NaN is refused, because it is no JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -88,7 +88,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines that a person, or another program, wrote: every line counts.
+    """Read JSON lines that the user or another program wrote, of which every line counts.
 
     Raises:
         UserError: a line is no JSON object.
@@ -114,7 +114,7 @@ def rows_of(lines: Iterable[bytes], path: Path) -> list[dict[str, Any]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries: without it a rename can be lost with the power."""
+    """Flush a folder's entries: otherwise a rename can be lost in a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder as it looks from outside, without torch: whether it is one, and how large."""
+"""Hugging Face model folders without torch: whether a folder is one, whether it is damaged, and its size."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> Non
 
 
 def cost(folder: Path, key: str, given: Mapping[str, Cost]) -> Cost:
-    """What a plan knows of the model that a stage is given as `key`: what its stage told, or its files tell.
+    """The cost of the model that a stage reads as `key`: that of its stage, or by its files.
 
     Raises:
         UserError: it is neither made by a stage nor a model folder.

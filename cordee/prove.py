@@ -1,8 +1,8 @@
 """Runs a package's proof on a user's own recipe: `cordee prove RECIPE masks`.
 
-A proof is a stage, `<package>/prove_<name>.py`, whose module says with `PROVES` which stages it speaks of. Of the keys
-of such a stage its `Config` is given those that it has, and as `artifact` the stage's own artifact, if it has that key.
-What it publishes holds `certificate.json`, and stands in the report.
+A proof is a stage, `<package>/prove_<name>.py`, whose module names in `PROVES` the stages that it examines. Of the keys
+of such a stage, its `Config` gets those that it has too; its key `artifact`, if it has one, is the stage's artifact. It
+publishes `certificate.json`, which the report shows.
 """
 
 import ast
@@ -25,7 +25,7 @@ class Proof:
     name: str
     uses: str
     proves: str
-    """The module of the stages that it speaks of."""
+    """The module of the stages that it examines."""
 
 
 def find() -> dict[str, Proof]:
@@ -49,7 +49,7 @@ def _constant(path: Path, name: str) -> str:
 
 
 def sort(of: Recipe) -> tuple[list[Proof], list[Proof]]:
-    """The proofs that speak of a stage of this recipe, and those that don't.
+    """The proofs that apply to a stage of this recipe, and the others.
 
     Raises:
         UserError: none does.
@@ -60,16 +60,16 @@ def sort(of: Recipe) -> tuple[list[Proof], list[Proof]]:
     if not apply:
         known = ", ".join(proof.proves for proof in others)
         raise UserError(
-            "has no stage that a proof speaks of", file=of.file, key="stages", hint=f"they speak of {known}"
+            "has no stage that a proof applies to", file=of.file, key="stages", hint=f"they apply to {known}"
         )
     return apply, others
 
 
 def plans(of: Recipe, store: Store, name: str) -> list[tuple[plan.Plan, str]]:
-    """For each stage that a proof speaks of: the recipe up to it with the proof as last stage, and its fingerprint.
+    """For each stage that a proof applies to: the recipe up to it with the proof as last stage, and its fingerprint.
 
     Raises:
-        UserError: there is no such proof, or the recipe has no stage that it speaks of.
+        UserError: there is no such proof, or the recipe has no stage that it applies to.
     """
     proofs = find()
     if name not in proofs:
@@ -77,7 +77,7 @@ def plans(of: Recipe, store: Store, name: str) -> list[tuple[plan.Plan, str]]:
     proof = proofs[name]
     proven = [item for item in of.stages if item.stage.uses == proof.proves]
     if not proven:
-        raise UserError(f"has no stage that uses {proof.proves}, which {name!r} speaks of", file=of.file, key="stages")
+        raise UserError(f"has no stage that uses {proof.proves}, which {name!r} applies to", file=of.file, key="stages")
     whole = plan.make(of, store)
     return [(_with_proof(of, store, proof, item), whole.stage(item.name).fingerprint) for item in proven]
 

@@ -1,4 +1,4 @@
-"""Where and with what a stage ran: host, packages, git."""
+"""Machine, packages and git commit of a stage, for its manifest."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def collect(module: Path) -> dict[str, Any]:
-    """Host, installed packages, Python and the git commit of a stage's module, as they stand in a manifest."""
+    """The fields of a manifest that describe the machine and the code; `module` is the stage's file."""
     return {
         "host": host(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

@@ -1,4 +1,4 @@
-"""A recipe: a YAML file with a name, a seed, and stages; here it becomes typed, or one line says what is wrong."""
+"""Recipes: YAML files with a name, a seed, and stages, read into typed and checked stages."""
 
 import json
 import re
@@ -17,12 +17,12 @@ from cordee.errors import UserError, nearest
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 CERTIFICATES = "$certificates"
 SEEDS = 2**32
-"""How many there are: NumPy takes no others."""
+"""Seeds are less than this, as NumPy requires."""
 
 
 @dataclass(frozen=True)
 class RecipeStage:
-    """One stage of a recipe: its name, its module, and its config with the references still in it."""
+    """One stage of a recipe: its name, its module, and its config with unresolved references."""
 
     name: str
     stage: stage.Stage
@@ -33,20 +33,20 @@ class RecipeStage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe, checked; its stages in an order in which each comes after what it needs."""
+    """A recipe, checked; each stage comes after those that it needs."""
 
     file: Path
     name: str
     seed: int
     stages: tuple[RecipeStage, ...]
     document: dict[str, Any]
-    """The YAML with the overrides in it, as it is stored with the run."""
+    """The YAML with the overrides, as it is stored with the run."""
     unchecked: tuple[str, ...] = ()
-    """Libraries whose keys could not be checked, since they are not installed here."""
+    """Libraries whose keys could not be checked, because they are not installed here."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, put `stage.key=value` overrides in, and check every key of every stage.
+    """Read a recipe, apply `stage.key=value` overrides, and check every key of every stage.
 
     Raises:
         UserError: anything about it is wrong; nothing was started.
@@ -58,7 +58,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
-    """Put `stage.key=value` (or `seed=…`, `name=…`) into a recipe's document; the value is read as YAML."""
+    """Apply `stage.key=value` (or `seed=…`, `name=…`) to a recipe's document; the value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is no key=value", file="command line")
@@ -153,7 +153,7 @@ def validate(model: type[Config], values: dict[str, Any], file: object, key: str
 def _check_library_key(
     name: str, value: Any, known: Mapping[str, Any], owned: tuple[str, ...], place: tuple[object, str]
 ) -> None:
-    """Check one key that a library's own dataclass will be given."""
+    """Check one key that is passed to a library's own dataclass."""
     file, key = place
     if name in owned:
         raise UserError(
@@ -173,7 +173,7 @@ def _check_library_key(
 
 
 def _fields_at(model: type[Config], loc: Sequence[int | str]) -> list[str]:
-    """The fields of the config that stands at a place within another one."""
+    """The fields of a config nested within another one."""
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:
             found = config_in(model.model_fields[part].annotation)
@@ -196,22 +196,20 @@ def _needs(config: Config, stages: Mapping[str, Any], file: Path, key: str) -> I
 
 
 def _in_order(stages: dict[str, RecipeStage], file: Path) -> Iterator[RecipeStage]:
-    """The stages so that each comes after what it needs, otherwise in the file's order."""
+    """The stages in the file's order, except that each comes after those that it needs."""
     placed: set[str] = set()
     waiting = list(stages)
     while waiting:
         free = next((name for name in waiting if placed.issuperset(stages[name].needs)), None)
         if free is None:
-            raise UserError(
-                f"these refer to each other in a circle: {_cycle(stages, waiting)}", file=file, key="stages"
-            )
+            raise UserError(f"these refer to each other in a cycle: {_cycle(stages, waiting)}", file=file, key="stages")
         waiting.remove(free)
         placed.add(free)
         yield stages[free]
 
 
 def _cycle(stages: dict[str, RecipeStage], waiting: list[str]) -> str:
-    """A circle of references, spelled `a → b → a`; each stage that waits needs another one that waits."""
+    """A cycle of references, `a → b → a`; each waiting stage needs another waiting stage."""
     path = [waiting[0]]
     while path[-1] not in path[:-1]:
         path.append(next(name for name in stages[path[-1]].needs if name in waiting))

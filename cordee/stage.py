@@ -26,20 +26,20 @@ STAGE_PACKAGES = ("pretrain", "posttrain", "eval")
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage is given besides its config: where to write, its seed, and how to be heard.
+    """What a stage is given besides its config: its output folder, its seed, and a way to report.
 
     Every process of a stage has one; `log`, `progress` and `note` write in the main process only.
     """
 
     out: Path
-    """The folder to write in; what stands here when `run` returns is published as the artifact."""
+    """The output folder; its content is published as the artifact when `run` returns."""
     seed: int
     events: Path
-    """`events.jsonl`: progress and notes, for the display. No part of the artifact."""
+    """`events.jsonl`: progress and notes, for the display; no part of the artifact."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for all of its stage."""
+        """Whether this is the process of rank 0, which writes and reports."""
         return int(os.environ.get("RANK", "0")) == 0
 
     def log(self, step: int, **metrics: float | str) -> None:
@@ -60,12 +60,12 @@ class Context:
                 shutil.rmtree(folder)
 
     def progress(self, done: float, total: float, unit: str, **figures: float) -> None:
-        """Say how far the stage is: `done` of `total` units, with figures such as `loss` or `tokens_per_s`."""
+        """Report progress: `done` of `total` units, with figures such as `loss` or `tokens_per_s`."""
         if self.is_main:
             events.append(self.events, "progress", done=done, total=total, unit=unit, figures=figures)
 
     def note(self, text: str) -> None:
-        """Say one line that a person should read."""
+        """Report one line of text."""
         if self.is_main:
             events.append(self.events, "note", text=text)
 
@@ -75,21 +75,21 @@ class Context:
             events.append(self.events, "resumed", step=step, text=f"goes on from step {step}")
 
     def stop_requested(self) -> bool:
-        """Whether the run was asked to stop: save what is needed to go on, then call `stop`."""
+        """Whether the run was asked to stop: the stage then saves its state and calls `stop`."""
         return (self.events.parent / "stop").exists()
 
     def stop(self, where: str) -> None:
-        """End the run after its state was saved; `where` says how far it came (`step 120 of 900`).
+        """End the stage after its state was saved; `where` is its progress (`step 120 of 900`).
 
         Raises:
             Stopped: always.
         """
-        raise Stopped(f"stopped at {where}; the next run goes on from there")
+        raise Stopped(f"stopped at {where}; the next run continues from there")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a recipe needs to know of a stage's module."""
+    """The parts of a stage's module."""
 
     uses: str
     config: type[Config]
@@ -100,7 +100,7 @@ class Stage:
 
 
 def load(uses: str, *, file: object = None, key: str | None = None) -> Stage:
-    """Import the module that `uses` names; its heavy imports stand inside `run`, so this is quick.
+    """Import the module that `uses` names; its heavy imports are inside `run`, so this is quick.
 
     Raises:
         UserError: there is no such module, or it is no stage.

@@ -1,9 +1,9 @@
 """The entry point of every stage: `python -m pretrain.corpus …` or `accelerate launch -m posttrain.sft …`.
 
-Two ways in, one `main`:
+It is started in one of two ways:
 
-- `--job FILE`: the runner's own; the artifact's folder is open already and the runner publishes it.
-- `--config FILE [key=value …]`: a person's; see `cordee.alone`.
+- `--job FILE`, by the runner, which has prepared the output folder and publishes it;
+- `--config FILE [key=value …]`, by hand; see `cordee.alone`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Run = Callable[[Any, Context], dict[str, Any]]
 
 
 def main(config_type: type[Config], run: Run) -> None:
-    """Run the stage whose module was started; ends the process with the error's exit code."""
+    """Run the stage whose module was started; on an error, the process ends with its exit code."""
     spec = sys.modules["__main__"].__spec__
     uses = spec.name if spec else "stage"
     parser = argparse.ArgumentParser(prog=f"python -m {uses}", allow_abbrev=False)
@@ -47,12 +47,12 @@ def main(config_type: type[Config], run: Run) -> None:
         sys.stderr.write(f"{uses}: {error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write(f"{uses}: interrupted; the next run goes on from the last state that was saved\n")
+        sys.stderr.write(f"{uses}: interrupted; the next run continues from the last state that was saved\n")
         sys.exit(130)
 
 
 def _run_job(job_file: Path, config_type: type[Config], run: Run) -> None:
-    """Run one job; its metrics go to `result.json` beside the events, its error to the events."""
+    """Run one job; its metrics are written to `result.json`, its error to the events."""
     job = files.read_json(job_file)
     hashes.trust(job.get("hashes", {}))
     context = Context(out=Path(job["out"]), seed=job["seed"], events=Path(job["events"]))
@@ -66,10 +66,10 @@ def _run_job(job_file: Path, config_type: type[Config], run: Run) -> None:
 
 
 def run_stage(config: Config, context: Context, run: Run) -> dict[str, Any]:
-    """Call a stage's `run`, turning what no code of ours raised into a fault of one line.
+    """Call a stage's `run`; an exception that is no `CordeeError` becomes a fault of one line.
 
     Raises:
-        CordeeError: anything went wrong; the stack trace of what is not the user's stands in the log.
+        CordeeError: the stage failed; the stack trace of any other exception is printed to the log.
     """
     try:
         return run(config, context)
@@ -81,18 +81,18 @@ def run_stage(config: Config, context: Context, run: Run) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc()
         log = context.events.with_name("log.txt")
-        hint = f"the details are in {log}" if log.exists() else "the details stand above"
+        hint = f"the details are in {log}" if log.exists() else "the details are above"
         raise Fault(f"{type(error).__name__}: {error}", file=context.out, hint=hint) from error
 
 
 def _offline() -> None:
-    """No library may reach for a network, whatever the environment says."""
+    """Keep libraries from using a network, whatever the environment says."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
 
 
 def _die_with_runner() -> None:
-    """Where the runner or the launcher is killed, no orphan may go on writing.
+    """Have this process killed with its runner or launcher, so that no orphan continues to write.
 
     Raises:
         Fault: the runner was killed before this process could ask to die with it.

@@ -17,7 +17,7 @@ class Job:
 
     argv: tuple[str, ...]
     environment: dict[str, str]
-    """Set besides what this process has."""
+    """Set in addition to this process's environment."""
     log: Path
     """Standard output and error are appended here."""
 

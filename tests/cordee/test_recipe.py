@@ -58,8 +58,8 @@ def test_stages_are_ordered_by_their_references_not_by_the_file(write):
             "spring: {use: toys.spring",
             "stages.spring: a stage needs `uses: package.module`",
         ),
-        ("text: no", "source: $pool", "circle: spring → pool → spring"),
-        ("text: no", "source: $spring", "circle: spring → spring"),
+        ("text: no", "source: $pool", "cycle: spring → pool → spring"),
+        ("text: no", "source: $spring", "cycle: spring → spring"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_its_place(write, old, new, message):

@@ -28,11 +28,11 @@ def test_a_proof_that_was_named_and_does_not_apply_is_a_mistake(cordee, write, m
     write("mine.yaml", MINE.format(model=model_folder))
     proven = cordee("prove", "mine.yaml", "parity")
     assert proven.returncode == 2
-    assert "has no stage that uses posttrain.merge, which 'parity' speaks of" in proven.stderr
+    assert "has no stage that uses posttrain.merge, which 'parity' applies to" in proven.stderr
 
 
 def test_a_recipe_that_no_proof_speaks_of_is_a_mistake(cordee, write):
     write("brook.yaml", "name: brook\nstages:\n  spring: {uses: toys.spring}\n")
     proven = cordee("prove", "brook.yaml")
     assert (proven.returncode, proven.stderr.count("\n")) == (2, 1)
-    assert "brook.yaml: stages: has no stage that a proof speaks of; they speak of " in proven.stderr
+    assert "brook.yaml: stages: has no stage that a proof applies to; they apply to " in proven.stderr
