@@ -3,7 +3,7 @@
     python -m pretrain.corpus --config corpus.yaml
 
 The files are read twice: first to find what can't be a document, the types of the columns and the texts that are held
-out, then to write. A text that is held out is dropped where it stands in the training split as well.
+out, then to write. Training documents whose text is held out are dropped.
 """
 
 from pathlib import PurePosixPath
@@ -42,8 +42,8 @@ class Config(BaseConfig):
     holdout_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of documents to hold out by a hash of text and seed, for corpora without such a column: 0 to 1."""
     bad_rows: Literal["error", "drop"] = "error"
-    """What becomes of rows that can't be documents (no text, an empty one, not UTF-8, no JSON): an error that counts
-    them, or they are left out and counted in `corpus.json`."""
+    """What is done with rows that can't be documents (no text, empty text, not UTF-8, no JSON): an error that counts
+    them, or they are dropped and counted in `corpus.json`."""
 
     @field_validator("files")
     @classmethod
@@ -127,7 +127,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 
 def _require_a_corpus(survey: "Survey", config: Config) -> None:
-    """See that what was read can be split.
+    """Check that what was read can be split.
 
     Raises:
         UserError: it can't.

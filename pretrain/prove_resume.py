@@ -1,9 +1,9 @@
-"""Proves exact resume on your own recipe: a training that was killed ends as one that was not.
+"""Proves exact resume on your own recipe: a killed and resumed training ends in the same weights.
 
     python -m pretrain.prove_resume --config train.yaml
 
-Four short trainings, as real processes: one to its end; one that is killed with SIGKILL, and continued; one at
-another number of processes. The first and the continued one have to agree in every bit.
+It runs short trainings as the runner starts them: one to its end; one that is killed with SIGKILL and resumed; one with
+another number of processes. The first and the resumed one must agree in every bit.
 """
 
 import os
@@ -28,14 +28,14 @@ RESUME_STEPS = 2
 
 
 class Config(train.Config):
-    """The keys of the training that is proven, and how long the short ones are."""
+    """The keys of the training that is proven, and the length of the short ones."""
 
     is_launched: ClassVar[bool] = False
 
     steps: int = Field(default=6, ge=4)
     """Optimizer steps of each short training."""
     kill_at_step: int = Field(default=4, ge=RESUME_STEPS + 1)
-    """The step after which one is killed, in the midst of the next; less than `steps`."""
+    """The step after which one is killed, during the next step; less than `steps`."""
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     work = context.out / "work"
     shutil.rmtree(work, ignore_errors=True)
     total = 3 if other is None else 4
-    # as the training itself is in its full length
+    # whether it is compiled follows from the length of the training itself
     compiled, _ = device.resolve_compile(config.compile, train.cost(config, {}).flops or 0.0, device.default())
     short = _short(config, max(processes, other or 1), compiled)
     context.progress(0, total, "trainings")
@@ -82,7 +82,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         checks += trials.same_within_rounding(whole, compared)
         evidence |= {"other_num_processes": other, "other": compared.shown()}
     context.progress(total, total, "trainings")
-    kind = f"a training in {whole.precision}{', compiled,' if compiled else ''} that is killed and continued"
+    kind = f"a training in {whole.precision}{', compiled,' if compiled else ''} that is killed and resumed"
     claim = f"{kind} ends in the same weights, bit for bit, and sees the same samples"
     if other is not None:
         claim += f"; {other} process{'es' if other > 1 else ''} see the same samples and end within rounding"
@@ -93,7 +93,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 
 def _to_end(config: train.Config, folder: Path, context: Context) -> "Ended":
-    """Train to the end, from the beginning or from where an attempt in this folder was killed."""
+    """Train to the end, from the start or from the newest resume point in this folder."""
     from pretrain.training.trials import Ended
 
     training = trial.start(PROVES, config, folder, context)
@@ -102,7 +102,7 @@ def _to_end(config: train.Config, folder: Path, context: Context) -> "Ended":
 
 
 def _short(config: Config, most_processes: int, compiled: bool) -> train.Config:
-    """The same training, made short: few small steps, yet each with two passes in the largest number of processes."""
+    """The same training with few and small steps, each of two passes at the largest number of processes."""
     values = config.model_dump(mode="json", include=set(train.Config.model_fields))
     return train.Config.model_validate(
         values

@@ -2,7 +2,7 @@
 
     accelerate launch -m pretrain.train --config train.yaml
 
-Killed at any moment, the next run goes on from the last resume point and ends in the same weights, bit for bit.
+After a kill at any moment, the next run resumes from the last resume point and ends in the same weights, bit for bit.
 """
 
 import shutil
@@ -23,38 +23,39 @@ VERSION = 1
 
 
 class Source(BaseConfig):
-    """Tokens to train on."""
+    """An entry of `data`: tokens to train on."""
 
     tokens: Input
     """A tokens artifact: its `train.bin` and `heldout.bin`."""
     weight: float = Field(default=1.0, gt=0)
-    """Its share of the rows, beside the weights of the other sources."""
+    """Its share of the rows, relative to the weights of the other sources."""
 
 
 class Config(Settings):
-    """What is trained, on what; `pretrain.training.settings` says how."""
+    """The model and its data; the other keys are those of `pretrain.training.settings`."""
 
     model: Input
     """A YAML with the fields of a transformers config (Apertus unless `model_type` says otherwise), or a Hugging
-    Face model folder to go on from."""
+    Face model folder to continue from."""
     data: list[Source] = Field(min_length=1)
-    """Sources, all made with one tokenizer; each epoch of one holds every document of it once."""
+    """Sources, all of one tokenizer; an epoch of a source holds each of its documents once."""
     long_documents: Literal["error", "split"] = "error"
-    """What becomes of a document longer than `sequence_length`: an error, or parts that do not see each other."""
+    """What is done with a document longer than `sequence_length`: an error, or it is split into parts that do not
+    attend to each other."""
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
     """Tokens, FLOPs, parameters and memory; padding is counted as tokens.
 
     Raises:
-        UserError: the model's YAML is none, or a field of its shape is no number.
+        UserError: the model's file is not YAML, or a field of its shape is not a number.
     """
     tokens = float(config.max_steps * config.global_batch_size * config.sequence_length)
     fields = _model_fields(config.model)
     vocab_size = fields.get("vocab_size") or given.get("data.0.tokens", Cost()).vocab_size
     if vocab_size is None and (described := config.data[0].tokens / "tokens.json").is_file():
         vocab_size = files.read_json(described)["vocab_size"]
-    # what a model's YAML leaves out is transformers' default, which is not known here
+    # fields that the YAML leaves out have transformers' defaults, which are not known here
     if not vocab_size or fields.get("model_type", "apertus") != "apertus" or any(name not in fields for name in SHAPE):
         return Cost(tokens=tokens, vocab_size=vocab_size)
     parameters = decoder_parameters(fields, vocab_size)
@@ -71,7 +72,7 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 
 def _model_fields(model: Path) -> dict[str, Any]:
-    """The fields of a model's config, or none where it is not there yet."""
+    """The fields of a model's config; none where it does not exist yet."""
     if (model / "config.json").is_file():
         return dict(files.read_json(model / "config.json"))
     fields = yaml12.read(model, key="model") if model.is_file() else {}
@@ -83,15 +84,15 @@ def _model_fields(model: Path) -> dict[str, Any]:
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Train to the end, from the last resume point if there is one, and write the model.
+    """Train to the end, from the newest resume point if there is one, and write the model.
 
     Raises:
         UserError: the data, model or batch do not fit each other.
-        Fault: what runs is not what was asked for, or the loss is not finite.
+        Fault: what runs differs from what was asked for, or the loss is not finite.
     """
     from pretrain.training import assembly, checkpoint, loop
 
-    finished = context.out / "training.json"  # the last file written: all the rest is whole
+    finished = context.out / "training.json"  # written last: all other files are complete
     if not finished.exists():
         folders, weights = [source.tokens for source in config.data], [source.weight for source in config.data]
         data = assembly.Data(folders, weights, config.long_documents)

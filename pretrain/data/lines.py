@@ -19,7 +19,7 @@ NO_UTF8, NO_JSON, HALF = "no UTF-8", "no JSON object", "half a character (a lone
 
 @dataclass(frozen=True)
 class Broken:
-    """What stands where a row should."""
+    """A row that can't be read."""
 
     problem: str
     row: str
@@ -39,7 +39,7 @@ def rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def beginning(row: str) -> str:
-    """How a row begins, for a person to know it by."""
+    """The first characters of a row, for messages."""
     return row if len(row) <= SHOWN_CHARACTERS else f"{row[: SHOWN_CHARACTERS - 1]}…"
 
 
@@ -84,7 +84,7 @@ def _json(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _object(line: bytes) -> Row:
-    """The object that a line of JSON spells, or what is wrong with it."""
+    """The object in a line of JSON, or what is wrong with it."""
     try:
         row = json.loads(line.decode())
         if b"\\ud" in line.lower():  # a lone surrogate can't be written as UTF-8

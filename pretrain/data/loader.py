@@ -22,7 +22,7 @@ from cordee import files
 from cordee.errors import Fault, UserError
 
 IGNORED = -100
-"""The label of a position that carries no loss."""
+"""The label of a position without loss."""
 
 SHOWN = 3
 """Documents that an error names."""
@@ -30,7 +30,7 @@ IDS_AT_ONCE = 2**24
 
 Ints = npt.NDArray[np.int64]
 Row = Ints
-"""`[pieces in the row]`: indices into a split's pieces."""
+"""A packed training row, `[pieces in the row]`: indices into a split's pieces."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Split:
     documents: Ints
     """`[pieces]`: the document that each one is of."""
     rows: tuple[Ints, ...]
-    """Which slots share a row; slot `i` stands for the `i`-th longest piece."""
+    """The slots of each row; slot `i` is the `i`-th longest piece."""
 
     def epoch(self, key: Sequence[int] | None) -> tuple[Ints, Ints]:
-        """The piece in each slot and the order of the rows, drawn from `key`; for None as they stand in the file.
+        """The piece in each slot and the order of the rows, drawn from `key`; in the order of the file for None.
 
-        Raw draws of PCG64 sorted: numpy promises these bits for ever, and not those of its `permutation`.
+        Raw draws of PCG64 are sorted: numpy guarantees their bits across versions, unlike those of `permutation`.
         """
         count = len(self.lengths)
         draws = (
@@ -149,7 +149,7 @@ def _pack(lengths: Ints, capacity: int) -> tuple[Ints, ...]:
 
 
 class Stream:
-    """A split's rows without end: each epoch holds every piece once, in an order of its own."""
+    """An endless stream of a split's rows: each epoch holds every piece once, in an order of its own."""
 
     def __init__(self, split: Split, seed: int, source: int) -> None:
         self.split = split
@@ -165,11 +165,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is given; each field `[rows, sequence_length]`, int64."""
+    """Input of the model; each field is `[rows, sequence_length]`, int64."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    """Counted from 0 in each piece, which is how attention knows where one begins."""
+    """Counted from 0 in each piece: attention separates the pieces of a row by it."""
     labels: torch.Tensor
     """The token that follows; `IGNORED` at the last token of a piece and in padding."""
 
@@ -179,7 +179,7 @@ class Batch:
 
 
 def assemble(rows: Sequence[tuple[Split, Row]], num_rows: int, sequence_length: int, pad_token_id: int) -> Batch:
-    """Read rows from the disk; rows that are missing to `num_rows`, and what is left free in one, are padded."""
+    """Read rows from the disk, padded to `sequence_length` tokens and to `num_rows` rows."""
     shape = (num_rows, sequence_length)
     ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORED, np.int64)
     positions = np.tile(np.arange(sequence_length), (num_rows, 1))

@@ -1,8 +1,8 @@
-"""Several sources in one stream of samples, by weight: sample `k` is computed, whatever came before it.
+"""Several sources in one stream of samples, by weight; sample `k` is a pure function of `k` and the seed.
 
-Sources take turns in a fixed pattern of `PERIOD` samples, in which each comes as often as its weight says and as
-evenly as can be. A sample is a row of the same number of tokens whatever its source, so that weights are shares of
-the tokens, but for padding.
+Sources alternate in a fixed pattern of `PERIOD` samples, in which each appears in proportion to its weight, as evenly
+as possible. A sample is a row, of the same number of tokens for every source, so that weights are shares of the tokens,
+except for padding.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from cordee.errors import UserError
 from pretrain.data.loader import Row, Split, Stream
 
 PERIOD = 10_000
-"""Samples in the pattern; a weight is met to one part in so many."""
+"""Samples in the pattern; weights are met to one part in `PERIOD`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the training stream."""
+    """A row of the training stream."""
 
     source: int
     row: Row
@@ -49,7 +49,7 @@ class Mixture:
         return Sample(source, row)
 
     def epochs(self, samples: int) -> list[float]:
-        """How often each source was gone through after so many samples."""
+        """Epochs of each source after `samples` samples."""
         period, place = divmod(samples, len(self._pattern))
         counts = period * self._per_period + self._before[place]
         return [float(count / len(split.rows)) for count, split in zip(counts, self.splits, strict=True)]
@@ -67,12 +67,12 @@ class Mixture:
 
 
 def digest(ids: bytes) -> int:
-    """A row's ids in 48 bits; digests of rows are added up, so that their order and grouping do not matter."""
+    """48 bits of a hash of a row's ids; digests are summed, so that order and grouping of rows do not matter."""
     return int.from_bytes(hashlib.blake2b(ids, digest_size=6).digest(), "little")
 
 
 def _pattern(shares: np.ndarray) -> np.ndarray:
-    """`[PERIOD]`: the source of each sample; always the one that is furthest behind its share."""
+    """`[PERIOD]`: the source of each sample, always the one that is furthest below its share."""
     pattern, counts = np.zeros(PERIOD, dtype=np.int64), np.zeros(len(shares))
     if len(shares) > 1:
         for index in range(PERIOD):

@@ -40,7 +40,7 @@ class Bad:
     place: str
     """Its row or line in the file, counted from 1: `line 3`."""
     row: str
-    """How it begins."""
+    """Its first characters."""
     hint: str = ""
 
 
@@ -73,7 +73,7 @@ def values_of(column: Column) -> list[Any]:
 
 
 def words(values: Iterable[Any]) -> list[str]:
-    """Values as they are counted by: text as it is, "" for null, JSON for anything else."""
+    """Values as words to count by: text as it is, "" for null, JSON for anything else."""
     return [
         "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str) for value in values
     ]
@@ -220,7 +220,7 @@ def _of_tables(file: Path, tables: Iterable[pa.RecordBatch]) -> Iterator[Chunk]:
 
 
 def _texts(column: pa.Array) -> list[Any]:
-    """The values of the column `text`; what is no UTF-8 is shown with replacement characters."""
+    """The values of the column `text`; bytes that are not UTF-8 become replacement characters."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
@@ -228,7 +228,7 @@ def _texts(column: pa.Array) -> list[Any]:
 
 
 def _invalid_rows(batch: pa.RecordBatch) -> set[int]:
-    """The rows in which a text, in whatever column, is no UTF-8: Parquet's readers do not look."""
+    """The rows in which the text of any column is not UTF-8; pyarrow does not check this when it reads."""
     found: set[int] = set()
     for column in batch.columns:
         try:

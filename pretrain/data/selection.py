@@ -45,7 +45,7 @@ class Selection:
 
 
 def is_value(value: Any, wanted: Value) -> bool:
-    """Whether a document's value is the one that a recipe gives: a date or a decimal by how it is spelled."""
+    """Whether a document's value equals the one in a recipe; dates and decimals are compared as text."""
     if value is None or isinstance(value, bool) != isinstance(wanted, bool):
         return False
     return bool(value == wanted) or (not isinstance(value, bool | int | float | str) and str(value) == wanted)

@@ -45,7 +45,7 @@ class Digests:
 
 
 def are_in(some: Numbers, known: Numbers) -> npt.NDArray[np.bool_]:
-    """Which of some numbers stand among known ones, which are sorted."""
+    """Which of some numbers are among the known ones, which are sorted."""
     if not len(known):
         return np.zeros(len(some), dtype=bool)
     places = np.minimum(np.searchsorted(known, some), len(known) - 1)
@@ -96,13 +96,13 @@ class BadRows:
 
 
 def _place(row: Bad, source: Path) -> str:
-    """Where a row stands: in which file only where the source is a folder."""
+    """The place of a row; with its file if the source is a folder."""
     return row.place if row.file == source else f"{_name(row.file, source)} {row.place}"
 
 
 @dataclass
 class Survey:
-    """What all of a corpus's files hold."""
+    """The contents of all files of a corpus."""
 
     files: Sequence[Path]
     unmatched: set[tuple[str, Value]]
@@ -119,7 +119,7 @@ class Survey:
     """Of the documents that are held out."""
 
     def add(self, chunk: Chunk, selection: Selection) -> None:
-        """Look at a chunk."""
+        """Add a chunk."""
         self.bad.of += len(chunk.texts) + len(chunk.bad)
         self.bad.add(chunk.bad)
         self.tags.update(words(chunk.values("language")))
@@ -154,7 +154,7 @@ def take(files: Sequence[Path], selection: Selection, context: Context) -> Surve
 
 
 def require_no_stop(context: Context, done: int) -> None:
-    """See whether the run was asked to stop.
+    """Check whether the run was asked to stop.
 
     Raises:
         Stopped: it was.
@@ -165,7 +165,7 @@ def require_no_stop(context: Context, done: int) -> None:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Documents whose text stood in the corpus before."""
+    """Documents whose text appeared in the corpus before."""
 
     within: int
     """In the same file."""
@@ -179,7 +179,7 @@ class Duplicates:
 
 
 def duplicates(survey: Survey) -> Duplicates:
-    """Count the documents whose text stood before, by the file in which it stood first."""
+    """Count the documents whose text appeared before, by the file in which it appeared first."""
     numbers = survey.texts.numbers()
     order = np.argsort(numbers, kind="stable")  # equal texts side by side, each group in the documents' order
     repeats = np.flatnonzero(np.equal(numbers[order][1:], numbers[order][:-1])) + 1
@@ -199,7 +199,7 @@ def shown(survey: Survey, found: Duplicates, source: Path) -> str:
     sizes = np.diff([0, *survey.ends])
     parts = [f"{found.within} within a file"] if found.within else []
     parts += [
-        f"{count} of the {sizes[file]} of {_name(survey.files[file], source)} stand in "
+        f"{count} of the {sizes[file]} of {_name(survey.files[file], source)} are in "
         f"{_name(survey.files[earlier], source)} too"
         for (file, earlier), count in list(found.between.items())[:SAMPLES]
     ]

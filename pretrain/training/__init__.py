@@ -1,1 +1,1 @@
-"""The training loop and what it is made of: model, loss, optimizer, schedule, checkpoints."""
+"""The training loop and its parts: model, losses, optimizers, schedules, checkpoints."""

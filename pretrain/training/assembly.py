@@ -1,4 +1,4 @@
-"""Puts a training together before its first step, with every check that can be made by then."""
+"""Assembles a training before its first step, with every check that can be made by then."""
 
 import time
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from pretrain.training.settings import Settings
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on."""
+    """The data of a training."""
 
     folders: Sequence[Path]
     """Tokens artifacts."""
@@ -41,7 +41,7 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
 
     Raises:
         UserError: the data, model or batch do not fit each other.
-        Fault: what runs is not what was asked for.
+        Fault: what runs differs from what was asked for.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -92,7 +92,7 @@ def _open_data(data: Data, sequence_length: int, seed: int) -> tuple[Mixture, An
 
 
 def restore(training: Training) -> State:
-    """The state to go on from: that of the newest whole resume point, or the beginning."""
+    """Restore the newest complete resume point, or begin at step 0; returns the state."""
     context, main = training.context, training.context.is_main
     point, problems = resume.newest(context.out / "resume") if main else (None, [])
     for problem in problems:
@@ -115,7 +115,7 @@ def restore(training: Training) -> State:
 
 
 def dry_run(training: Training) -> None:
-    """Run the first batch forward and backward, and forget it: compiles, and finds what does not fit.
+    """Run the first batch forward and backward: compiles the model, and finds what does not fit into memory.
 
     Raises:
         Fault: it does not fit into the device's memory, or can't be compiled.
@@ -136,7 +136,7 @@ def dry_run(training: Training) -> None:
 
 
 def metrics(training: Training, state: State) -> dict[str, Any]:
-    """What the manifest says of a training that has ended."""
+    """The metrics of a training that has ended."""
     tokens = sum(state.source_tokens)
     flops = _flops(training, tokens)
     settings, mixture = training.settings, training.mixture

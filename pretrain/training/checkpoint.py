@@ -1,4 +1,4 @@
-"""Models that a training publishes on its way and at its end: plain Hugging Face folders."""
+"""Models that a training publishes, at `save_steps` and at its end: Hugging Face folders."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from cordee.stage import Context
 def save(model: PreTrainedModel, context: Context, place: str, tokenizer: Path) -> None:
     """Write the model to `<out>/<place>`, with its tokenizer's files; every process has to call this.
 
-    A checkpoint that a killed attempt has left there is written anew.
+    What a killed attempt left there is replaced.
     """
     weights = {name: full(tensor) for name, tensor in model.state_dict().items()}
     if context.is_main:

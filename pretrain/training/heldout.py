@@ -1,4 +1,4 @@
-"""Bits per byte of held-out documents, by language: what a model costs per byte of text, whatever its tokenizer."""
+"""Bits per byte of held-out documents, by language: comparable between tokenizers."""
 
 import math
 from collections import Counter
@@ -28,20 +28,20 @@ class Heldout:
     sizes: tuple[np.ndarray, ...]
     """For each source, the UTF-8 bytes of each document."""
     rows: tuple[tuple[int, Row], ...]
-    """Every row, with the source that it is of."""
+    """Every row, with its source."""
 
 
 def open_heldout(splits: Sequence[Split], folders: Sequence[Path]) -> Heldout:
-    """Join the held-out splits of several tokens artifacts with what is known of each document.
+    """Join the held-out splits of several tokens artifacts with the language and size of each document.
 
     Raises:
-        Fault: an artifact says it of more or fewer documents than it holds.
+        Fault: an artifact lists more or fewer documents than it holds.
     """
     languages, sizes, rows = [], [], []
     for source, (split, folder) in enumerate(zip(splits, folders, strict=True)):
         documents = files.read_json_lines(folder / "heldout.documents.jsonl")
         if len(documents) != len(np.unique(split.documents)):
-            raise Fault("it does not tell of each held-out document", file=folder / "heldout.documents.jsonl")
+            raise Fault("it does not list each held-out document", file=folder / "heldout.documents.jsonl")
         languages.append(tuple(document["language"] for document in documents))
         sizes.append(np.array([document["bytes"] for document in documents], dtype=np.int64))
         pieces, order = split.epoch(None)
@@ -58,9 +58,9 @@ def measure(
 ) -> dict[str, Any] | None:
     """Held-out nats by document, summed to bits per byte by language; None where a stop was asked for.
 
-    Documents are packed as in training, and batches have its shape, so that compiled code serves both: gradients stay
-    on then though none is taken, and so does the training mode, unless it draws random numbers. Turning either off
-    would compile a second time.
+    Documents are packed as in training and batches have its shape, so that the compiled code of training is used.
+    Gradients then stay enabled, and so does the training mode unless it draws random numbers: turning either off would
+    compile a second time.
 
     Args:
         heldout: the documents.
@@ -93,7 +93,7 @@ def measure(
 
 
 def _by_language(heldout: Heldout, nats: np.ndarray) -> dict[str, Any]:
-    """Sum what each document costs, all together and by language."""
+    """Sum the cost of each document, overall and by language."""
     bits, sizes, documents = Counter[str](), Counter[str](), Counter[str]()
     languages = [language for source in heldout.languages for language in source]
     for language, cost, size in zip(languages, nats.tolist(), np.concatenate(heldout.sizes).tolist(), strict=True):

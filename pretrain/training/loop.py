@@ -1,4 +1,4 @@
-"""The training loop, in sight. State passes through `State`; everything else is fixed before the first step."""
+"""The training loop. What changes from step to step is in `State`; everything else is fixed before the first step."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from pretrain.training.settings import Settings
 
 @dataclass
 class Window:
-    """What was seen since the last line of `metrics.jsonl`."""
+    """What was counted since the last line of `metrics.jsonl`."""
 
     loss: float = 0.0
     """Summed over the labels that count."""
@@ -37,23 +37,23 @@ class Window:
     tokens: int = 0
     seconds: float = 0.0
     samples: int = 0
-    """Digest of the rows that all processes were given: their ids, in whatever order and grouping."""
+    """Digest of the rows that all processes were given: of their ids, independent of order and grouping."""
 
 
 @dataclass
 class State:
-    """What a training counts; with weights and moments all that is needed to go on."""
+    """What a training counts; with the weights and the optimizer's state all that a resume needs."""
 
     step: int = 0
     source_tokens: list[int] = field(default_factory=list)
     labels: int = 0
     """Labels that counted in the loss."""
     seconds: float = 0.0
-    """In training steps; not in compiling, measuring or saving."""
+    """Spent in training steps, not in compiling, measuring or saving."""
     loss: float | None = None
     """The last one logged."""
     precision: str = ""
-    """What matrices are multiplied in: another machine goes on in the same."""
+    """What matrices are multiplied in; a resume on another machine keeps it."""
     window: Window = field(default_factory=Window)
 
     @classmethod
@@ -64,7 +64,7 @@ class State:
 
 @dataclass
 class Training:
-    """All that a training needs, assembled and checked."""
+    """All that a training needs."""
 
     settings: Settings
     context: Context
@@ -78,7 +78,7 @@ class Training:
     heldout: Heldout
     tokenizer: Path
     told_s: float = 0.0
-    """When progress was last told, by the monotonic clock."""
+    """When progress was last reported, by the monotonic clock."""
 
     @property
     def batch_shape(self) -> tuple[int, int]:
@@ -87,7 +87,7 @@ class Training:
 
 
 def train(training: Training, state: State) -> None:
-    """Take the steps that are left, in place.
+    """Take the remaining steps; changes `state` and the model in place.
 
     Raises:
         Stopped: a stop was asked for; the state is saved.
@@ -100,7 +100,7 @@ def train(training: Training, state: State) -> None:
         samples = _samples(training, state.step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, state.step)
-        # randomness is a function of where the training stands: a resumed one needs no generator's state
+        # random numbers follow from seed, step and process: a resume needs no generator's state
         torch.manual_seed(_seed(context.seed, state.step, accelerator.process_index))
         sums = _accumulate(training, samples)
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
@@ -182,14 +182,14 @@ def _seed(*parts: int) -> int:
 
 
 def _require_finite(loss: float, grad_norm: float, step: int, training: Training) -> None:
-    """Stop before the weights are touched."""
+    """Raise `Fault` before the weights are changed if the loss or the gradient is not finite."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         problem = f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}"
         raise Fault(problem, file=training.context.out, hint="lower learning_rate, or look at the data of this step")
 
 
 def _count(training: Training, state: State, samples: Sequence[Sample], sums: dict[str, Any], seconds: float) -> None:
-    """Add a step to what is counted."""
+    """Count a step, and report progress at most once a second."""
     tokens = training.mixture.tokens(samples)
     state.source_tokens = [before + now for before, now in zip(state.source_tokens, tokens, strict=True)]
     state.seconds += seconds
@@ -208,7 +208,7 @@ def _count(training: Training, state: State, samples: Sequence[Sample], sums: di
 
 
 def _log(training: Training, state: State, grad_norm: float) -> None:
-    """Write what the window saw, and begin a new one."""
+    """Write what the window counted, and begin a new one."""
     window, state.window = state.window, Window()
     state.loss = window.loss / window.labels
     figures: dict[str, float] = {
@@ -240,7 +240,7 @@ def measure_heldout(training: Training, state: State) -> dict[str, Any]:
 
 
 def resume_measuring(training: Training, state: State) -> None:
-    """Measure where a stop or kill came between the state's step and its measurement."""
+    """Measure if a stop or kill came between the state's step and its measurement."""
     every, step = training.settings.eval_steps, state.step
     due = every and step and step % every == 0 and step < training.settings.max_steps
     if due and not _is_measured(training.context, step):
@@ -265,7 +265,7 @@ def save_state(training: Training, state: State) -> None:
 
 
 def stopping(training: Training) -> bool:
-    """Whether a stop was asked for: all processes get the main one's answer, or one would wait for ever."""
+    """Whether a stop was asked for: the main process decides for all, since they must stop at the same step."""
     asked = torch.tensor(int(training.context.is_main and training.context.stop_requested()))
     return bool(training.accelerator.reduce(asked.to(training.accelerator.device), "sum"))
 
@@ -282,5 +282,5 @@ def stop(training: Training, state: State) -> NoReturn:
 
 
 def first_batch(training: Training) -> None:
-    """One forward and backward pass over the beginning of the data; its gradients are of no use."""
+    """One forward and backward pass over the first rows; its gradients are not used."""
     _accumulate(training, _samples(training, 0)[: training.batch_shape[0] * training.accelerator.num_processes])

@@ -1,8 +1,7 @@
-"""Losses of pretraining, one function each; the key `loss` names the one that is used.
+"""Losses of pretraining, one function each, selected by the key `loss`.
 
-A loss turns what is known of each label into what it costs and whether it counts. The loop divides the sum once, by the
-number of labels that count in the global batch, over all processes and accumulation steps. Held-out text is always
-measured by the plain nats of each label, whatever the loss.
+A loss returns what each label costs and whether it counts. The loop divides the sum by the number of labels that count
+in the global batch, over all processes and accumulation steps. Held-out text is always measured by plain cross-entropy.
 
 Shapes: B rows, S tokens of a row, V tokens of the vocabulary.
 """
@@ -34,7 +33,7 @@ class Labels(NamedTuple):
 
 
 Loss = tuple[torch.Tensor, torch.Tensor]
-"""What each label costs, `[B, S]`, with a gradient, and whether it counts, `[B, S]`, bool."""
+"""What each label costs, `[B, S]` with a gradient, and whether it counts, `[B, S]` bool."""
 
 
 def cross_entropy(given: Labels, settings: Settings) -> Loss:

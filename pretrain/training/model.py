@@ -18,11 +18,11 @@ from pretrain.training import losses
 from pretrain.training.settings import Settings
 
 LEAK = 1e-4
-"""How much logits may depend on a neighbouring document, as a share of the largest: rounding, and no more."""
+"""How much logits may depend on a neighbouring document, as a share of the largest: rounding only."""
 
 
 class Objective(nn.Module):
-    """A language model with its loss: what is compiled and wrapped as one."""
+    """A language model with its loss, compiled and wrapped as one module."""
 
     def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def _require_opens_beside(config: PreTrainedConfig, source: Path, tokenizer: Pat
 
 
 def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
-    """The config that a YAML stands for; its vocabulary is that of the tokens where it names none."""
+    """The config that a YAML describes; `vocab_size` defaults to that of the tokens."""
     fields = yaml12.read(source, key="model")
     kind = fields.pop("model_type", "apertus")
     if kind not in CONFIG_MAPPING:
@@ -144,7 +144,7 @@ def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
 
 @torch.no_grad()
 def require_documents_apart(model: PreTrainedModel) -> None:
-    """See on two short documents in one row that neither sees the other.
+    """Check on two short documents in one row that neither attends to the other.
 
     Raises:
         Fault: the architecture does not take documents packed by their positions.

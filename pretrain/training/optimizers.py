@@ -1,8 +1,7 @@
-"""Optimizers of pretraining, one function each; the key `optimizer` names the one that is used.
+"""Optimizers of pretraining, one function each, selected by the key `optimizer`.
 
-Their learning rate is 0 until the loop sets it before each step. All state is tensors by parameter, so that a resume
-point holds it whole. Weight decay is decoupled from the gradient, and only matrices decay (embeddings too), no norm,
-bias or scalar.
+The learning rate is 0 until the loop sets it, before each step. All state is tensors of each parameter, which resume
+points save. Weight decay is decoupled from the gradient; only matrices decay (embeddings too), no norm, bias or scalar.
 """
 
 import math
@@ -54,7 +53,7 @@ class AdEMAMix(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Take a step; `closure` stands in torch's signature, and is not called."""
+        """Take a step; `closure` belongs to torch's signature and is not called."""
         del closure
         for group in self.param_groups:
             trained = [weights for weights in group["params"] if weights.grad is not None]

@@ -1,7 +1,7 @@
-"""Learning-rate schedules, one function each; the key `schedule` names the one that is used.
+"""Learning-rate schedules, one function each, selected by the key `schedule`.
 
-A schedule gives the factor of the peak learning rate, from 0 to 1, for the step about to be taken, counted from 0. All
-rise in a line to 1 at the last of `warmup_steps`.
+A schedule returns the factor of the peak learning rate, from 0 to 1, for the step about to be taken, counted from 0.
+All rise linearly to 1 at the last of `warmup_steps`.
 """
 
 import math
@@ -12,8 +12,8 @@ from pretrain.training.settings import Settings
 def wsd(step: int, settings: Settings) -> float:
     """Warmup, stable, decay (Hägele et al. 2024, arXiv 2405.18392, with the 1-sqrt decay of section 3).
 
-    Constant after the warmup; falls over the last `decay_steps` as `1 - (1 - min) sqrt(done)`, where `done` goes from 0
-    to 1 at `max_steps`.
+    Constant after the warmup; decays over the last `decay_steps` as `1 - (1 - min) sqrt(done)`, where `done` goes from
+    0 to 1 at `max_steps`.
     """
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
@@ -25,7 +25,7 @@ def wsd(step: int, settings: Settings) -> float:
 def cosine(step: int, settings: Settings) -> float:
     """Cosine decay without restarts (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5).
 
-    After the warmup it falls as `min + (1 - min) (1 + cos(pi done)) / 2`, where `done` goes from 0 to 1 at `max_steps`.
+    Decays after the warmup as `min + (1 - min) (1 + cos(pi done)) / 2`, where `done` goes from 0 to 1 at `max_steps`.
     """
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps

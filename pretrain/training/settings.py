@@ -20,9 +20,9 @@ class Settings(TrainingConfig):
     loss: Annotated[str, FunctionOf("pretrain.training.losses")] = "cross_entropy"
     """A function of `pretrain.training.losses`."""
     goldfish_k: int = Field(default=50, ge=2)
-    """`goldfish` leaves out one label in so many."""
+    """`goldfish` leaves out one label in `goldfish_k`."""
     goldfish_h: int = Field(default=50, ge=1)
-    """Tokens before a label that decide whether `goldfish` leaves it out."""
+    """Number of tokens before a label that decide whether `goldfish` leaves it out."""
     optimizer: Annotated[str, FunctionOf("pretrain.training.optimizers")] = "adamw"
     """A function of `pretrain.training.optimizers`."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -30,37 +30,37 @@ class Settings(TrainingConfig):
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the mean of gradients, in `adamw` and `ademamix`."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the mean of squared gradients, in both."""
+    """Decay of the mean of squared gradients, in `adamw` and `ademamix`."""
     ademamix_beta3: float = Field(default=0.9999, gt=0, lt=1)
     """Decay of the slow mean of gradients in `ademamix`."""
     ademamix_alpha: float = Field(default=8.0, ge=0)
-    """Weight of the slow mean beside the fast one."""
+    """Weight of the slow mean in `ademamix`; that of the fast one is 1."""
     ademamix_warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps over which both rise to these values; `max_steps` if not given."""
+    """Steps over which beta3 and alpha rise to their values; `max_steps` if not given."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     schedule: Annotated[str, FunctionOf("pretrain.training.schedules")] = "wsd"
     """A function of `pretrain.training.schedules`."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps in which the learning rate rises to its peak in a line."""
+    """Steps in which the learning rate rises linearly to its peak."""
     decay_steps: int = Field(default=0, ge=0)
-    """Last steps, in which `wsd` falls as `1 - sqrt`; between the two it is constant. `cosine` has none."""
+    """Last steps, in which `wsd` decays as `1 - sqrt`; before them it is constant. `cosine` has none."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Where the fall ends, as a share of the peak."""
+    """Learning rate at the end of the decay, as a share of the peak."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients whose norm is larger are scaled down to it."""
+    """Largest norm of the gradient; larger ones are scaled down to it."""
     precision: Precision = "auto"
     """What matrices are multiplied in; weights, loss and optimizer are float32. `auto`: bfloat16 where it is fast."""
     eval_steps: int = Field(default=0, ge=0)
-    """Steps from one measurement of held-out bits per byte to the next; 0: only at the end."""
+    """Steps between two measurements of held-out bits per byte; 0: only at the end."""
     per_device_train_batch_size: Execution[int] = Field(default=8, ge=1)
-    """Sequences that one process works on at once; the gradients of several such are added up to a global batch."""
+    """Sequences in one forward pass of one process; gradients are accumulated up to a global batch."""
     compile: Execution[Literal["auto", "on", "off"]] = "auto"
     """Whether torch compiles the model; `auto`: where the training is long enough to win the time back."""
     logging_steps: Execution[int] = Field(default=10, ge=1)
-    """Steps from one line of `metrics.jsonl` to the next."""
+    """Steps between two lines of `metrics.jsonl`."""
     report_to: Execution[list[str]] = Field(default_factory=list)
-    """Trackers of accelerate that are told as well, such as `tensorboard`; their files go to `logs/`."""
+    """Trackers of accelerate that are used too, such as `tensorboard`; their files go to `logs/`."""
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> "Settings":

@@ -1,4 +1,4 @@
-"""What two trainings of a proof have in common: their samples, their losses, their weights."""
+"""Compares the trainings of a proof: their samples, losses and weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,14 @@ those near zero as large as any step.
 
 @dataclass(frozen=True)
 class Ended:
-    """A training that came to its end."""
+    """A training that has ended."""
 
     out: Path
     resumed_from: int = 0
-    """The step that it went on from; 0 where it ran in one go."""
+    """The step from which it was resumed; 0 if it was not."""
 
     def rows(self) -> dict[int, dict[str, Any]]:
-        """What it logged of each step."""
+        """Its line of `metrics.jsonl` for each step."""
         found = files.read_json_lines(self.out / "metrics.jsonl")
         return {row["step"]: row for row in found if "samples" in row}
 
@@ -37,11 +37,11 @@ class Ended:
         return str(files.read_json(self.out / "training.json")["precision"])
 
     def weights(self, place: str = ".") -> dict[str, torch.Tensor]:
-        """Its weights by name, float32: the last ones, or those of a checkpoint."""
+        """Its weights by name, float32, at the end or at a checkpoint."""
         return dict(load_file(self.out / place / "model.safetensors"))
 
     def shown(self) -> dict[str, Any]:
-        """What a certificate tells of it."""
+        """Its part of the certificate's evidence."""
         return {
             "weights_sha256": files.sha256(self.out / "model.safetensors"),
             "samples": [row["samples"] for row in self.rows().values()],
@@ -58,14 +58,14 @@ def other_processes(processes: int) -> int | None:
 
 
 def same_bits(one: Ended, other: Ended) -> list[Check]:
-    """Checks that a continued training is the uninterrupted one."""
+    """Checks that a resumed training equals the uninterrupted one in every bit."""
     first, second = one.weights(), other.weights()
     names = first.keys() | second.keys()
     differing = sum(name not in first or name not in second or not first[name].equal(second[name]) for name in names)
     steps = one.rows().keys() | other.rows().keys()
     losses = sum(one.rows().get(step, {}).get("loss") != other.rows().get(step, {}).get("loss") for step in steps)
     return [
-        at_least("went on from a resume point (its step)", other.resumed_from, 1),
+        at_least("resumed from the point at step", other.resumed_from, 1),
         at_most("steps whose samples differ", _differing_samples(one, other), 0),
         at_most("steps whose loss differs in any bit", losses, 0),
         at_most("weight tensors that differ in any bit", differing, 0),
@@ -73,7 +73,7 @@ def same_bits(one: Ended, other: Ended) -> list[Check]:
 
 
 def same_within_rounding(one: Ended, other: Ended) -> list[Check]:
-    """Checks that a training at another number of processes is the same but for rounding."""
+    """Checks that a training with another number of processes differs by rounding only."""
     begun, first, second = one.weights("checkpoints/1"), one.weights(), other.weights()
     apart = _norm([second[name] - first[name] for name in first])
     moved = _norm([first[name] - begun[name] for name in first])

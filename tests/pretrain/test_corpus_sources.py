@@ -360,8 +360,8 @@ def test_the_same_file_twice_is_said(tmp_path):
     assert summary["duplicates"] == {"within_files": 2, "between_files": 35}
     assert metrics["duplicate_rows"] == 37
     assert notes(tmp_path)[1] == (
-        "37 documents repeat the text of another and are kept: 2 within a file, 30 of the 30 of data.jsonl.gz stand "
-        "in data.jsonl too, 5 of the 32 of more.jsonl stand in data.jsonl too"
+        "37 documents repeat the text of another and are kept: 2 within a file, 30 of the 30 of data.jsonl.gz are "
+        "in data.jsonl too, 5 of the 32 of more.jsonl are in data.jsonl too"
     )
 
 

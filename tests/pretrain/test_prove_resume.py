@@ -110,7 +110,7 @@ def test_another_sample_is_seen(ended):
 
 
 def test_a_training_that_began_anew_proves_nothing(ended):
-    assert failed(trials.same_bits(ended[0], ended[0])) == ["went on from a resume point (its step)"]
+    assert failed(trials.same_bits(ended[0], ended[0])) == ["resumed from the point at step"]
 
 
 def test_weights_that_went_elsewhere_are_seen(ended, trained):
