@@ -190,7 +190,7 @@ def _train(trainer: Trainer, meter: Meter, config: TrlConfig, context: Context) 
     point = newest_resume_point(context.out / "resume")
     context.rewind(point.step if point else 0)
     if point:
-        context.note(f"goes on from step {point.step}")
+        context.resumed(point.step)
     watch = Watch(trainer, config, context, lambda folder: publish(trainer, config, folder))
     if point:
         watch.totals.update(point.totals)

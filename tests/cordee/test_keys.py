@@ -6,7 +6,8 @@ import pytest
 from pydantic import Field
 
 from cordee import keys, stage
-from cordee.config import Config, Execution, Input, Library
+from cordee.config import Config, Execution, FunctionOf, Input, Library
+from cordee.errors import UserError
 
 
 class Lock(Config):
@@ -50,6 +51,23 @@ def test_a_key_has_its_type_limits_default_and_meaning():
         ("depths", "[int, float], default [1, 2.5]", "Least and most."),
         ("label", 'str, default ""', "What maps say."),
     ]
+
+
+def test_a_key_that_names_a_function_lists_the_functions_and_finds_the_nearest():
+    kinds = {key.name: key.kind for key in keys.of(stage.load("pretrain.train").config)}
+    assert kinds["loss"] == "cross_entropy | goldfish, default cross_entropy"
+    assert kinds["optimizer"] == "adamw | ademamix, default adamw"
+    assert kinds["schedule"] == "wsd | cosine, default wsd"
+
+    class Gate(Config):
+        way: Annotated[str, FunctionOf("cordee.cost")] = "training_flops"
+        """How it opens."""
+
+    assert Gate(way="training_bytes").way == "training_bytes"
+    with pytest.raises(UserError, match="way: no way 'training_byte'; did you mean 'training_bytes'"):
+        Gate(way="training_byte")
+    with pytest.raises(UserError, match="no way 'Cost'"):  # a class is no function
+        Gate(way="Cost")
 
 
 @pytest.mark.parametrize("uses", [uses for uses, _ in stage.find()])

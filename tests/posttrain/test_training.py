@@ -88,8 +88,8 @@ def test_a_run_that_was_killed_ends_in_the_same_files_and_metrics(
     kill_at(monkeypatch, step, config, context)
     metrics = sft.run(config, context)
     assert (content(context.out), metrics) == whole
-    notes = [row["text"] for row in files.read_json_lines(context.events) if row["event"] == "note"]
-    assert (f"goes on from step {step // 3 * 3}" in notes) == (step >= 3)
+    resumed = [row["step"] for row in files.read_json_lines(context.events) if row["event"] == "resumed"]
+    assert resumed == ([step // 3 * 3] if step >= 3 else [])
 
 
 def test_steps_that_are_asked_for_are_published_as_models(whole) -> None:
@@ -131,8 +131,8 @@ def test_a_damaged_resume_point_is_deleted_and_the_one_before_is_used(
         (context.out / "resume" / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
     metrics = sft.run(config, context)
     assert (content(context.out), metrics) == whole
-    notes = [row["text"] for row in files.read_json_lines(context.events) if row["event"] == "note"]
-    assert f"goes on from step {6 if damage == 'half written' else 3}" in notes
+    resumed = [row["step"] for row in files.read_json_lines(context.events) if row["event"] == "resumed"]
+    assert resumed[-1] == (6 if damage == "half written" else 3)
 
 
 def test_a_run_killed_after_its_last_step_takes_no_step_more(
@@ -309,5 +309,4 @@ def test_two_processes_that_were_stopped_go_on(model_folder: Path, data: Path, t
     stop.unlink()
     said = run()
     assert (context.out / "training.json").exists(), said[-2000:]
-    notes = [event.get("text", "") for event in files.read_json_lines(context.events)]
-    assert "goes on from step 1" in notes
+    assert [row["step"] for row in files.read_json_lines(context.events) if row["event"] == "resumed"] == [1]
