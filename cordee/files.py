@@ -99,17 +99,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def rows_of(lines: Iterable[bytes], path: Path) -> list[dict[str, Any]]:
     """The JSON objects in the first lines of a file, as `read_rows` has them."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    wrong: dict[int, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"line {number} is no JSON: {error}", file=path) from error
-        if not isinstance(row, dict):
-            raise UserError(f"line {number} is no JSON object", file=path)
-        rows.append(row)
+            wrong[number] = f"is no JSON: {error}"
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            wrong[number] = "is no JSON object"
+    if wrong:
+        first, *others = wrong
+        more = f"; so are {len(others)} more lines, next {', '.join(map(str, others[:2]))}" if others else ""
+        raise UserError(f"line {first} {wrong[first]}{more}", file=path)
     return rows
 
 

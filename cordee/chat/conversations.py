@@ -8,7 +8,8 @@ An answer that the template renders otherwise once more follows (Qwen3 drops ear
 whole chat. It is trained in a sequence of its own, which ends with it: that is how the model will be asked for it.
 """
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cordee.chat.templates import OTHERWISE, Template, common_length
 BATCH_ROWS = 1000
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
+Offsets = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -138,22 +140,36 @@ def first(file: Path, count: int, template: Template, limits: Limits) -> list[tu
 def _tokenize(
     batch: Sequence[tuple[Chat, Rendering]], template: Template, limits: Limits, problems: Problems, notes: Notes
 ) -> list[Conversation]:
-    encoded = template.encode([one.text for _, one in batch], return_offsets_mapping=True)
     prompts = iter(template.encode([part.prompt for _, one in batch for part in one.parts])["input_ids"])
     found = []
-    for (chat, one), ids, spans in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        own, offsets = [next(prompts) for _ in one.parts], np.array(spans)
+    for (chat, one), (ids, offsets, marked) in zip(batch, _encoded(batch, template), strict=True):
+        own = [next(prompts) for _ in one.parts]
         with problems.of(chat.number):
             limits.check(ids)
             answers = locate(one, ids, offsets, own, template.special_ids)
-            marked = template.marked(chat.messages[: one.messages], chat.options) if template.has_marks else None
-            has_loss = loss_mask(one, answers, offsets, None if marked is None else np.array(marked, bool))
+            has_loss = loss_mask(one, answers, offsets, marked)
             trained = tuple(answer for answer in answers if answer.trains)
             notes.apart += one.messages < len(chat.messages)
             notes.without_end += sum(answer.until == answer.end for answer in trained)
             notes.otherwise += sum(answer.first < len(asked) for answer, asked in zip(answers, own, strict=True))
             found.append(Conversation(chat.file, chat.number, one.messages, np.array(ids, np.int32), has_loss, trained))
     return found
+
+
+def _encoded(
+    batch: Sequence[tuple[Chat, Rendering]], template: Template
+) -> Iterator[tuple[list[int], Offsets, Mask | None]]:
+    """Of each rendering its token ids `[seq]`, their characters `[seq, 2]`, and what the template marks `[seq]`."""
+    if not template.has_marks:
+        whole = template.encode([one.text for _, one in batch], return_offsets_mapping=True)
+        for ids, offsets in zip(whole["input_ids"], whole["offset_mapping"], strict=True):
+            yield ids, np.array(offsets), None
+        return
+    for options, group in itertools.groupby(batch, key=lambda item: item[0].options):
+        part = template.encode_chats([chat.messages[: one.messages] for chat, one in group], options)
+        columns = (part[name] for name in ("input_ids", "offset_mapping", "assistant_masks"))
+        for ids, offsets, marked in zip(*columns, strict=True):
+            yield ids, np.array(offsets), np.array(marked, bool)
 
 
 def render(chat: Chat, template: Template) -> list[Rendering]:
@@ -200,7 +216,7 @@ def _prompt(chat: Chat, place: int, template: Template, whole: str) -> tuple[str
 def locate(
     rendering: Rendering,
     ids: Sequence[int],
-    offsets: npt.NDArray[np.int64],
+    offsets: Offsets,
     prompts: Sequence[Sequence[int]],
     special: frozenset[int],
 ) -> list[Answer]:
@@ -230,9 +246,7 @@ def locate(
     return answers
 
 
-def loss_mask(
-    rendering: Rendering, answers: Sequence[Answer], offsets: npt.NDArray[np.int64], marked: Mask | None
-) -> Mask:
+def loss_mask(rendering: Rendering, answers: Sequence[Answer], offsets: Offsets, marked: Mask | None) -> Mask:
     """`[seq]`: the tokens that carry loss: answers that train, with their end of turn.
 
     Raises:

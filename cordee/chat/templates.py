@@ -123,12 +123,16 @@ class Template:
         return special_tokens(self.tokenizer)
 
     def require_plain(self, texts: Iterable[str], where: str = "") -> None:
-        """See that no text spells out a special token.
+        """See that no text spells out a special token, or can't be encoded.
 
         Raises:
             BadRowError: one does.
         """
         for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise BadRowError("a text holds half of a surrogate pair, which is no character", where) from error
             if found := self.special.search(text):
                 raise BadRowError(f"a text spells out the special token {found.group()!r}", where)
 
@@ -160,8 +164,11 @@ class Template:
         begins (DeepSeek's with `<think>`).
         """
         prompt = self.text(before, options, add_generation_prompt=True)
-        if all(text.startswith(prompt) for text in whole) and not self.has_marks:
-            return prompt, len(prompt)
+        if all(text.startswith(prompt) for text in whole):
+            if not self.has_marks:
+                return prompt, len(prompt)
+            if prompt.endswith(self.generation_prompt):  # which marks may take in
+                return prompt, len(prompt) - len(self.generation_prompt)
         return prompt, self.end_in(prompt, self.text(before, options)) or len(prompt)
 
     def end_in(self, whole: str, beginning: str) -> int:
@@ -183,12 +190,12 @@ class Template:
         """Token ids of rendered texts, to which the tokenizer adds no special tokens: the template has written them."""
         return self.tokenizer(list(texts), add_special_tokens=False, **how)
 
-    def marked(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
-        """`[seq]`: 1 for each token that stands between the template's `{% generation %}` marks, else 0."""
+    def encode_chats(self, chats: Sequence[Sequence[Message]], options: Mapping[str, Any]) -> Any:
+        """Token ids of chats, with their offsets, and masks of what the template marks by `{% generation %}`."""
         how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        return list(self._apply(messages, options, **how)["assistant_masks"])
+        return self._apply(chats, options, tokenizer_kwargs={"return_offsets_mapping": True}, **how)
 
-    def _apply(self, messages: Sequence[Message], options: Mapping[str, Any], **how: Any) -> Any:
+    def _apply(self, messages: Sequence[Any], options: Mapping[str, Any], **how: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(list(messages), **options, **how)
         except Exception as error:  # a template raises jinja2's errors, and whatever its filters raise

@@ -51,7 +51,8 @@ def test_rows_without_a_problem_raise_nothing(tmp_path: Path) -> None:
     [
         ("a.jsonl", b"", "holds no rows"),
         ("a.jsonl", b'{"messages": [\n', "line 1 is no JSON"),
-        ("a.jsonl", b"[]\n", "line 1 is no JSON object"),
+        ("a.jsonl", b"[]\n", "line 1 is no JSON object$"),
+        ("a.jsonl", b"{}\n[]\n3\n{\n\n7\n", "line 2 is no JSON object; so are 3 more lines, next 3, 4$"),
         ("a.parquet", b"PAR1", "can't be read as Parquet"),
         ("a.csv", b"messages\n", r"is neither \.parquet nor \.jsonl"),
     ],

@@ -156,6 +156,7 @@ def test_arguments_as_json_text_are_what_they_spell() -> None:
         ("hello", "a message has no role"),
         ({"role": "user", "content": "a <s> b"}, "spells out the special token '<s>'"),
         ({"role": "user", "content": [{"type": "text", "text": "</s>"}]}, "spells out the special token '</s>'"),
+        ({"role": "user", "content": "a \ud83d b"}, "a text holds half of a surrogate pair"),
         ({"role": "assistant", "tool_calls": "add"}, "tool_calls is no list of calls"),
         (
             {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "a", "arguments": "{"}}]},
