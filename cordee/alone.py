@@ -16,11 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from cordee import attempt, config, events, files, hashes, lock, plan, recipe, runner, yaml12
-from cordee.artifact import Artifact, Store, Work
+from cordee.artifact import Artifact, Store
 from cordee.display import Display
 from cordee.errors import Fault
 from cordee.plan import Plan, Planned
 from cordee.stage import Context
+from cordee.work import Work
 
 WAIT_S = 600.0
 LAUNCH = (

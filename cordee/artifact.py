@@ -14,6 +14,7 @@ from pathlib import Path
 from cordee import files, hashes, manifest
 from cordee.errors import Fault, UserError, nearest
 from cordee.manifest import Manifest
+from cordee.work import Work
 
 REFERENCE = re.compile(r"(?P<recipe>[\w-]+)/(?P<folder>[\w-]+@\d+)(?:/(?P<place>.+))?")
 _FOLDER = re.compile(r"(?P<stage>[\w-]+)@(?P<version>\d+)(?P<partial>\.partial)?")
@@ -122,7 +123,7 @@ class Store:
             return None
         return self._read(self.root / recipe / folder), "/".join(filter(None, inside))
 
-    def work_folders(self, recipe: str, stage: str, fingerprint: str) -> "Work":
+    def work_folders(self, recipe: str, stage: str, fingerprint: str) -> Work:
         """Where a stage with this fingerprint is worked on.
 
         An interrupted attempt at the same fingerprint is continued. Otherwise it is the first number after the newest
@@ -138,7 +139,7 @@ class Store:
             number += 1
         return work
 
-    def attempts(self, recipe: str) -> list["Work"]:
+    def attempts(self, recipe: str) -> list[Work]:
         """The attempts at a recipe's stages that were begun and not published."""
         return [self._work(recipe, stage, version) for stage, version, partial, _ in self._folders(recipe) if partial]
 
@@ -156,7 +157,7 @@ class Store:
         """The lock that whoever works on a stage holds."""
         return self.root / recipe / f".{stage}.lock"
 
-    def _work(self, recipe: str, stage: str, version: int) -> "Work":
+    def _work(self, recipe: str, stage: str, version: int) -> Work:
         """The folders in which one version of a stage is worked on."""
         base = self.root / recipe
         return Work(base / f"{stage}@{version}.partial", base / "logs" / f"{stage}@{version}")
@@ -178,65 +179,6 @@ class Store:
         found = [(_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
         for match, path in sorted(((m, p) for m, p in found if m), key=lambda x: (x[0]["stage"], int(x[0]["version"]))):
             yield match["stage"], int(match["version"]), bool(match["partial"]), path
-
-
-@dataclass(frozen=True)
-class Work:
-    """The two folders of a stage that is being worked on."""
-
-    out: Path
-    """`<stage>@<n>.partial`: becomes the artifact."""
-    logs: Path
-    """`logs/<stage>@<n>`: log, events, job and result."""
-
-    @property
-    def job(self) -> Path:
-        """What the stage's process reads."""
-        return self.logs / "job.json"
-
-    @property
-    def events(self) -> Path:
-        """What its processes report while they run."""
-        return self.logs / "events.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """Standard output and error of its processes."""
-        return self.logs / "log.txt"
-
-    @property
-    def stop(self) -> Path:
-        """Exists when the stage was asked to stop."""
-        return self.logs / "stop"
-
-    @property
-    def result(self) -> Path:
-        """What the stage returned."""
-        return self.logs / "result.json"
-
-    @property
-    def version(self) -> int:
-        """The artifact's number."""
-        return int(self.logs.name.rpartition("@")[2])
-
-    @property
-    def stage(self) -> str:
-        """The stage's name."""
-        return self.logs.name.rpartition("@")[0]
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Of the attempt that was begun here and not published; None if there is none that could be continued."""
-        try:
-            job = files.read_json(self.job) if self.out.is_dir() else None
-        except Fault:
-            return None
-        found = job.get("fingerprint") if isinstance(job, dict) else None
-        return found if isinstance(found, str) else None
-
-    def has_files(self) -> bool:
-        """Whether an attempt has left a file."""
-        return any(not path.is_dir() for path in self.out.rglob("*"))
 
 
 def publish(work: Work, draft: Manifest) -> Artifact:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from cordee import artifact, config, events, files, hashes, identity, lock, manifest, provenance
-from cordee.artifact import Artifact, Damaged, Work
+from cordee.artifact import Artifact, Damaged
 from cordee.errors import Fault, UserError
 from cordee.manifest import Manifest
 from cordee.plan import Plan, Planned
+from cordee.work import Work
 
 
 @dataclass(frozen=True)

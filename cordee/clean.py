@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cordee import lock, plan, prove, recipe
-from cordee.artifact import Artifact, Damaged, Store, Work
+from cordee.artifact import Artifact, Damaged, Store
 from cordee.errors import CordeeError
 from cordee.recipe import Recipe
+from cordee.work import Work
 
 UNUSED_CACHE_S = 30 * 24 * 3600.0
 """A cached file that was not read or written for so long is deleted."""

@@ -13,11 +13,12 @@ import yaml
 from rich.console import Console
 
 from cordee import attempt, events, files, launchers
-from cordee.artifact import Artifact, Work
+from cordee.artifact import Artifact
 from cordee.display import Display, duration
 from cordee.errors import CordeeError, Fault, Stopped, UserError
 from cordee.launchers import Job, command, local
 from cordee.plan import Plan, Planned, in_recipe
+from cordee.work import Work
 
 POLL_S = 0.2
 STOP_GRACE_S = 90.0

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cordee import events, files, launchers
-from cordee.artifact import Work
 from cordee.config import Config
 from cordee.errors import Fault
 from cordee.launchers import Job, command, local
 from cordee.stage import Context
+from cordee.work import Work
 
 POLL_S = 0.01
 

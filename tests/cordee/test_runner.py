@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from cordee import events, lock, runner
-from cordee.artifact import Work
 from cordee.display import Display
 from cordee.launchers import RUNNER, Job
+from cordee.work import Work
 
 MAIN = "from cordee.cli import main; main()"
 
