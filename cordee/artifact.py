@@ -243,5 +243,5 @@ def verify(artifact: Artifact, place: str = "") -> Iterator[str]:
 
 
 def _is_below(path: str, place: str) -> bool:
-    """Whether a file is the place itself or stands below it."""
+    """Whether a file is the place itself or below it."""
     return not place or path == place or path.startswith(f"{place}/")

@@ -230,9 +230,7 @@ def _target(value: Input, planned: dict[str, Planned], store: Store, kept: Kept,
     if text.startswith("$"):
         name, _, inside = text[1:].partition("/")
         if name not in planned:
-            raise UserError(
-                f"{text} is no single artifact", file=file, key=key, hint="it can stand in a list of inputs"
-            )
+            raise UserError(f"{text} is no single artifact", file=file, key=key, hint="use it in a list of inputs")
         stage = planned[name]
         path = stage.artifact.at(inside, file=file, key=key) if stage.artifact else None
         return Target(f"artifact {stage.fingerprint}/{inside}".rstrip("/"), name, stage.artifact, path, inside)
@@ -249,7 +247,7 @@ def _target(value: Input, planned: dict[str, Planned], store: Store, kept: Kept,
 
 
 def _in_artifact(found: Artifact | Damaged, inside: str, *, file: object, key: str) -> Target:
-    """A place in an artifact that was named by itself, not as a stage of this recipe."""
+    """A place in an artifact that was named directly, not as a stage of this recipe."""
     if isinstance(found, Damaged):
         raise found.fault(file=file, key=key)
     path = found.at(inside, file=file, key=key)

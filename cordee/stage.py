@@ -70,7 +70,7 @@ class Context:
             events.append(self.events, "note", text=text)
 
     def resumed(self, step: int) -> None:
-        """Say that a training goes on from the state that was saved at `step`."""
+        """Report that a training resumes from the resume point of `step`."""
         if self.is_main:
             events.append(self.events, "resumed", step=step, text=f"goes on from step {step}")
 

@@ -1,4 +1,4 @@
-"""Chats in tokens, and where loss stands in them.
+"""Chats in tokens, and which tokens carry loss.
 
 Each answer is found by rendering the chat up to it: its first token is the first after the generation prompt, its
 last the end-of-turn token. Where the template marks answers with `{% generation %}`, the marks say which tokens carry
@@ -204,7 +204,7 @@ def render(chat: Chat, template: Template) -> list[Rendering]:
 
 
 def _prompt(chat: Chat, place: int, template: Template, whole: str) -> tuple[str, int]:
-    """What asks for an answer, and how much of it has to stand in the whole text."""
+    """The generation prompt, and how much of it the whole text has to contain."""
     if place:
         return template.prompt(chat.messages[:place], chat.options, [whole])
     start = whole.find(template.generation_prompt)  # transformers renders no chat without a message

@@ -101,7 +101,7 @@ def pair(record: Record, template: Template, ignore: Collection[str] = ()) -> Pa
             if message["role"] == "assistant":
                 _require_answer(message, f"{column}, message {place}")
         if side[: len(prompt)] == prompt:
-            raise BadRowError(f"{column} begins with the prompt, which would stand there twice", hint="take it out")
+            raise BadRowError(f"{column} begins with the prompt, which would then be there twice", hint="take it out")
         if False in flags:
             raise BadRowError(f"{column} is marked `train: false`, and a pair is compared as a whole")
         sides.append(side)
@@ -172,7 +172,7 @@ def _options(record: Record, template: Template, ignore: Collection[str], used: 
 
 
 def _mappings(value: Any, name: str, template: Template) -> list[dict[str, Any]]:
-    """Tools or documents: a list of mappings, each of which may stand there as JSON text.
+    """Tools or documents: a list of mappings, each of which may be JSON text.
 
     Raises:
         BadRowError: it is anything else, or the template does not read it.
@@ -286,7 +286,7 @@ def _require_read(
 
 
 def _from_text(value: Any, name: str, where: str = "") -> Any:
-    """A value that may stand there as JSON text."""
+    """A value that may be JSON text."""
     if not isinstance(value, str):
         return value
     try:

@@ -158,7 +158,7 @@ class Template:
         return str(self._apply(messages, options, tokenize=False, **how))
 
     def prompt(self, before: Sequence[Message], options: Mapping[str, Any], whole: Sequence[str]) -> tuple[str, int]:
-        """What asks for an answer after these messages, and how much of it has to stand in the whole texts.
+        """The generation prompt after these messages, and how much of it the whole texts have to contain.
 
         That is all of it, or all but its generation prompt: some templates end a prompt in another way than an answer
         begins (DeepSeek's with `<think>`).

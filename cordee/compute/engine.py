@@ -45,7 +45,7 @@ def choose(asked: str) -> str:
 
 
 def describe(name: str) -> dict[str, str]:
-    """The engine's name, version and device, as they stand beside every result."""
+    """The engine's name, version and device, as recorded with every result."""
     return {
         "name": name,
         "version": _version("vllm" if name == "vllm" else "transformers"),

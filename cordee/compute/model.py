@@ -71,7 +71,7 @@ def save_model(
     generation too.
     A folder that is not there yet appears at once and whole. In one that is (an artifact's own), each file appears
     whole, and `config.json`, without which no reader takes the folder for a model, goes first and comes last.
-    `state_dict` stands for the model's own where weights were gathered from shards.
+    `state_dict` replaces the model's own where weights were gathered from shards.
     """
     fresh = not folder.exists()
     beside = folder.with_name(f".{folder.name}.saving") if fresh else folder / ".saving"

@@ -118,7 +118,7 @@ def _auto(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _identity(folder: Path) -> tuple[Path, str]:
-    """Stands for a folder and the content of all its files that say how a tokenizer is opened."""
+    """A key for a folder and the content of all its files that determine how a tokenizer is opened."""
     digest = hashlib.sha256()
     for name in (*files.TOKENIZER_FILES, "config.json"):
         content = (folder / name).read_bytes() if (folder / name).is_file() else b""
@@ -130,7 +130,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
     """Where `AutoTokenizer` may open the tokenizer from: its folder; a copy that names the plain class; that one alone.
 
     In the copy, added tokens are as `tokenizer.json` has them, which `tokenizer_config.json` can overrule. For a few
-    types of models transformers takes a class of its own, whatever is named: then no config stands beside it.
+    model types transformers uses its own class, whatever is named: the last copy has no config.json.
     """
     yield folder
     kept = tempfile.TemporaryDirectory(prefix="cordee-tokenizer-")

@@ -9,7 +9,7 @@ from cordee.config import AccelerateConfig, Config, Launch
 
 
 def of_stage(uses: str, config: Config, job_file: Path) -> tuple[str, ...]:
-    """The argument vector for a stage whose job stands in `job_file`."""
+    """The argument vector for a stage whose job is in `job_file`."""
     module = ("-m", uses, "--job", str(job_file))
     if not (isinstance(config, AccelerateConfig) and config.is_launched):
         return (sys.executable, *module)

@@ -43,7 +43,7 @@ class Encoder:
 
 
 def load(folder: Path) -> Encoder:
-    """The tokenizer of a folder, as training and evaluation open it; without a bos token, eos stands in its place.
+    """The tokenizer of a folder, as training and evaluation open it; without a bos token, eos replaces it.
 
     Raises:
         UserError: the folder holds no tokenizer, its tokenizer names no eos token, or one that `tokenizer.json` lacks.
@@ -71,7 +71,7 @@ def load(folder: Path) -> Encoder:
 
 
 def bytes_per_token(folder: Path, file: Path) -> float:
-    """Bytes of UTF-8 that a token stands for, over the documents of a file."""
+    """UTF-8 bytes per token, over the documents of a file."""
     encoder = load(folder)
     text_bytes = tokens = 0
     for batch in batches(documents(file, key="corpus")):

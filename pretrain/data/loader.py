@@ -3,7 +3,7 @@
 A *piece* is a document, or a part of one that is longer than a row. Pieces are packed into rows by best fit,
 longest first (Ding et al. 2024, arXiv 2404.10830): hardly any padding, and no document is cut that fits a row.
 Which *lengths* share a row follows from the lengths alone, so every epoch has the same number of rows, and row
-`k` of the endless stream is found without going through those before it. Which *pieces* stand there is drawn anew
+`k` of the endless stream is found without going through those before it. Which *pieces* it holds is drawn anew
 each epoch from (seed, source, epoch). Attention and loss stay within a piece, so it does not matter with whom it
 shares a row.
 """

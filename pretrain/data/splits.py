@@ -1,4 +1,4 @@
-"""One side of a corpus as it is written: its documents in Parquet, and what there is of each language and licence."""
+"""Writes one split of a corpus as Parquet, and counts its languages and licences."""
 
 import time
 from collections import Counter
