@@ -74,8 +74,8 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 def _model_fields(model: Path) -> dict[str, Any]:
     """The fields of a model's config; none where it does not exist yet."""
     if (model / "config.json").is_file():
-        fields = dict(files.read_json(model / "config.json"))
-        return fields | fields.get("text_config", {})
+        config: dict[str, Any] = files.read_json(model / "config.json")
+        return {**config, **config.get("text_config", {})}
     fields = yaml12.read(model, key="model") if model.is_file() else {}
     for name in ("vocab_size", *SHAPE):
         value = fields.get(name, 1)

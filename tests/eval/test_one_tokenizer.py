@@ -20,6 +20,10 @@ CHATS = [
 ]
 
 
+def encode(tokenizer):
+    return [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"] for chat in CHATS]
+
+
 @pytest.fixture
 def misnamed(checkpoints, tmp_path):
     """A byte-level tokenizer that names the class of another kind."""
@@ -32,26 +36,28 @@ def misnamed(checkpoints, tmp_path):
 def test_lm_eval_sends_what_training_saw(misnamed, checkpoints, tmp_path):
     from lm_eval.models.huggingface import HFLM
 
-    trained = parity.encode(open_tokenizer(misnamed), CHATS, 500, tmp_path)
-    assert trained == parity.encode(open_tokenizer(checkpoints["first"]), CHATS, 500, tmp_path)
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    chats, trained = parity.read(file, len(CHATS), misnamed, 500)
+    assert trained == encode(open_tokenizer(checkpoints["first"]))
     model = open_model(misnamed, dtype=torch.float32)
     by_itself, given = (
         HFLM(pretrained=model, tokenizer=str(folder), add_bos_token=False)
         for folder in (misnamed, tokenizer_folder(misnamed))
     )
     ends = stop_token_ids(misnamed)
-    assert parity.otherwise_in_lm_eval(by_itself, CHATS, trained, ends) == len(CHATS)
-    assert parity.otherwise_in_lm_eval(given, CHATS, trained, ends) == 0
+    assert parity.otherwise_in_lm_eval(by_itself, chats, trained, ends) == len(CHATS)
+    assert parity.otherwise_in_lm_eval(given, chats, trained, ends) == 0
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
-def test_vllm_encodes_what_training_saw(misnamed, tmp_path):
+def test_vllm_encodes_what_training_saw(misnamed):
     from cordee.compute import engine
 
     engine.prepare()
     from vllm.tokenizers import get_tokenizer
 
-    trained = parity.encode(open_tokenizer(misnamed), CHATS, 500, tmp_path)
+    trained = encode(open_tokenizer(misnamed))
     place = engine.settings(misnamed, 64, 0)["tokenizer"]
-    assert parity.encode(get_tokenizer(str(misnamed)), CHATS, 500, tmp_path) != trained
-    assert parity.encode(get_tokenizer(place), CHATS, 500, tmp_path) == trained
+    assert encode(get_tokenizer(str(misnamed))) != trained
+    assert encode(get_tokenizer(place)) == trained
