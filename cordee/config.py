@@ -7,11 +7,13 @@ Marks carry the meaning that a plan needs:
 - `Execution[T]`: says only how to execute (processes, micro-batch, logging); no part of the identity.
 - `FunctionOf("pretrain.training.losses")`: the name of a function of that module, read from its source.
 - `Library("trl.SFTConfig", owned=...)`: a mapping that is handed through to a library's own dataclass and
-  checked against the fields of the installed version; `owned` are those that the stage sets itself.
+  checked against the fields of the installed version; `owned` names those that the stage sets itself, each with the
+  key to write instead.
 - `Precision`, `Engine`: `auto` becomes what this machine computes with when the config is read, so that two machines
   that compute differently have two identities.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
@@ -63,7 +65,7 @@ class Library:
     """Names the dataclass (`package.Class`) whose fields a mapping may hold, less those that the stage owns."""
 
     dataclass_name: str
-    owned: tuple[str, ...] = ()
+    owned: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,12 @@ class AccelerateConfig(Config):
 
 
 class TrainingConfig(AccelerateConfig):
-    """Base of the stages that train: what is published on the way, and what a kill can cost."""
+    """Base of the stages that train: how torch computes, what is published on the way, and what a kill can cost."""
 
+    compile: Execution[Literal["auto", "on", "off"]] = "auto"
+    """Whether torch compiles the model; `auto`: where the training is long enough to win the time back."""
+    deterministic: bool = True
+    """Whether torch may run only algorithms that give the same bits twice; without it no resume is exact."""
     save_steps: int | list[int] = Field(default_factory=list)
     """Steps whose model or adapter is published under `checkpoints/<step>/`, from 1 to the last: a list, or an
     interval."""

@@ -151,14 +151,13 @@ def validate(model: type[Config], values: dict[str, Any], file: object, key: str
 
 
 def _check_library_key(
-    name: str, value: Any, known: Mapping[str, Any], owned: tuple[str, ...], place: tuple[object, str]
+    name: str, value: Any, known: Mapping[str, Any], owned: Mapping[str, str], place: tuple[object, str]
 ) -> None:
     """Check one key that is passed to a library's own dataclass."""
     file, key = place
     if name in owned:
-        raise UserError(
-            "the stage sets this itself", file=file, key=key, hint="leave it out, or use the stage's own key"
-        )
+        instead = owned[name] and f", or write {owned[name]}"
+        raise UserError("the stage sets this itself", file=file, key=key, hint=f"leave it out{instead}")
     if name not in known:
         raise UserError("unknown key", file=file, key=key, hint=nearest(name, set(known) - set(owned)))
     try:  # strictly, since the library is given the value as it stands; as JSON, in which a list may be a tuple

@@ -103,9 +103,9 @@ class StartsAtReference(TrainerCallback):  # type: ignore[misc] # transformers h
     without effect), and everything after would be measured from there.
     """
 
-    def __init__(self, settings: DPOConfig) -> None:
-        # Log-probabilities computed beforehand come from other batches, whose sums bfloat16 rounds differently.
-        self.tolerance = 0.05 if settings.precompute_ref_log_probs and settings.bf16 else 1e-3
+    def __init__(self, settings: DPOConfig, tolerance: float) -> None:
+        """Expect the figures of these settings, to an absolute tolerance: bfloat16 rounds other batches otherwise."""
+        self.tolerance = tolerance
         plain = settings.loss_type == ["sigmoid"] and not settings.use_weighting and not settings.loss_weights
         self.expected = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0}
         if plain:

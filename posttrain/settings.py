@@ -15,35 +15,42 @@ BYTES_PER_TOKEN = 3.0
 """Bytes of a chat in a token, where only a guess is possible: before it is read."""
 IGNORED = -100
 """The label of a token without loss."""
-OWNED = (
-    # where, how often, and who is told: the stage's own keys, the artifact and its metrics.jsonl
-    *("output_dir", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
-    *("logging_strategy", "logging_steps", "logging_nan_inf_filter", "log_on_each_node", "disable_tqdm", "report_to"),
-    *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    *(
-        "push_to_hub",
-        "hub_token",
-        "hub_private_repo",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_always_push",
-        "hub_revision",
+OWNED = {
+    **dict.fromkeys(
+        (
+            # where, how often, and who is told: the artifact and its metrics.jsonl
+            *("output_dir", "save_strategy", "save_total_limit", "save_only_model", "save_on_each_node"),
+            *("logging_strategy", "logging_nan_inf_filter", "log_on_each_node", "disable_tqdm", "report_to"),
+            *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+            *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+            *("hub_revision", "auto_find_batch_size", "average_tokens_across_devices"),
+            # resuming and evaluating: the stage's, and other stages'
+            *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
+            *("enable_jit_checkpoint", "do_train", "do_eval", "do_predict", "eval_strategy", "eval_on_start"),
+            "load_best_model_at_end",
+            # what the data and its masks rest on
+            *("remove_unused_columns", "trust_remote_code", "chat_template_path", "eos_token", "pad_token"),
+        ),
+        "",
     ),
-    # the batch and the seed: the stage's own keys
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "seed", "data_seed"),
-    "average_tokens_across_devices",
-    # resuming and evaluating: the stage's, and other stages'
-    *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint", "enable_jit_checkpoint"),
-    *("do_train", "do_eval", "do_predict", "eval_strategy", "eval_on_start", "load_best_model_at_end"),
-    # devices: `launch:` and its accelerate configuration
-    *("use_cpu", "local_rank", "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"),
-    # what the data and its masks rest on
-    *("remove_unused_columns", "trust_remote_code", "chat_template_path", "eos_token", "pad_token"),
-)
-"""Fields of `transformers.TrainingArguments` and of TRL's configs that no recipe sets under `trainer:`."""
-LORA_OWNED = (
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"),
-    *("base_model_name_or_path", "revision", "runtime_config"),
+    **dict.fromkeys(("use_cpu", "local_rank", "fsdp", "fsdp_config", "deepspeed"), "launch.config_file"),
+    **dict.fromkeys(("parallelism_config", "accelerator_config"), "launch.config_file"),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "the stage's `compile`"),
+    **dict.fromkeys(("seed", "data_seed"), "the recipe's `seed`"),
+    "full_determinism": "the stage's `deterministic`",
+    "gradient_accumulation_steps": "the stage's `global_batch_size`",
+    "per_device_train_batch_size": "the stage's `per_device_train_batch_size`",
+    "logging_steps": "the stage's `logging_steps`",
+    "save_steps": "the stage's `save_steps` for models, `resume_steps` for resume points",
+}
+"""Fields of `transformers.TrainingArguments` and of TRL's configs that no recipe sets under `trainer:`, each with the
+key to write instead."""
+LORA_OWNED = dict.fromkeys(
+    (
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"),
+        *("base_model_name_or_path", "revision", "runtime_config"),
+    ),
+    "",
 )
 """Fields of `peft.LoraConfig` that no recipe sets under `lora:`."""
 

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CHECKED_BATCHES = 64
-SFT_OWNED = (
-    *OWNED,
-    *("assistant_only_loss", "completion_only_loss", "dataset_text_field", "dataset_kwargs", "dataset_num_proc"),
-    *("packing_strategy", "padding_free", "truncation_mode", "eval_packing"),
-)
+SFT_OWNED = {
+    **OWNED,
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "dataset_text_field", "dataset_kwargs"), ""),
+    **dict.fromkeys(("dataset_num_proc", "packing_strategy", "padding_free", "truncation_mode", "eval_packing"), ""),
+}
 """Besides: what is trained on, and how chats are packed whole (best-fit decreasing)."""
 
 
@@ -84,9 +84,15 @@ def build(config: Config, context: Context) -> "tuple[Trainer, Meter]":
     check_batches(trainer, chats)
     tokens, with_loss = sum(len(chat.ids) for chat in chats), sum(int(chat.has_loss.sum()) for chat in chats)
     context.note(f"{len(chats)} chats, {tokens} tokens, {with_loss / tokens:.1%} of them with loss")
-    return trainer, Meter(
-        counts, len(chats), trainer.args.max_length, metrics={"packed_rows": len(trainer.train_dataset)}
+    meter = Meter(
+        counts,
+        rows=len(chats),
+        tokens=tokens,
+        sequence_length=trainer.args.max_length,
+        varying_shapes=not isinstance(trainer.data_collator, PackedRows),
+        metrics={"packed_rows": len(trainer.train_dataset)},
     )
+    return trainer, meter
 
 
 def open_trainer(config: Config, context: Context) -> "tuple[Trainer, list[Conversation]]":
@@ -113,7 +119,9 @@ def open_trainer(config: Config, context: Context) -> "tuple[Trainer, list[Conve
         SFTTrainer, config, model, arguments, train_dataset=dataset(chats), processing_class=tokenizer
     )
     if arguments.packing and "flash" not in model.config._attn_implementation:  # noqa: SLF001 - there is no public name
-        trainer.data_collator = PackedRows(tokenizer.pad_token_id, arguments.max_length)
+        trainer.data_collator = PackedRows(
+            tokenizer.pad_token_id, config.per_device_train_batch_size, arguments.max_length
+        )
     return trainer, chats
 
 
@@ -145,17 +153,19 @@ class PackedRows:
     """Collates packed rows without flattening them: attention costs rows · length² instead of (rows · length)².
 
     There is no attention mask in the batch: transformers builds the block-diagonal one from `position_ids`, which
-    start again at 0 with each chat. The shape is always the same, so a compiled model is compiled once.
+    start again at 0 with each chat. The shape is always the same (the last batch of an epoch is filled up with rows of
+    padding), so a compiled model is compiled once.
     """
 
     pad_token_id: int
+    rows: int
     length: int
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> "dict[str, torch.Tensor]":
         """Tensors `[rows, length]`: `input_ids`, `labels` (-100: no loss) and `position_ids`."""
         import torch
 
-        shape = len(examples), self.length
+        shape = self.rows, self.length
         ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)
         positions = torch.zeros(shape, dtype=torch.long)

@@ -27,6 +27,7 @@ from cordee.cost import training_flops
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain import adapters
+from posttrain.compiling import compile_trainer, is_compiled
 from posttrain.settings import TrlConfig, passes
 from posttrain.watch import Watch, newest_resume_point
 
@@ -42,10 +43,14 @@ class Meter:
     """From a batch as the collator made it to its number of `tokens` without padding, and what else is counted."""
     rows: int
     """Rows of the data: chats, or preference pairs."""
+    tokens: int
+    """Tokens of one pass over the data."""
     sequence_length: int
     """Tokens in a sequence, for the FLOPs of attention."""
     has_reference: bool = False
     """Whether a frozen reference model reads each token as well."""
+    varying_shapes: bool = True
+    """Whether batches have different shapes, which takes longer to compile."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Further metrics of the stage."""
 
@@ -63,13 +68,14 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
         UserError: the library refuses a value, or `accelerate launch` was told what is the stage's own.
         Fault: other processes run than were asked for.
     """
-    _set_up_libraries()
+    _set_up_libraries(config)
     device.require_own_precision(config.launch)
     given: dict[str, Any] = dict(config.trainer)
     given.pop("model_init_kwargs", None)
     at_once = config.per_device_train_batch_size * config.launch.num_processes
     settings = {
         "gradient_checkpointing": False,
+        "ddp_find_unused_parameters": False,  # a search through the graph each step
         **given,
         "output_dir": str(context.out / "resume"),
         "seed": context.seed,
@@ -96,13 +102,13 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context, **ours
     return cast("Arguments", made)
 
 
-def _set_up_libraries() -> None:
+def _set_up_libraries(config: TrlConfig) -> None:
     """Same bits twice; no progress bars beside our own; on a CPU, too, only positions with loss go through the LM head.
 
-    TRL leaves the masked positions out only where Triton runs, since their number changes from batch to batch. On a
-    CPU that costs nothing, and with short answers the head is most of a small model's work.
+    TRL leaves the masked positions out only where Triton runs, since their number changes from batch to batch and a
+    compiled head would be compiled again. Here the head is never compiled (`posttrain.compiling`).
     """
-    device.require_determinism()
+    device.set_determinism(deterministic=config.deterministic)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -191,7 +197,13 @@ def _train(trainer: Trainer, meter: Meter, config: TrlConfig, context: Context) 
     context.rewind(point.step if point else 0)
     if point:
         context.resumed(point.step)
-    watch = Watch(trainer, config, context, lambda folder: publish(trainer, config, folder))
+
+    def begin(steps: int) -> None:
+        tokens = meter.tokens * steps * config.global_batch_size / len(trainer.train_dataset)
+        work = _flops(trainer, meter, config, tokens)
+        compile_trainer(trainer, config, context, work, varying_shapes=meter.varying_shapes)
+
+    watch = Watch(trainer, config, context, begin, lambda folder: publish(trainer, config, folder))
     if point:
         watch.totals.update(point.totals)
     take_step = trainer.training_step
@@ -239,19 +251,27 @@ def _metrics(trainer: Trainer, meter: Meter, config: TrlConfig, watch: Watch) ->
     """What the manifest says of a training that has ended."""
     state, model = trainer.state, trainer.accelerator.unwrap_model(trainer.model)
     last: dict[str, float] = next((row for row in reversed(state.log_history) if "loss" in row), {})
-    shape = model.config.get_text_config()
-    parameters = sum(weights.numel() for weights in model.parameters())
-    work = training_flops(
-        parameters, watch.totals["tokens"], shape.num_hidden_layers, shape.hidden_size, meter.sequence_length
-    )
     return {
         **{name: float(value) for name, value in last.items() if name not in ("step", "num_tokens")},
         **watch.totals,
         "steps": state.global_step,
         "rows": meter.rows,
-        "flops": passes(config, has_reference=meter.has_reference) * work,
-        "parameters": parameters,
-        "vocab_size": shape.vocab_size,
+        "flops": _flops(trainer, meter, config, watch.totals["tokens"]),
+        "parameters": _parameters(model),
+        "vocab_size": model.config.get_text_config().vocab_size,
         "num_processes": trainer.accelerator.num_processes,
+        "compiled": is_compiled(trainer),
         **meter.metrics,
     }
+
+
+def _flops(trainer: Trainer, meter: Meter, config: TrlConfig, tokens: float) -> float:
+    """FLOPs to train on so many tokens."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    shape = model.config.get_text_config()
+    work = training_flops(_parameters(model), tokens, shape.num_hidden_layers, shape.hidden_size, meter.sequence_length)
+    return passes(config, has_reference=meter.has_reference) * work
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(weights.numel() for weights in model.parameters())

@@ -68,14 +68,23 @@ def _is_whole(checkpoint: Path) -> bool:
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers has no types for mypy
     """Reports progress and metrics, publishes checkpoints, marks resume points, and stops where asked to."""
 
-    def __init__(self, trainer: Trainer, config: TrlConfig, context: Context, publish: Callable[[Path], None]) -> None:
-        self.trainer, self.config, self.context, self.publish = trainer, config, context, publish
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: TrlConfig,
+        context: Context,
+        begin: Callable[[int], None],
+        publish: Callable[[Path], None],
+    ) -> None:
+        """Watch a trainer; `begin` is told the number of steps before the first, `publish` writes a model's folder."""
+        self.trainer, self.config, self.context = trainer, config, context
+        self.begin, self.publish = begin, publish
         self.stopping = False
         self.totals: Counter[str] = Counter()
         """Tokens and what else is counted, from the first step on, over all processes."""
         self._since_step: dict[str, torch.Tensor] = {}
         self._began: tuple[float, int] | None = None
-        """When this attempt's first step had ended (compiling is over by then), and the tokens up to there."""
+        """When this attempt's first step had ended, and the tokens up to there."""
         self._told_s = 0.0
         self._figures: dict[str, float] = {}
 
@@ -89,6 +98,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers has no types 
         self.config.require_steps(state.max_steps)
         wrapped = getattr(self.trainer.model_wrapped, "_orig_mod", self.trainer.model_wrapped)
         device.require_wrapped(wrapped, self.trainer.accelerator.num_processes, self.config.launch)
+        self.begin(state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the step, publish its checkpoint, report progress at most once a second, and stop where asked to."""

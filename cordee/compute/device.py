@@ -4,17 +4,21 @@
 runs DDP; a tracker that is not installed is left out; a model can stay unwrapped. Each is an error here.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 import yaml
 from accelerate import Accelerator
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,14 +44,17 @@ def default() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def require_determinism() -> None:
-    """Let torch run only what gives the same bits twice; to be called before anything is computed.
+def set_determinism(*, deterministic: bool) -> None:
+    """Let torch run only what gives the same bits twice, or what it likes; to be called before anything is computed.
 
     A resume can't be exact otherwise: a compiled embedding's gradient, say, is added up in whatever order threads come.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has to be told beforehand
-    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers reads it for its flash attention
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has to be told beforehand
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers reads it for its flash attention
+        # It would fill every new tensor with NaN, to show code that reads what it has not written: 10 % of a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def require_own_precision(launch: Launch) -> None:
@@ -62,7 +69,11 @@ def require_own_precision(launch: Launch) -> None:
 
 
 def open_accelerator(
-    launch: Launch, *, report_to: list[str] | None = None, logging_dir: Path | None = None
+    launch: Launch,
+    *,
+    deterministic: bool = True,
+    report_to: list[str] | None = None,
+    logging_dir: Path | None = None,
 ) -> Accelerator:
     """The accelerator that `launch` asks for; precision and compilation are the stage's own.
 
@@ -70,7 +81,7 @@ def open_accelerator(
         UserError: the configuration sets what is the stage's, or a tracker is not installed.
         Fault: what runs is not what was asked for.
     """
-    require_determinism()
+    set_determinism(deterministic=deterministic)
     require_own_precision(launch)
     accelerator = Accelerator(
         cpu=_asked(launch).cpu,
@@ -144,6 +155,34 @@ def resolve_compile(asked: str, flops: float, device: torch.device) -> tuple[boo
         return False, f"this machine has no {needed.removeprefix('a ')}"
     pays = flops >= COMPILING_PAYS_FLOPS.get(device.type, float("inf"))
     return pays, f"{flops:.1e} FLOPs of training {'pay' if pays else 'do not pay'} for it"
+
+
+def compile_module(module: nn.Module, *, dynamic: bool) -> None:
+    """Have a module compiled where it stands, at its first call; what is compiled is kept in torch's cache.
+
+    That cache leaves out graphs that switch autocast, as rotary embeddings do in transformers, though its key holds the
+    state of autocast: without these marks a second start compiles again for seconds.
+    """
+    for name in ("_enter_autocast", "_exit_autocast"):
+        inductor.unsafe_marked_cacheable_functions[f"torch.amp.autocast_mode.{name}"] = "1"
+    module.compile(dynamic=dynamic)
+
+
+@contextlib.contextmanager
+def first_pass() -> Iterator[None]:
+    """Around the first forward and backward pass of a training, which compiles it.
+
+    Raises:
+        Fault: a batch does not fit into the device's memory, or the model can't be compiled.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        key = "per_device_train_batch_size"
+        hint = "lower it: the result does not depend on it"
+        raise Fault("a batch does not fit into the device's memory", key=key, hint=hint) from error
+    except TorchDynamoException as error:
+        raise Fault(f"the model can't be compiled: {error}", key="compile", hint='say "off"') from error
 
 
 def _asked(launch: Launch) -> Asked:

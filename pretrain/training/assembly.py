@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from torch._dynamo.exc import TorchDynamoException
 
 from cordee import files
 from cordee.compute import device, resume
@@ -46,7 +45,12 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     launch, tokens = settings.launch, data.folders[0]
-    accelerator = device.open_accelerator(launch, report_to=settings.report_to, logging_dir=context.out / "logs")
+    accelerator = device.open_accelerator(
+        launch,
+        deterministic=settings.deterministic,
+        report_to=settings.report_to,
+        logging_dir=context.out / "logs",
+    )
     mixture, heldout = _open_data(data, settings.sequence_length, context.seed)
     built = build(model, tokens, settings.sequence_length, context.seed)
     rows = built.get_input_embeddings().weight.shape[0]
@@ -69,7 +73,7 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
         settings.compile, _flops(training, _planned_tokens(settings)), accelerator.device
     )
     if compiled:
-        objective.compile(dynamic=False)
+        device.compile_module(objective, dynamic=False)
     context.note(f"computes in {settings.precision}; {'compiled' if compiled else 'not compiled'}: {why}")
     if settings.report_to:
         accelerator.init_trackers("pretrain")
@@ -121,15 +125,8 @@ def dry_run(training: Training) -> None:
         Fault: it does not fit into the device's memory, or can't be compiled.
     """
     began = time.perf_counter()
-    try:
+    with device.first_pass():
         loop.first_batch(training)
-    except torch.OutOfMemoryError as error:
-        hint = "lower per_device_train_batch_size: the result does not depend on it"
-        raise Fault(
-            "a batch does not fit into the device's memory", key="per_device_train_batch_size", hint=hint
-        ) from error
-    except TorchDynamoException as error:
-        raise Fault(f"the model can't be compiled: {error}", key="compile", hint='say "off"') from error
     training.optimizer.zero_grad()
     if training.objective.is_compiled:
         training.context.note(f"compiled in {time.perf_counter() - began:.0f} s")

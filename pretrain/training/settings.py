@@ -1,6 +1,6 @@
 """How a training runs: the keys of `pretrain.train` that its loop reads."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -55,8 +55,6 @@ class Settings(TrainingConfig):
     """Steps between two measurements of held-out bits per byte; 0: only at the end."""
     per_device_train_batch_size: Execution[int] = Field(default=8, ge=1)
     """Sequences in one forward pass of one process; gradients are accumulated up to a global batch."""
-    compile: Execution[Literal["auto", "on", "off"]] = "auto"
-    """Whether torch compiles the model; `auto`: where the training is long enough to win the time back."""
     logging_steps: Execution[int] = Field(default=10, ge=1)
     """Steps between two lines of `metrics.jsonl`."""
     report_to: Execution[list[str]] = Field(default_factory=list)

@@ -71,7 +71,7 @@ def packed(tokenizer, tmp_path: Path, lengths: int = 3):
     made = tokenized(write_parquet(tmp_path / "m.parquet", some_chats(lengths)), tokenizer, 128)
     data, lengths_of = sft.dataset(made), [len(chat.ids) for chat in made]
     example = {name: np.concatenate(data[name]).tolist() for name in ("input_ids", "labels")}
-    return sft.PackedRows(tokenizer.pad_token_id, 512)([{**example, "seq_lengths": lengths_of}]), made
+    return sft.PackedRows(tokenizer.pad_token_id, 2, 512)([{**example, "seq_lengths": lengths_of}]), made
 
 
 def test_packed_chats_get_the_logits_that_they_get_alone(tmp_path: Path, model, tokenizer) -> None:
