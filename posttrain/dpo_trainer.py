@@ -46,7 +46,7 @@ def check_settings(settings: DPOConfig, lora: dict[str, Any] | None) -> None:
         raise UserError("the reference is the model with the adapter off, which stays", key="trainer.sync_ref_model")
 
 
-class TokenPairTrainer(DPOTrainer):  # type: ignore[misc] # TRL has no types for mypy
+class TokenPairTrainer(DPOTrainer):
     """TRL's trainer for pairs that are tokens already: it renders and tokenizes nothing."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
@@ -96,7 +96,7 @@ def counts(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {"tokens": batch["attention_mask"].sum()}
 
 
-class StartsAtReference(TrainerCallback):  # type: ignore[misc] # transformers has no types for mypy
+class StartsAtReference(TrainerCallback):
     """Before its first update the policy *is* the reference: rewards 0, and the sigmoid loss ln 2 (paper's equation 7).
 
     Where it is not, another reference than the model that was asked for is in use (or an adapter that does not start

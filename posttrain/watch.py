@@ -65,7 +65,7 @@ def _is_whole(checkpoint: Path) -> bool:
     )
 
 
-class Watch(TrainerCallback):  # type: ignore[misc] # transformers has no types for mypy
+class Watch(TrainerCallback):
     """Reports progress and metrics, publishes checkpoints, marks resume points, and stops where asked to."""
 
     def __init__(
