@@ -103,18 +103,14 @@ def restore(training: Training) -> State:
     step = broadcast_object_list([point.state["step"] if point else None])[0]
     if step is None:
         context.rewind(-1)
-        return State(source_tokens=[0] * len(training.mixture.splits), precision=training.objective.precision)
+        return State(source_tokens=[0] * len(training.mixture.splits))
     point, _ = resume.newest(context.out / "resume")
     if point is None or point.state["step"] != step:
         raise Fault(f"not every process sees the state at step {step}", file=context.out / "resume")
     resume.restore(point, training.objective, training.optimizer)
     context.rewind(step)
     context.resumed(step)
-    state = State.of(point.state)
-    if state.precision != training.objective.precision:
-        training.objective.precision = state.precision
-        context.note(f"computes in {state.precision}, in which it began")
-    return state
+    return State.of(point.state)
 
 
 def dry_run(training: Training) -> None:

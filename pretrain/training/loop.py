@@ -52,8 +52,6 @@ class State:
     """Spent in training steps, not in compiling, measuring or saving."""
     loss: float | None = None
     """The last one logged."""
-    precision: str = ""
-    """What matrices are multiplied in; a resume on another machine keeps it."""
     window: Window = field(default_factory=Window)
 
     @classmethod

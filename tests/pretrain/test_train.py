@@ -277,19 +277,6 @@ def test_a_stop_before_anything_was_logged_is_saved_and_the_run_goes_on(trained,
     assert (again["loss"], rows(out, "loss")) == (metrics["loss"], rows(whole, "loss"))
 
 
-def test_a_training_goes_on_in_the_precision_in_which_it_began(trained, tmp_path):
-    """As where `auto` finds another one on the machine that goes on."""
-    whole, _ = trained("whole", precision="bfloat16")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "stop").touch()
-    with pytest.raises(Stopped):
-        trained("a", precision="bfloat16")
-    (tmp_path / "a" / "stop").unlink()
-    out, metrics = trained("a", precision="float32")
-    assert metrics["precision"] == "bfloat16"
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 def test_the_cost_is_known_before_anything_is_there(tmp_path):
     keys = {"max_steps": 10, "global_batch_size": 32, "sequence_length": 256, "learning_rate": 1e-3}
     config = train.Config(
