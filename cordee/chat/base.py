@@ -5,5 +5,3 @@ from pathlib import Path
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 ROLES = ("system", "user", "assistant")
 TURN_TOKENS = tuple(f"<|{role}_{end}|>" for role in ROLES for end in ("start", "end"))
-END_OF_TURN = "<|assistant_end|>"
-"""What ends an answer."""

@@ -149,6 +149,17 @@ class Template:
         without, with_prompt = self.text(question, {}), self.text(question, {}, add_generation_prompt=True)
         return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
 
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The special token that stands first behind an answer; None where there is none."""
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "qzx"}]
+        try:
+            _, _, behind = self.text(chat, {}).rpartition("qzx")
+        except BadRowError:  # it takes no such chat
+            return None
+        (ids,) = self.encode([behind])["input_ids"]
+        return next((int(number) for number in ids if number in self.special_ids), None)
+
     def text(self, messages: Sequence[Message], options: Mapping[str, Any], **how: Any) -> str:
         """What the template writes; `options` are the row's own (`tools`, `enable_thinking`, …).
 

@@ -3,6 +3,7 @@
 `from_pretrained` initialises weights that a checkpoint lacks at random, and warns; here that is an error.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cordee import files, model_folder
 from cordee.chat.formats import Limits
+from cordee.chat.templates import Template
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_remark
-from cordee.errors import Fault
+from cordee.errors import Fault, UserError
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -159,17 +161,10 @@ def _named_stops(folder: Path) -> tuple[str, list[int], bool]:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes first behind an answer; None where there is none."""
-    answer = "qzx"
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # noqa: BLE001 - no template, or one that refuses such a chat with whatever it raises
-        return None
-    _, _, behind = text.rpartition(answer)
-    special = tokenizer.added_tokens_decoder
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    return next((int(number) for number in ids if number in special and special[number].special), None)
+    """What ends an answer in the chat template; None where there is no template, or one that does not render it."""
+    with contextlib.suppress(UserError):
+        return Template(tokenizer).end_of_turn
+    return None
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -39,6 +39,18 @@ def test_what_begins_an_answer_is_found_by_rendering(name: str, prompt: str) -> 
     assert template(name).generation_prompt == prompt
 
 
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *(("qwen3", "<|im_end|>"), ("llama3_1", "<|eot_id|>"), ("gemma3", "<end_of_turn>"), ("phi3", "<|end|>")),
+        *(("mistral", "</s>"), ("gptoss", "<|return|>"), ("glm4moe", None), ("llava_next", None)),
+    ],
+)
+def test_what_ends_an_answer_is_found_by_rendering(name: str, end: str | None) -> None:
+    found = template(name).end_of_turn
+    assert (found and template(name).tokenizer.convert_ids_to_tokens(found)) == end
+
+
 def test_a_tokenizer_without_a_template_or_with_one_that_is_none_is_named() -> None:
     with pytest.raises(UserError, match="model: its tokenizer has no chat template"):
         Template(tokenizer(""))
