@@ -40,7 +40,7 @@ class Item:
 
 
 def find(store: Store, of: Recipe | None) -> list[Item]:
-    """What can be deleted in a recipe's folder; without a recipe, in all folders, by each recipe as it was last run."""
+    """What can be deleted in a recipe's folder, by its plan now; without a recipe, in all, by those that were run."""
     found = store.scan()
     if of:
         return list(_in_recipe(store, of.name, of, found))
@@ -89,7 +89,7 @@ def _in_recipe(store: Store, name: str, of: Recipe | None, found: list[Artifact 
 def _attempts(store: Store, name: str, of: Recipe | None, published: Mapping[str, str]) -> Iterator[Item]:
     """The attempts that published nothing, and their logs; `published` has an artifact's name for each fingerprint."""
     attempts = store.attempts(name)
-    wanted, unknown = _wanted(store, name, of, {work.stage for work in attempts})
+    wanted, unknown = _wanted(store, name, of, {work.fingerprint for work in attempts})
     for work in attempts:
         held, fingerprint = store.lock_file(name, work.stage), work.fingerprint
         if lock.is_held(held):
@@ -100,10 +100,10 @@ def _attempts(store: Store, name: str, of: Recipe | None, published: Mapping[str
             yield from _with_log(work, f"is published as {published[fingerprint]}", held)
         elif fingerprint in wanted:
             yield Item(work.out, "can be resumed", is_kept=True)
-        elif work.stage in unknown:
-            yield Item(work.out, unknown[work.stage], is_kept=True)
+        elif unknown:
+            yield Item(work.out, unknown, is_kept=True)
         else:
-            yield from _with_log(work, "no stage of the recipe has its fingerprint now", held)
+            yield from _with_log(work, "no stage has its fingerprint now", held)
 
 
 def _with_log(work: Work, why: str, held: Path) -> Iterator[Item]:
@@ -113,21 +113,25 @@ def _with_log(work: Work, why: str, held: Path) -> Iterator[Item]:
     yield Item(work.out, why, lock=held)
 
 
-def _wanted(store: Store, name: str, of: Recipe | None, stages: set[str]) -> tuple[set[str], dict[str, str]]:
-    """The fingerprints that a run would continue, and for each stage of which they are not known the reason."""
+def _wanted(store: Store, name: str, of: Recipe | None, attempts: set[str | None]) -> tuple[set[str], str]:
+    """The fingerprints that a run would continue, and why they may not be all.
+
+    Without a recipe, every recipe that was run here counts, each with its overrides.
+    """
     if of:
-        return _fingerprints(of, store), {}
+        return _fingerprints(of, store), ""
+    stored = sorted((store.root / name / "logs").glob("*.recipe.yaml"), reverse=True)
+    distinct = {path.read_bytes(): path for path in reversed(stored)} if attempts else {}
     wanted: set[str] = set()
-    left = set(stages)
-    for file in sorted((store.root / name / "logs").glob("*.recipe.yaml"), reverse=True):  # the newest first
+    unknown = "" if distinct else "no recipe was stored here; name it: cordee clean RECIPE"
+    for path in distinct.values():
+        if attempts <= wanted:
+            break
         try:
-            last = recipe.load(file)
-            if names := left & {item.name for item in last.stages}:
-                wanted |= {one.fingerprint for one in plan.make(last, store).stages if one.name in names}
+            wanted |= {planned.fingerprint for planned in plan.make(recipe.load(path), store).stages}
         except CordeeError as error:
-            return wanted, dict.fromkeys(left, f"its recipe can't be planned: {error}")
-        left -= names
-    return wanted, dict.fromkeys(left, "no recipe with this stage was stored; name it: cordee clean RECIPE")
+            unknown = f"a recipe that was run here can't be planned: {error}"
+    return wanted, unknown
 
 
 def _fingerprints(of: Recipe, store: Store) -> set[str]:

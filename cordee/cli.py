@@ -182,7 +182,7 @@ def verify(
 @_command
 def clean_(
     recipe_file: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="a recipe's YAML file (default: all as last run)")
+        Path | None, typer.Argument(metavar="[RECIPE]", help="a recipe's YAML file (default: all that were run)")
     ] = None,
     overrides: Overrides = None,
     runs: Runs = RUNS,
