@@ -56,15 +56,19 @@ def weights(folder: Path) -> list[Path]:
     return []
 
 
-def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> None:
+def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> set[str]:
     """Compare a folder's weights (or the files named) with the manifest of the artifact that it lies in, if any.
+
+    Returns:
+        The names of those that the manifest lists.
 
     Raises:
         Fault: a file's size or SHA-256 is not what was published.
     """
     owner = manifest.around(folder)
+    compared: set[str] = set()
     if owner is None:
-        return
+        return compared
     published = {item.path: item for item in manifest.read(owner).files}
     for path in sorted(folder.resolve().iterdir()):
         item = published.get(path.relative_to(owner).as_posix())
@@ -72,6 +76,8 @@ def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> Non
             continue
         if path.stat().st_size != item.bytes or hashes.of_file(path) != item.sha256:
             raise Fault("is damaged: its content differs from what was published", file=path)
+        compared.add(path.name)
+    return compared
 
 
 def cost(folder: Path, key: str, given: Mapping[str, Cost]) -> Cost:

@@ -1,17 +1,19 @@
-"""lm-eval's own vLLM and transformers backends, with what they do silently made an error.
+"""lm-eval's own vLLM and transformers backends, so that figures are those of the `lm_eval` command.
 
-A request that they would cut at the left, a begin-of-text token that would stand twice, a special token spelled out in
-a document, other ids than training saw.
+lm-eval decides on the begin-of-text token: the tokenizer adds it where it does so by itself, and not to a text that
+begins with it already, as most chat templates write it. One thing it does in silence is an error here: a request that
+it would cut at the left.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import configure_pad_token, normalize_gen_kwargs
 
-from cordee.chat.templates import special_tokens
 from cordee.compute import device, engine
 from cordee.compute.model import open_model
 from cordee.compute.tokenizer import open_tokenizer
@@ -20,66 +22,89 @@ from cordee.errors import Fault, UserError
 REQUESTS_AT_ONCE = 256
 """Requests that vLLM is handed before anyone is told how far it is."""
 TURNS = [{"role": "user", "content": "Which language is this?\n\nAll human beings are born free."}]
+Scored = tuple[Any, list[int], list[int]]
+"""A request as lm-eval scores it: its cache key, the ids of the context and those of the continuation."""
 
 
-class _Guarded:
+class _Guarded(TemplateLM):
     """Mixed into lm-eval's backends."""
 
     watch: Callable[[int], None]
     """Told how many requests come next; may raise to end the measurement."""
+    command_model: str
+    """lm-eval's name for the backend."""
+    command_arguments: dict[str, Any]
+    """The `model_args` of lm-eval's command for the same figures."""
+    dtype: str
+    """What it computes in."""
+    note = ""
+    """What distinguishes the ids of chats from those of training."""
+    beyond: int
+    """How many more tokens than `max_length` a scored request may have before lm-eval cuts it."""
     asked: Sequence[Any] = ()
     # The requests whose tokens are scored; none for rolling log-likelihoods, which read long documents in windows.
 
     def loglikelihood(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
-        self._require_plain(requests)
         self.asked = requests
         try:
             return super().loglikelihood(requests, *arguments, **options)
         finally:
             self.asked = ()
 
-    def loglikelihood_rolling(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
-        self._require_plain(requests)
-        return super().loglikelihood_rolling(requests, *arguments, **options)
-
-    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
-        for request, (_, context, continuation) in zip(self.asked, requests, strict=bool(self.asked)):
-            self._require_fits(request, len(context) + len(continuation), 0)
-        for _, context, continuation in requests:
-            self._require_one_start([*context[:2], *continuation[:1]])
-        return super()._loglikelihood_tokens(requests, *arguments, **options)
+    def _loglikelihood_tokens(self, requests: list[Scored], *arguments: Any, **options: Any) -> Any:
+        """Score the requests; one without a context that is too long in windows, any other too long one is an error."""
+        limit = self.max_length + self.beyond
+        too_long = []
+        parts, owners = [], []
+        for index, (key, context, continuation) in enumerate(requests):
+            own = [(key, context, continuation)]
+            if self.asked and (tokens := len(context) + len(continuation)) > limit:
+                if self.asked[index].args[0]:
+                    too_long.append((self.asked[index], tokens, limit))
+                    continue
+                own = _windows([*context, *continuation], self.max_length - 1)
+            parts += own
+            owners += [index] * len(own)
+        _require_all_fit(too_long, len(requests))
+        answers = super()._loglikelihood_tokens(parts, *arguments, **options)
+        if len(parts) == len(requests):
+            return answers
+        summed = [(0.0, True)] * len(requests)
+        for owner, (logprob, is_greedy) in zip(owners, answers, strict=True):
+            before, were_greedy = summed[owner]
+            summed[owner] = before + logprob, were_greedy and is_greedy
+        return summed
 
     def generate_until(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
-        self._require_plain(requests)
+        too_long = []
         for request in requests:
             text, wanted = request.args
-            ids = self.tok_encode(text)
-            self._require_fits(request, len(ids), wanted.get("max_gen_toks", self.max_gen_toks))
-            self._require_one_start(ids)
+            limit = self.max_length - normalize_gen_kwargs(dict(wanted), self.max_gen_toks)["max_gen_toks"]
+            if (tokens := len(self.tok_encode(text))) > limit:
+                too_long.append((request, tokens, limit))
+        _require_all_fit(too_long, len(requests))
         return super().generate_until(requests, *arguments, **options)
 
-    def _require_plain(self, requests: list[Any]) -> None:
-        pattern = special_tokens(self.tokenizer)
-        for request in requests:
-            for name, value in request.doc.items():
-                if isinstance(value, str) and (found := pattern.search(value)):
-                    document = f"document {request.doc_id} of {request.task_name}"
-                    raise UserError(f"{document} spells out the special token {found.group()!r}: {name}", key="data")
 
-    def _require_fits(self, request: Any, tokens: int, generated: int) -> None:
-        # vLLM wants a place for one token that it generates, even where only log-probabilities are asked for.
-        limit = self.max_length - 1 - generated
-        if tokens > limit:
-            document = f"document {request.doc_id} of {request.task_name}"
-            raise UserError(f"{document} has {tokens} tokens, and {limit} fit", key="max_length")
+def _windows(ids: list[int], length: int) -> list[Scored]:
+    """Parts of at most `length` tokens, each of which begins with the last token of the one before."""
+    starts = range(0, len(ids) - 1, length - 1)
+    return [(None, ids[start : start + 1], ids[start + 1 : start + length]) for start in starts]
 
-    def _require_one_start(self, ids: Sequence[int]) -> None:
-        start = self.tokenizer.bos_token_id
-        if start is not None and list(ids[:2]) == [start, start]:
-            raise Fault("lm-eval sends the begin-of-text token twice")
+
+def _require_all_fit(too_long: list[tuple[Any, int, int]], count: int) -> None:
+    if too_long:
+        first = [f"document {ask.doc_id} of {ask.task_name} has {tokens} tokens" for ask, tokens, _ in too_long[:3]]
+        raise UserError(
+            f"{len(too_long)} of {count} requests don't fit: {', '.join(first)}; {too_long[0][2]} fit",
+            key="max_length",
+        )
 
 
 class _TransformersLM(_Guarded, HFLM):
+    command_model = "hf"
+    beyond = 1  # the last token is predicted and not read
+
     def _model_call(self, inps: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         self.watch(len(inps))
         return super()._model_call(inps, *arguments, **options)
@@ -93,31 +118,35 @@ class Models:
     """Opens one checkpoint after the other, in one engine where that is vLLM."""
 
     def __init__(
-        self, name: str, max_length: int, batch_size: int, seed: int, *, watch: Callable[[int], None] | None = None,
-        dtype: str = "auto",
+        self, settings: engine.Settings, folders: Iterable[Path], *, batch_size: int = 1,
+        watch: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.max_length, self.batch_size, self.seed = name, max_length, batch_size, seed
-        self.watch, self.dtype = watch or (lambda _requests: None), dtype
+        self.settings, self.batch_size = settings, batch_size
+        self.watch = watch or (lambda _requests: None)
         self.served: tuple[Any, engine.Engine] | None = None
+        self.probes = engine.probes(folders) if settings.name == "vllm" else {}
 
     def open(self, folder: Path) -> Any:
         """The lm-eval model for a checkpoint; vLLM is started once and then given other weights."""
-        if self.name == "transformers":
+        if self.settings.name == "transformers":
             lm: Any = _TransformersLM(
-                pretrained=open_model(folder, dtype=torch.float32).eval().to(device.default()),
-                tokenizer=open_tokenizer(folder), batch_size=self.batch_size, max_length=self.max_length,
-                add_bos_token=False,
+                pretrained=open_model(folder, dtype=self.settings.torch_dtype).to(device.default()),
+                tokenizer=open_tokenizer(folder), batch_size=self.batch_size,
+                max_length=engine.longest_request(folder, self.settings.max_length),
             )  # fmt: skip
         elif self.served is None:
             lm = self._start(folder)
-            served = engine.Engine(lm.model)
-            served.check(folder)
-            self.served = lm, served
+            self.served = lm, engine.Engine(lm.model, self.probes)
+            self.served[1].check(folder)
+            lm.serve(folder)
         else:
-            lm = self.served[0]
-            self.served[1].load(folder)
+            lm, served = self.served
+            served.load(folder)
+            lm.serve(folder)
+        lm.dtype = self.served[1].dtype if self.served else str(lm.model.dtype).removeprefix("torch.")
         lm.watch = self.watch
-        _require_same_ids(lm, folder)
+        lm.command_arguments = {"pretrained": folder.resolve(), **self.settings.command_arguments}
+        lm.note = _other_ids(lm, folder)
         return lm
 
     def _start(self, folder: Path) -> Any:
@@ -125,36 +154,47 @@ class Models:
         from lm_eval.models.vllm_causallms import VLLM
 
         class VllmLM(_Guarded, VLLM):
+            command_model = "vllm"
+            beyond = -1  # vLLM generates a token, even where only log-probabilities are asked for
+
+            def serve(self, folder: Path) -> None:
+                """Take a checkpoint's own tokenizer, chat template and stop tokens."""
+                self.tokenizer = configure_pad_token(open_tokenizer(folder))
+                self.hf_chat_template = self.tokenizer.chat_template
+                self.ends = engine.ends(folder, self.tokenizer)
+
             def _model_generate(
                 self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
             ) -> list[Any]:
+                for params in sampling_params or []:  # vLLM itself would stop where the first checkpoint stops
+                    params.ignore_eos = True
+                    params.stop_token_ids = sorted({*params.stop_token_ids, *self.ends})
                 outputs = []
                 for start in range(0, len(requests), REQUESTS_AT_ONCE):
                     these = slice(start, start + REQUESTS_AT_ONCE)
                     self.watch(len(requests[these]))
-                    params = sampling_params[these] if isinstance(sampling_params, list) else sampling_params
+                    params = sampling_params[these] if sampling_params else None
                     outputs += super()._model_generate(requests[these], generate, params)
                 return outputs
 
-        settings = engine.settings(folder, self.max_length, self.seed, self.dtype)
-        length = settings.pop("max_model_len")
-        # Each text brings its own begin-of-text token: the chat template writes it, and rolling windows prefix it.
-        return VllmLM(
-            pretrained=str(folder), batch_size="auto", max_length=length, add_bos_token=False,
-            max_batch_size=settings["max_num_seqs"], **settings,
-        )  # fmt: skip
+        return VllmLM(pretrained=str(folder), batch_size="auto", **self.settings.for_vllm(folder))
 
 
-def _require_same_ids(lm: Any, folder: Path) -> None:
-    """Check that lm-eval sends a chat as the very ids that training saw.
+def _other_ids(lm: Any, folder: Path) -> str:
+    """How the ids that lm-eval sends of a chat differ from those of the chat template, which training sees.
 
     Raises:
-        Fault: the ids differ.
+        Fault: by more than special tokens at their ends.
     """
+    if lm.tokenizer.chat_template is None:  # a task that asks in chats is refused later on
+        return ""
     tokenizer = open_tokenizer(folder)
-    if tokenizer.chat_template is None:  # a task that asks in chats is refused later on
-        return
+    text = lm.apply_chat_template(TURNS)
     trained = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=True, return_dict=True)
-    sent = lm.tok_encode(lm.apply_chat_template(TURNS))
-    if list(trained["input_ids"]) != list(sent):
+    expected, sent = list(trained["input_ids"]), list(lm.tok_encode(text))
+    if sent == expected:
+        return ""
+    around = tokenizer("")["input_ids"]
+    if lm.tok_encode(text, add_special_tokens=False) != expected or len(sent) != len(expected) + len(around):
         raise Fault(f"lm-eval sends other ids than the chat template gives: {sent[:4]}…", file=folder)
+    return f"lm-eval sends chats with {tokenizer.decode(around)!r} added by the tokenizer, which training does not see"

@@ -5,7 +5,7 @@ python -m eval.generate --config samples.yaml
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -15,8 +15,12 @@ from cordee.config import Engine, Execution, Input
 from cordee.cost import Cost
 from cordee.stage import Context
 
-VERSION = 1
-Generate = Callable[[Path, Sequence[Sequence[int]]], list[str]]
+if TYPE_CHECKING:
+    from cordee.compute.engine import Settings
+
+VERSION = 2
+Generate = Callable[[Path, Sequence[Sequence[int]]], tuple[list[str], str]]
+"""Continues prompts of token ids with a checkpoint; returns the texts, and the dtype that was computed in."""
 
 
 class Config(Keys):
@@ -36,6 +40,11 @@ class Config(Keys):
     """Longest prompt and answer together, in tokens; without it, all positions of the model."""
     engine: Engine = "auto"
     """`auto` takes vLLM where it is installed; which one answered stands beside the samples."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What is computed in. `auto` is the stored dtype, but bfloat16 where vLLM is given float32; it stands beside the
+    samples."""
+    enforce_eager: bool | None = None
+    """Whether vLLM runs without compiling; if not given, on a CPU."""
     batch_size: Execution[int] = Field(default=16, ge=1)
     """Prompts at once, where transformers generates."""
 
@@ -55,50 +64,63 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cordee.compute import engine
     from eval import prompts
 
-    engine.require_one_shape(dict(config.models))
+    for model, folder in config.models.items():
+        model_folder.require(folder, f"models.{model}")
+    name = engine.choose(config.engine)
+    if name == "vllm":
+        engine.require_one_engine(dict(config.models))
     rows = prompts.spread(prompts.read(config.prompts), config.max_prompts)
     first = next(iter(config.models.values()))
     length = engine.longest_request(first, config.max_length)
     ids = prompts.encode(first, [row["prompt"] for row in rows], length - config.max_tokens, config.prompts)
-    name = engine.choose(config.engine)
-    generate = _with_vllm(config, context, first, length) if name == "vllm" else _with_transformers(config, context)
+    settings = engine.Settings(name, config.max_length, config.dtype, config.enforce_eager)
+    generate = (_with_vllm if name == "vllm" else _with_transformers)(config, settings, context)
     samples: list[dict[str, Any]] = [
         {"prompt": row["prompt"], "reference": row["answer"], "kind": row.get("kind", ""),
          "language": row.get("language", ""), "outputs": {}}
         for row in rows
     ]  # fmt: skip
+    dtypes: dict[str, None] = {}
     for done, (model, folder) in enumerate(config.models.items()):
         context.progress(done, len(config.models), "models")
         if context.stop_requested():
             context.stop(f"model {done} of {len(config.models)}")
-        for sample, text in zip(samples, generate(folder, ids), strict=True):
+        texts, dtype = generate(folder, ids)
+        dtypes[dtype] = None
+        for sample, text in zip(samples, texts, strict=True):
             sample["outputs"][model] = text
     files.write_text(
         context.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
     )
-    files.write_json(context.out / "engine.json", engine.describe(name))
+    files.write_json(context.out / "engine.json", {**settings.describe(), "dtype": ", ".join(dtypes)})
     return {"rows": len(samples), "engine": name}
 
 
-def _with_vllm(config: Config, context: Context, first: Path, length: int) -> Generate:
+def _with_vllm(config: Config, settings: "Settings", context: Context) -> Generate:
     from cordee.compute import engine
 
-    running = engine.start(first, length, context.seed)
+    running = engine.start(settings, list(config.models.values()))
 
-    def generate(folder: Path, ids: Sequence[Sequence[int]]) -> list[str]:
+    def generate(folder: Path, ids: Sequence[Sequence[int]]) -> tuple[list[str], str]:
         running.load(folder)
-        return running.generate(ids, config.max_tokens, config.temperature, context.seed)
+        return running.generate(ids, config.max_tokens, config.temperature, context.seed), running.dtype
 
     return generate
 
 
-def _with_transformers(config: Config, context: Context) -> Generate:
+def _with_transformers(config: Config, settings: "Settings", context: Context) -> Generate:
+    from cordee.compute import device
+    from cordee.compute.model import open_model
     from eval import prompts
 
     context.note("vLLM is not used: transformers generates")
-    return lambda folder, ids: prompts.generate(
-        folder, ids, config.max_tokens, config.temperature, context.seed, config.batch_size
-    )
+
+    def generate(folder: Path, ids: Sequence[Sequence[int]]) -> tuple[list[str], str]:
+        model = open_model(folder, dtype=settings.torch_dtype).eval().to(device.default())
+        chosen = config.max_tokens, config.temperature, context.seed, config.batch_size
+        return prompts.generate(model, folder, ids, *chosen), str(model.dtype).removeprefix("torch.")
+
+    return generate
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ lm-eval only warns of a result file that it could not write: here that is an err
 
 import math
 import os
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,18 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import load_dataset
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from cordee import files
+from cordee.chat.templates import special_tokens
 from cordee.errors import Fault, UserError, nearest
 from cordee.stage import Context
 from eval.prompts import spread
 from eval.statistics import BITS_PER_BYTE, ratio_mean, score
 
 BOOTSTRAP_ITERATIONS = 1000
+"""Resamples for the standard errors of metrics that are no means; lm-eval's own 100,000 take minutes."""
+TASKS = "tasks"
+"""The folder of an artifact that holds the tasks as they were measured, for lm-eval's own command."""
+SAMPLES = f"{TASKS}/samples.json"
 
 
 @dataclass(frozen=True)
@@ -42,34 +48,67 @@ class Task:
         return str(self.config["task"])
 
 
-def read_task(path: Path, data: Mapping[str, Path], cache: Path) -> Task:
-    """Read a task file, and put the paths of the data in the place of their names; `cache` is for their Arrow form.
+def read_task(path: Path, data: Mapping[str, Path], out: Path, cache: Path) -> Task:
+    """Read a task file, and put the paths of the data in the place of their names.
+
+    Args:
+        path: the file, as lm-eval reads it: with `include` and `!function`.
+        data: the paths by name.
+        out: gets `tasks/<task>.yaml`, which includes the file and names the data's paths.
+        cache: for the data in Arrow's form.
 
     Raises:
         UserError: it is no task file, or names data that is not given.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))  # as lm-eval reads its own
+        config = load_yaml(path)
         (metric,) = config["metric_list"]
         metadata, splits = config["metadata"], dict(config["dataset_kwargs"]["data_files"])
         about = {name: metadata[name] for name in ("description", "chance")}
         about |= {name: metric[name] for name in ("metric", "higher_is_better")}
         is_chat = bool(metadata["chat"])
         absent = sorted({"task", "dataset_path", "test_split"} - config.keys())
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"is no task file: {error!r}", file=path, key="tasks") from error
     if absent:
         raise UserError(f"is no task file: it has no {absent[0]}", file=path, key="tasks")
     for split, name in splits.items():
         if str(name) not in data:
             raise UserError(f"needs data named {name!r}", file=path, key="data", hint=nearest(str(name), data))
-        splits[split] = str(data[str(name)])
-    config["dataset_kwargs"] |= {"data_files": splits, "cache_dir": str(cache)}
+        splits[split] = str(data[str(name)].resolve())
+    config["dataset_kwargs"] |= {"data_files": splits}
+    measured = {"include": str(path.resolve()), "dataset_kwargs": dict(config["dataset_kwargs"])}
+    (out / TASKS).mkdir(exist_ok=True)
+    files.write_text(out / TASKS / f"{config['task']}.yaml", yaml.safe_dump(measured, allow_unicode=True))
+    config["dataset_kwargs"]["cache_dir"] = str(cache)
     return Task(config, metric["metric"], is_chat, about)
 
 
-def measure(lm: Any, model: str, tasks: list[Task], limit: int | None, context: Context) -> dict[str, Any]:
-    """Run the tasks on one model; lm-eval's own files go to `lm_eval/<model>/`.
+def choose(tasks: Iterable[Task], limit: int | None, out: Path) -> dict[str, list[int]] | None:
+    """Which documents of each task are measured, written to `tasks/samples.json`; None for all of them.
+
+    Where the documents have a column `language`, `limit` is spread over the languages; else it takes the first, as
+    lm-eval's own limit does.
+    """
+    if limit is None:
+        return None
+    chosen = {task.name: _chosen(task, limit) for task in tasks}
+    files.write_json(out / SAMPLES, chosen)
+    return chosen
+
+
+def _chosen(task: Task, limit: int) -> list[int]:
+    documents = TaskManager(include_defaults=False).load([dict(task.config)])["tasks"][task.name].eval_docs
+    if "language" not in documents.column_names:
+        return list(range(min(limit, len(documents))))
+    rows = [{"language": language, "index": index} for index, language in enumerate(documents["language"])]
+    return [row["index"] for row in spread(rows, limit)]
+
+
+def measure(
+    lm: Any, model: str, tasks: list[Task], samples: dict[str, list[int]] | None, context: Context
+) -> dict[str, Any]:
+    """Run the tasks on one model, with lm-eval's own seeds; its own files go to `lm_eval/<model>/`.
 
     Raises:
         UserError: a task asks in chats, and the model has no chat template.
@@ -78,7 +117,9 @@ def measure(lm: Any, model: str, tasks: list[Task], limit: int | None, context: 
     folder = context.out / "lm_eval"
     shutil.rmtree(folder / model, ignore_errors=True)
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstrap must not fork a process that holds an engine
-    measured: dict[str, Any] = {"results": {}, "by_language": {}, "headline": {}, "documents": 0}
+    measured: dict[str, Any] = {
+        "results": {}, "by_language": {}, "headline": {}, "documents": 0, "notes": {}, "commands": [],
+    }  # fmt: skip
     for is_chat in (True, False):
         chosen = [task for task in tasks if task.is_chat == is_chat]
         if not chosen:
@@ -91,36 +132,24 @@ def measure(lm: Any, model: str, tasks: list[Task], limit: int | None, context: 
             model_args={"pretrained": model},
             tasks=[task.config for task in chosen],
             task_manager=TaskManager(include_defaults=False),
-            samples={task.name: _chosen(task, limit) for task in chosen} if limit else None,
+            samples={task.name: samples[task.name] for task in chosen} if samples else None,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
             apply_chat_template=is_chat,
             evaluation_tracker=tracker,
-            random_seed=context.seed,
-            numpy_random_seed=context.seed,
-            torch_random_seed=context.seed,
-            fewshot_random_seed=context.seed,
         )
-        samples = outcome.pop("samples")
+        rows_by_task = outcome.pop("samples")
         for task in chosen:
-            _add(measured, task, outcome["results"][task.name], samples[task.name])
-        tracker.save_results_aggregated(results=outcome, samples=samples)
+            _add(measured, task, outcome["results"][task.name], rows_by_task[task.name])
+            measured["notes"][task.name] = _notes(lm, task, rows_by_task[task.name])
+        measured["commands"].append(_command(lm, chosen, samples is not None))
+        tracker.save_results_aggregated(results=outcome, samples=rows_by_task)
         written = getattr(tracker, "date_id", "<date>")
-        for name, rows in samples.items():
+        for name, rows in rows_by_task.items():
             tracker.save_results_samples(task_name=name, samples=rows)
             _require_written(folder / model, f"samples_{name}_{written}.jsonl", len(rows))
         _require_written(folder / model, f"results_{written}.json", 1)
     files.sync_tree(folder / model)
     return measured
-
-
-def _chosen(task: Task, limit: int) -> list[int]:
-    """Which documents of a task are measured: lm-eval's own limit takes the first, which are often of one language."""
-    documents = load_dataset(
-        task.config["dataset_path"], split=task.config["test_split"], **task.config["dataset_kwargs"]
-    )
-    named = documents["language"] if "language" in documents.column_names else [""] * len(documents)
-    rows = [{"language": language, "index": index} for index, language in enumerate(named)]
-    return [row["index"] for row in spread(rows, limit)]
 
 
 def said(results: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -135,6 +164,37 @@ def said(results: Mapping[str, Mapping[str, float | None]]) -> str:
 def is_whole(folder: Path, tasks: Iterable[Task]) -> bool:
     """Whether lm-eval's files of an earlier run are there for every task."""
     return all(list(folder.glob(f"samples_{task.name}_*.jsonl")) for task in tasks)
+
+
+def _command(lm: Any, tasks: Iterable[Task], has_samples: bool) -> str:
+    """lm-eval's own command for the same figures, to be run in the artifact's folder."""
+    arguments = ",".join(f"{name}={value}" for name, value in lm.command_arguments.items())
+    names = ",".join(f"{TASKS}/{task.name}.yaml" for task in tasks)
+    words = ["lm_eval", "--model", lm.command_model, "--model_args", arguments, "--tasks", names]
+    words += ["--apply_chat_template"] if all(task.is_chat for task in tasks) else []
+    words += ["--batch_size", str(lm.batch_size)] if lm.batch_size != 1 else []
+    return shlex.join(words + (["--samples", SAMPLES] if has_samples else []))
+
+
+def _notes(lm: Any, task: Task, rows: list[dict[str, Any]]) -> list[str]:
+    """What lm-eval did with a task's texts that a reader of its figures should know."""
+    notes = []
+    pattern = special_tokens(lm.tokenizer)
+    found = [match.group() for row in rows if (match := pattern.search(str(list(row["doc"].values()))))]
+    if found:
+        notes.append(
+            f"{len(found)} of {len(rows)} documents spell out a special token such as {found[0]!r}, which lm-eval "
+            "encodes as that token"
+        )
+    if task.config["output_type"] == "loglikelihood_rolling" and lm.tok_encode("a")[:1] == [lm.prefix_token_id]:
+        start = lm.tokenizer.decode(lm.prefix_token_id)
+        notes.append(
+            f"lm-eval's windows begin with {start!r} twice, once from lm-eval and once from the tokenizer, and score "
+            "the second one"
+        )
+    if task.is_chat and lm.note:
+        notes.append(lm.note)
+    return notes
 
 
 def _add(measured: dict[str, Any], task: Task, result: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from cordee import files
 from cordee.chat.formats import BadRowError
 from cordee.chat.templates import Template
-from cordee.compute import device
-from cordee.compute.model import open_model, stop_token_ids
+from cordee.compute.model import stop_token_ids
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import UserError
 
@@ -72,23 +72,25 @@ def encode(folder: Path, prompts: Sequence[str], longest: int, path: Path) -> li
 
 
 def generate(
-    folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int, batch_size: int
-) -> list[str]:
-    """Continue prompts of token ids with transformers; greedy at temperature 0, else each by its own random numbers."""
+    model: PreTrainedModel, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float,
+    seed: int, batch_size: int,
+) -> list[str]:  # fmt: skip
+    """Continue prompts of token ids with a folder's model; greedy at temperature 0, else each by its own seed."""
     at_once = batch_size if temperature == 0 else 1  # a sample must not depend on what is drawn beside it
-    model, tokenizer = open_model(folder, dtype=torch.float32).eval().to(device.default()), open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     chosen: dict[str, Any] = {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {})}
     texts = []
     for start in range(0, len(prompts), at_once):
         transformers.set_seed(seed + start)
         batch = [list(ids) for ids in prompts[start : start + at_once]]
         longest = max(map(len, batch))
-        padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in batch])
+        padded = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch])
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch])
         with torch.no_grad():
             output = model.generate(
                 input_ids=padded.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_tokens,
-                eos_token_id=stop_token_ids(folder), pad_token_id=tokenizer.pad_token_id, **chosen,
+                eos_token_id=stop_token_ids(folder), pad_token_id=pad, **chosen,
             )  # fmt: skip
         texts += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return texts

@@ -58,13 +58,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     import torch
     from peft import PeftModel
 
-    from cordee.compute import engine
+    from cordee.compute import engine, probe
     from cordee.compute.logprobs import MERGE_LIMIT, score
     from cordee.compute.model import open_model, stop_token_ids
     from eval import backends, parity
 
     engine.choose("vllm")
-    engine.require_one_shape({"model": config.model, "artifact": config.artifact})
+    engine.require_one_engine({"model": config.model, "artifact": config.artifact})
     length = engine.longest_request(config.artifact, config.max_length)
     chats, ids = parity.read(config.prompts, config.rows, config.artifact, length - 1)
 
@@ -77,16 +77,16 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     stored = open_model(config.artifact)
     dtype = str(stored.dtype).removeprefix("torch.")
     merged = scored(stored.float(), 0)
-    as_served = scored(engine.as_served(stored), 1)
+    as_served = scored(probe.as_served(stored), 1)
     base = open_model(config.model, dtype=torch.float32)
     before = scored(base, 2)
     unmerged = scored(PeftModel.from_pretrained(base, str(config.adapter)), 3)
     del stored, base
     context.progress(4, 5, "forms")
-    models = backends.Models("vllm", length, config.batch_size, context.seed, dtype="float32")
+    models = backends.Models(engine.Settings("vllm", length, dtype="float32"), [config.model, config.artifact])
     models.open(config.model)
     lm = models.open(config.artifact)
-    served = engine.Engine(lm.model).score(ids)
+    served = engine.Engine(lm.model, models.probes).score(ids)
     otherwise = parity.otherwise_in_lm_eval(lm, chats, ids, stop_token_ids(config.artifact))
     checks = [
         at_most("chats that vLLM encodes otherwise than training", parity.otherwise_in_vllm(lm.model, chats, ids), 0),
@@ -100,7 +100,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     evidence = [
         f"{len(ids)} chats, {sum(map(len, ids))} tokens; all in float32, weights stored in {dtype}",
         f"the adapter moves log-probabilities by up to {effect:.3g} nats",
-        f"vLLM {engine.describe('vllm')['version']}",
+        f"vLLM {models.settings.describe()['version']}",
     ]
     proven = Certificate(proof="parity", of=PROVES, claim=CLAIM, checks=tuple(checks), evidence=evidence)
     certificate.write(context.out, proven)

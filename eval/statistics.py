@@ -44,6 +44,12 @@ def score(metric: str, value: Any) -> tuple[float, float]:
     return float(value), 1.0
 
 
+def document_bits(document: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """lm-eval's `process_results` for a task whose continuation is a document's `text`: log-likelihood and bytes."""
+    ((log_likelihood, _is_greedy),) = results
+    return {BITS_PER_BYTE: (log_likelihood, len(document["text"].encode()))}
+
+
 def ratio_mean(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float | None]:
     """sum(values) / sum(weights) and its standard error over rows.
 

@@ -19,7 +19,7 @@ from cordee.errors import UserError
 from cordee.stage import Context
 from pretrain.training.settings import Settings
 
-VERSION = 1
+VERSION = 2
 
 
 class Source(BaseConfig):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from cordee import files, model_folder
 from cordee.chat.formats import Limits
 from cordee.chat.templates import Template
+from cordee.compute import probe
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_remark
 from cordee.errors import Fault, UserError
 
@@ -81,8 +82,10 @@ def save_model(
     beside.mkdir(parents=True)
     model.generation_config = GenerationConfig()  # transformers refuses to save some that makers publish
     model.save_pretrained(beside, state_dict=state_dict)
-    files.write_json(beside / GENERATION_CONFIG, _generation_config(tokenizer, open_tokenizer(tokenizer), chats=chats))
+    opened = open_tokenizer(tokenizer)
+    files.write_json(beside / GENERATION_CONFIG, _generation_config(tokenizer, opened, chats=chats))
     copy_tokenizer(tokenizer, beside)
+    probe.write(beside, probe.measure(open_model(beside, dtype=torch.float32), opened(probe.TEXT)["input_ids"]))
     files.sync_tree(beside)
     if fresh:
         beside.rename(folder)

@@ -60,6 +60,7 @@ def _tables(record: Record) -> Iterator[dict[str, Any]]:
                 "task": name,
                 **task.model_dump(),
                 "percent": is_percent(task),
+                "notes": list(dict.fromkeys(note for model in models for note in model.notes.get(name, []))),
                 "rows": rows,
             }
 

@@ -54,6 +54,8 @@ class Engine(Shape):
     name: str
     version: str = ""
     device: str = ""
+    mode: str = ""
+    dtype: str = ""
 
 
 class ModelResults(Shape):
@@ -62,6 +64,8 @@ class ModelResults(Shape):
     name: str
     results: dict[str, dict[str, float | int | str | None]]
     by_language: dict[str, dict[str, float]] = {}
+    notes: dict[str, list[str]] = {}
+    """By task: what lm-eval did with its texts that a reader should know."""
 
 
 class Results(Shape):

@@ -1,4 +1,9 @@
-"""Bits per byte of held-out documents, by language: comparable between tokenizers."""
+"""Bits per byte of held-out documents, by language: comparable between models, whatever their tokenizers.
+
+Each token of a document's text counts once, given the token that begins a document and the text before it; the token
+that ends a document does not count. The benchmark `heldout_bits_per_byte` counts the same tokens. A document longer
+than `sequence_length` is read in parts that do not see each other, which begin with the last token of the part before.
+"""
 
 import math
 from collections import Counter
@@ -29,6 +34,8 @@ class Heldout:
     """For each source, the UTF-8 bytes of each document."""
     rows: tuple[tuple[int, Row], ...]
     """Every row, with its source."""
+    eos_token_id: int
+    """Ends each document, and stands nowhere in its text."""
 
 
 def open_heldout(splits: Sequence[Split], folders: Sequence[Path]) -> Heldout:
@@ -46,7 +53,8 @@ def open_heldout(splits: Sequence[Split], folders: Sequence[Path]) -> Heldout:
         sizes.append(np.array([document["bytes"] for document in documents], dtype=np.int64))
         pieces, order = split.epoch(None)
         rows += [(source, pieces[split.rows[row]]) for row in order]
-    return Heldout(tuple(splits), tuple(languages), tuple(sizes), tuple(rows))
+    eos_token_id = int(files.read_json(folders[0] / "tokens.json")["eos_token_id"])
+    return Heldout(tuple(splits), tuple(languages), tuple(sizes), tuple(rows), eos_token_id)
 
 
 def measure(
@@ -83,7 +91,7 @@ def measure(
         batch = assemble([(heldout.splits[source], row) for source, row in rows], *batch_shape, objective.pad_token_id)
         with torch.set_grad_enabled(objective.is_compiled and not is_sharded(objective)):
             _, _, nats_by_token = objective(*batch.to(accelerator.device))
-            by_token = nats_by_token.double().cpu()
+            by_token = nats_by_token.double().cpu().masked_fill(batch.labels == heldout.eos_token_id, 0.0)
         for (source, row), line in zip(rows, by_token.numpy(), strict=False):
             begins = np.cumsum(heldout.splits[source].lengths[row]) - heldout.splits[source].lengths[row]
             np.add.at(nats[source], heldout.splits[source].documents[row], np.add.reduceat(line, begins))

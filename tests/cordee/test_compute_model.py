@@ -70,7 +70,7 @@ def test_a_saved_model_opens_with_the_same_weights(tmp_path: Path, tokenizer_fol
 
 def test_a_saved_model_is_a_plain_folder_that_stops_at_every_end(folder: Path, tokenizer_folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "generation_config.json", "model.safetensors"),
+        *("config.json", "generation_config.json", "model.safetensors", "probe.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     generation = json.loads((folder / "generation_config.json").read_text())

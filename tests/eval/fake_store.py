@@ -164,7 +164,7 @@ def benchmark(store: FakeStore) -> dict[str, Any]:
                 {"doc_id": i, "doc_hash": digest(f"{task}{i}"), "filter": "none", metric: value}
                 for i, value in enumerate(values)
             ]
-    engine = {"name": "vllm", "version": "0.31.0+cpu", "device": "cpu"}
+    engine = {"name": "vllm", "version": "0.31.0+cpu", "device": "cpu", "mode": "eager", "dtype": "bfloat16"}
     return {"results.json": {"engine": engine, "models": models, "tasks": TASKS}, **contents}
 
 

@@ -132,12 +132,15 @@ def test_a_line_separator_in_a_text_ends_no_line(tmp_path):
 
 
 def test_a_sampled_text_does_not_depend_on_the_batch(checkpoints):
+    from cordee.compute.model import open_model
     from eval import prompts
 
+    folder = checkpoints["first"]
+    model = open_model(folder)
     asked = [[0, 40 + number, 50, 60] for number in range(4)]
-    one, other = (prompts.generate(checkpoints["first"], asked, 8, 1.0, 5, size) for size in (1, 4))
+    one, other = (prompts.generate(model, folder, asked, 8, 1.0, 5, size) for size in (1, 4))
     assert one == other
-    assert one != prompts.generate(checkpoints["first"], asked, 8, 1.0, 6, 1)
+    assert one != prompts.generate(model, folder, asked, 8, 1.0, 6, 1)
 
 
 def test_a_proof_of_chats_drops_none_in_silence(checkpoints, tmp_path):

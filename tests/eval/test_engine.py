@@ -1,8 +1,8 @@
 """One real vLLM engine for all tests here: what it says is what transformers says, of the right checkpoint."""
 
 import json
+import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,14 +16,26 @@ pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = [str(path) for pattern in ("eval/tasks/*.yaml", "examples/*/tasks/*.yaml") for path in ROOT.glob(pattern)]
 LENGTH = 256
+ROLLING = """
+task: rolling
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: documents}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
+metadata: {version: 1.0, chat: false, chance: null, description: bits per byte in lm-eval's own windows}
+"""
 
 
 @pytest.fixture(scope="module")
 def models(checkpoints):
     """lm-eval around the one engine, opened on the first checkpoint."""
+    from cordee.compute.engine import Settings
     from eval import backends
 
-    opened = backends.Models("vllm", LENGTH, 4, seed=0)
+    opened = backends.Models(Settings("vllm", LENGTH, "float32"), list(checkpoints.values()))
     opened.open(checkpoints["first"])
     yield opened
     opened.served[1].llm.llm_engine.engine_core.shutdown()  # at the process's end its process group is gone
@@ -33,7 +45,7 @@ def models(checkpoints):
 def tasks(held_out, tmp_path):
     from eval import harness
 
-    return [harness.read_task(Path(path), held_out, tmp_path / "cache") for path in TASKS]
+    return [harness.read_task(Path(path), held_out, tmp_path, tmp_path / "cache") for path in TASKS]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +69,9 @@ def test_after_a_reload_it_gives_the_new_checkpoints_logprobs(engine, checkpoint
 def test_all_that_differs_from_transformers_is_xielus_slopes(engine, checkpoints):
     import torch
 
-    from cordee.compute.engine import as_served
     from cordee.compute.logprobs import score
     from cordee.compute.model import open_model
+    from cordee.compute.probe import as_served
     from cordee.compute.tokenizer import open_tokenizer
 
     engine.load(checkpoints["second"])
@@ -85,10 +97,13 @@ def test_one_matrix_that_was_not_replaced_is_a_fault(engine, checkpoints, monkey
     """vLLM packs it away on a CPU, so that only what the model says can show it."""
     from safetensors.torch import load_file, save_file
 
+    from cordee.compute.engine import probes
+
     changed = shutil.copytree(checkpoints["first"], tmp_path / "changed")
     weights = load_file(changed / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
     save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(engine, "probes", {**engine.probes, **probes([changed])})
     engine.load(checkpoints["first"])
     with monkeypatch.context() as planted:
         planted.setattr(engine.llm, "collective_rpc", lambda *_arguments, **_options: None)
@@ -108,19 +123,22 @@ def test_a_prefix_cache_of_other_weights_is_a_fault(engine, checkpoints, monkeyp
 
 
 def test_it_generates_what_transformers_generates(engine, checkpoints):
+    from cordee.compute.model import open_model
     from eval import prompts
 
-    engine.load(checkpoints["second"])
+    folder = checkpoints["second"]
+    engine.load(folder)
     ids = prompts.encode(checkpoints["second"], ["Alle Menschen sind frei", "Tous"], LENGTH, Path("p"))
-    assert engine.generate(ids, 12, 0.0, 0) == prompts.generate(checkpoints["second"], ids, 12, 0.0, 0, 2)
+    assert engine.generate(ids, 12, 0.0, 0) == prompts.generate(open_model(folder), folder, ids, 12, 0.0, 0, 2)
 
 
 def test_lm_eval_measures_with_vllm_what_it_measures_with_transformers(models, checkpoints, tasks, tmp_path):
+    from cordee.compute.engine import Settings
     from eval import backends, harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     by_engine = {}
-    for name, opened in (("vllm", models), ("transformers", backends.Models("transformers", LENGTH, 4, seed=0))):
+    for name, opened in (("vllm", models), ("transformers", backends.Models(Settings("transformers", LENGTH), []))):
         by_engine[name] = harness.measure(opened.open(checkpoints["second"]), name, tasks, None, context)
         assert len(list((tmp_path / "lm_eval" / name).glob("results_*.json"))) == 2
     one, other = by_engine["vllm"]["results"], by_engine["transformers"]["results"]
@@ -170,40 +188,36 @@ def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints,
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     path = next(path for path in TASKS if name in path)
-    task = harness.read_task(Path(path), with_prompt("Menschen " * LENGTH, held_out, tmp_path), tmp_path / "cache")
-    with pytest.raises(UserError, match=rf"max_length: document 1 of {name} has \d+ tokens, and \d+ fit"):
+    task = harness.read_task(
+        Path(path), with_prompt("Menschen " * LENGTH, held_out, tmp_path), tmp_path, tmp_path / "cache"
+    )
+    with pytest.raises(
+        UserError, match=rf"max_length: \d of \d+ requests don't fit: document 1 of {name} has \d+ tokens.*; \d+ fit"
+    ):
         harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
 
 
 @pytest.mark.parametrize("path", TASKS)
-def test_a_document_that_spells_out_a_special_token_is_an_error(path, models, checkpoints, held_out, tmp_path):
+def test_documents_that_spell_out_a_special_token_are_counted(path, models, checkpoints, held_out, tmp_path):
     from eval import harness
 
-    pq.write_table(pa.table({"text": ["frei", "</s>"], "language": ["de", "de"]}), tmp_path / "documents.parquet")
+    pq.write_table(pa.table({"text": ["frei", "</s> frei"], "language": ["de", "de"]}), tmp_path / "documents.parquet")
     data = {**with_prompt("frei</s>", held_out, tmp_path), "documents": tmp_path / "documents.parquet"}
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    task = harness.read_task(Path(path), data, tmp_path / "cache")
-    with pytest.raises(UserError, match=r"data: document 1 of \w+ spells out the special token '</s>': (prompt|text)"):
-        harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
+    task = harness.read_task(Path(path), data, tmp_path, tmp_path / "cache")
+    (note,) = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)["notes"][task.name]
+    assert re.search(r"1 of \d documents spell out a special token such as '</s>', which lm-eval encodes", note)
 
 
-def test_a_start_that_stands_twice_is_a_fault(models, checkpoints, tasks, tmp_path, monkeypatch):
+def test_rolling_windows_that_begin_twice_are_said(models, checkpoints, held_out, tmp_path):
     from eval import harness
 
+    path = tmp_path / "rolling.yaml"
+    path.write_text(ROLLING)
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    for task in tasks:
-        lm = models.open(checkpoints["first"])
-        doubled = partial(_doubled, lm.tok_encode)
-        monkeypatch.setattr(lm, "tok_encode", doubled)
-        with pytest.raises(Fault, match="begin-of-text token twice"):
-            harness.measure(lm, "m", [task], None, context)
-        monkeypatch.undo()
-
-
-def _doubled(encode, text, *_arguments, **_options):
-    """What a tokenizer that adds its own begin-of-text token would give."""
-    ids = encode(text)
-    return [0, *ids] if isinstance(text, str) else [[0, *row] for row in ids]
+    task = harness.read_task(path, held_out, tmp_path, tmp_path / "cache")
+    (note,) = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)["notes"]["rolling"]
+    assert note.startswith("lm-eval's windows begin with '<s>' twice")
 
 
 def test_long_documents_are_read_in_windows_and_every_token_counts(models, checkpoints, held_out, tmp_path):
@@ -213,7 +227,9 @@ def test_long_documents_are_read_in_windows_and_every_token_counts(models, check
     pq.write_table(pa.Table.from_pylist([{"text": text, "language": "de"}]), tmp_path / "long.parquet")
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     path = next(path for path in TASKS if "bits_per_byte" in path)
-    task = harness.read_task(Path(path), {**held_out, "documents": tmp_path / "long.parquet"}, tmp_path / "cache")
+    task = harness.read_task(
+        Path(path), {**held_out, "documents": tmp_path / "long.parquet"}, tmp_path, tmp_path / "cache"
+    )
     measured = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)["results"][task.name]
     assert 1 < measured["bits_per_byte"] < 20
     assert measured["bits_per_byte_stderr"] is None  # one document has none
@@ -276,12 +292,27 @@ def test_two_shapes_are_refused(checkpoints, tmp_path):
 
     from cordee.compute import engine
 
-    with pytest.raises(UserError, match=r"models\.wide: has another hidden_size than first: 128 instead of 64"):
-        engine.require_one_shape({"first": checkpoints["first"], "wide": make_model(tmp_path / "wide", 128)})
-    shutil.copytree(checkpoints["second"], tmp_path / "other")
-    (tmp_path / "other" / "chat_template.jinja").write_text("{{ bos_token }}")
-    with pytest.raises(UserError, match="has another chat template than first"):
-        engine.require_one_shape({"first": checkpoints["first"], "other": tmp_path / "other"})
+    with pytest.raises(UserError, match=r"models\.wide: has another shape than first: hidden_size 128 instead of 64"):
+        engine.require_one_engine({"first": checkpoints["first"], "wide": make_model(tmp_path / "wide", 128)})
+
+
+def test_a_bfloat16_base_and_its_sft_of_another_dtype_template_and_tokenizer_file_are_one_shape(checkpoints, tmp_path):
+    """What encodes and stops the same, or is each model's own, is no other shape."""
+    from cordee.compute import engine
+
+    other = shutil.copytree(checkpoints["second"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "eos_token_id": 5}))
+    (other / "chat_template.jinja").write_text("{{ bos_token }}")
+    (other / "tokenizer.json").write_text(json.dumps(json.loads((other / "tokenizer.json").read_text())))
+    engine.require_one_engine({"first": checkpoints["first"], "other": other})
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    last = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    tokenizer["model"]["vocab"]["zz"] = tokenizer["model"]["vocab"].pop(last)
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"models\.other: has other tokens than first"):
+        engine.require_one_engine({"first": checkpoints["first"], "other": other})
 
 
 def test_what_is_no_model_is_named_before_anything_starts(checkpoints, tmp_path):
@@ -289,7 +320,7 @@ def test_what_is_no_model_is_named_before_anything_starts(checkpoints, tmp_path)
 
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"models\.dpo: is an adapter, not a model"):
-        engine.require_one_shape({"first": checkpoints["first"], "dpo": tmp_path})
+        engine.require_one_engine({"first": checkpoints["first"], "dpo": tmp_path})
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints):

@@ -51,7 +51,7 @@ def test_a_shipped_task_is_one_that_a_benchmark_takes(path, tmp_path):
     from eval import harness
 
     data = {name: tmp_path / name for name in ("language", "documents")}
-    task = harness.read_task(path, data, tmp_path)
+    task = harness.read_task(path, data, tmp_path, tmp_path)
     assert (task.name, task.about["metric"]) == (path.stem, task.metric)
 
 
@@ -68,7 +68,7 @@ def test_a_yaml_that_is_wrong_is_seen(tmp_path):
     with pytest.raises(UserError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
         read_shape(planted(MODELS[0], "hidden_size", "hiden_size"), tmp_path)
     with pytest.raises(UserError, match="is no task file"):
-        harness.read_task(planted(TASKS[0], "metric_list", "metrics"), {}, tmp_path)
+        harness.read_task(planted(TASKS[0], "metric_list", "metrics"), {}, tmp_path, tmp_path)
     fsdp = next(path for path in LAUNCHES if path.stem == "fsdp2")
     with pytest.raises(UserError, match="must be 2"):
         device._asked(Launch(config_file=str(planted(fsdp, "fsdp_version: 2", "fsdp_version: 1"))))

@@ -151,6 +151,7 @@ def test_it_learns_the_answers_and_leaves_a_plain_model(model_folder: Path, tmp_
         "generation_config.json",
         "metrics.jsonl",
         "model.safetensors",
+        "probe.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "training.json",

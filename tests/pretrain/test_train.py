@@ -53,7 +53,14 @@ def test_a_training_publishes_models_that_transformers_opens_and_says_what_it_di
         assert AutoTokenizer.from_pretrained(out / place).chat_template, step
     assert {path.name for path in out.iterdir()} == {
         *("checkpoints", "config.json", "model.safetensors", "generation_config.json", "tokenizer.json"),
-        *("tokenizer_config.json", "chat_template.jinja", "metrics.jsonl", "heldout.json", "training.json"),
+        *(
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "metrics.jsonl",
+            "heldout.json",
+            "training.json",
+            "probe.json",
+        ),
     }
     losses = rows(out, "loss")
     assert list(losses) == [1, 2, 3, 4, 5, 6]
@@ -83,8 +90,8 @@ def test_held_out_bits_per_byte_are_those_of_each_document_alone_in_float64(trai
     for index, document in enumerate(documents):
         piece = torch.from_numpy(ids[offsets[index] : offsets[index + 1]])
         with torch.no_grad():
-            logprobs = model(input_ids=piece[None]).logits[0, :-1].log_softmax(-1)
-        cost = -float(logprobs.gather(1, piece[1:, None]).sum()) / math.log(2)
+            logprobs = model(input_ids=piece[None]).logits[0, :-2].log_softmax(-1)
+        cost = -float(logprobs.gather(1, piece[1:-1, None]).sum()) / math.log(2)  # what ends a document is no text
         bits[document["language"]] = bits.get(document["language"], 0) + cost
         sizes[document["language"]] = sizes.get(document["language"], 0) + document["bytes"]
     assert told["bits_per_byte"] == pytest.approx(sum(bits.values()) / sum(sizes.values()), rel=1e-5)

