@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cordee import attempt, config, events, files, hashes, lock, plan, recipe, runner, yaml12
+from cordee import attempt, config, events, files, hashes, launchers, lock, plan, recipe, runner, yaml12
 from cordee.artifact import Artifact, Store
 from cordee.display import Display
 from cordee.errors import Fault
@@ -43,6 +43,7 @@ def run(
     Raises:
         CordeeError: the file is wrong, or the stage failed.
     """
+    os.environ.update(launchers.caches(root))
     own = plan.make(_recipe(uses, file, overrides), Store(root))
     planned = own.stages[0]
     console = Console(stderr=True)

@@ -60,7 +60,8 @@ def _run_stage(
         argv = command.of_stage(planned.item.stage.uses, planned.config, current.work.job.resolve())
         display.begin(planned.name, current.announce())
         try:
-            memory = _watch(Job(argv, launchers.environment(), current.work.log), current.work, display)
+            environment = launchers.environment() | launchers.caches(plan.store.root)
+            memory = _watch(Job(argv, environment, current.work.log), current.work, display)
         except Stopped:
             raise
         except CordeeError as error:

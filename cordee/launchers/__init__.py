@@ -29,3 +29,10 @@ def environment() -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # a folder `eval/` in the current folder is not the code that was planned
         RUNNER: json.dumps(lock.owner(os.getpid())),
     }
+
+
+def caches(runs: Path) -> dict[str, str]:
+    """Where torch, Triton and vLLM keep compiled code: beside the artifacts, unless the user has set another place."""
+    folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "VLLM_CACHE_ROOT": "vllm"}
+    place = runs.absolute() / ".cache"
+    return {name: str(place / folder) for name, folder in folders.items() if name not in os.environ}

@@ -1,4 +1,4 @@
-"""The command that starts a stage: `python -m <uses>`, by `accelerate launch` where it takes an `AccelerateConfig`."""
+"""The command that starts a stage: `python -m <uses>`, or `accelerate launch -m <uses>` for several processes."""
 
 import json
 import sys
@@ -14,6 +14,8 @@ def of_stage(uses: str, config: Config, job_file: Path) -> tuple[str, ...]:
     if not (isinstance(config, AccelerateConfig) and config.is_launched):
         return (sys.executable, *module)
     launch = config.launch
+    if launch.num_processes == 1 and launch.config_file is None:
+        return (sys.executable, *module)  # accelerate's launcher would only import torch once more, for two seconds
     settings = launch.config_file or str(_settings(launch, job_file.with_name("accelerate.yaml")))
     # What `accelerate launch` calls, with this interpreter's accelerate whatever the PATH says; five seconds sooner.
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
@@ -21,17 +23,16 @@ def of_stage(uses: str, config: Config, job_file: Path) -> tuple[str, ...]:
 
 
 def _settings(launch: Launch, path: Path) -> Path:
-    """Write an accelerate configuration for this machine, so that no default of the user's home is read."""
-    gpu = machine.has_gpu()
+    """Write an accelerate configuration for several processes, so that no default of the user's home is read."""
     settings = {
         "compute_environment": "LOCAL_MACHINE",
         # With MULTI_CPU accelerate 1.15 silently starts one process; its launcher for GPUs starts several anywhere.
-        "distributed_type": "MULTI_GPU" if launch.num_processes > 1 else "NO",
+        "distributed_type": "MULTI_GPU",
         "num_machines": 1,
         "machine_rank": 0,
         "num_processes": launch.num_processes,
         "mixed_precision": "no",  # the stage's own config says it
-        "use_cpu": not gpu,
+        "use_cpu": not machine.has_gpu(),
         "main_training_function": "main",
         "main_process_port": 0,
     }
