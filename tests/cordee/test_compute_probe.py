@@ -1,13 +1,12 @@
 """A model's probe is of the weights that it lies beside, and nothing else stands in for it."""
 
-import json
 import shutil
 from pathlib import Path
 
+import manifests
 import pytest
 import torch
 
-from cordee import files
 from cordee.compute import probe
 from cordee.compute.logprobs import score
 from cordee.compute.model import open_model, save_model
@@ -38,13 +37,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def publish(folder: Path) -> None:
-    listed = [
-        {"path": path.name, "bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in files.walk(folder)
-    ]
-    (folder / "manifest.json").write_text(json.dumps({"files": listed}))
-
-
 def test_a_saved_model_has_what_transformers_says_in_float32(model):
     kept = probe.read(model)
     (expected,) = score(open_model(model, dtype=torch.float32), [open_tokenizer(model)(probe.TEXT)["input_ids"][:40]])
@@ -55,11 +47,11 @@ def test_a_saved_model_has_what_transformers_says_in_float32(model):
 def test_an_artifacts_probe_is_taken_and_any_other_folder_is_scored(model, tmp_path):
     from cordee.compute.engine import probes
 
-    folder = shutil.copytree(model, tmp_path / "model")
+    folder = shutil.copytree(model, tmp_path / "spring@1")
     right = probe.read(folder).logprobs
     probe.write(folder, probe.Probe(probe.read(folder).ids, right + 1))
     assert probes([folder])[folder].logprobs.equal(right)  # a folder of anyone's: its weights may be others by now
-    publish(folder)
+    manifests.seal(folder)
     assert probes([folder])[folder].logprobs.equal(right + 1)
 
 
@@ -67,8 +59,8 @@ def test_an_artifacts_probe_is_taken_and_any_other_folder_is_scored(model, tmp_p
 def test_an_artifact_that_was_changed_is_a_fault(name, model, tmp_path):
     from cordee.compute.engine import probes
 
-    folder = shutil.copytree(model, tmp_path / "model")
-    publish(folder)
+    folder = shutil.copytree(model, tmp_path / "spring@1")
+    manifests.seal(folder)
     damaged = bytearray((folder / name).read_bytes())
     damaged[-9] ^= 1
     (folder / name).write_bytes(damaged)
