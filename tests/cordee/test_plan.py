@@ -177,7 +177,7 @@ def test_no_reference_leads_out_of_its_artifact(brook, place):
 
 
 def test_the_certificates_are_no_single_artifact(brook):
-    with pytest.raises(UserError, match=r"stages.pool.source: \$certificates is no single artifact; it can stand in"):
+    with pytest.raises(UserError, match=r"stages.pool.source: \$certificates is no single artifact; use it in"):
         brook("pool.source=$certificates")
 
 
