@@ -58,6 +58,6 @@ def test_vllm_encodes_what_training_saw(misnamed):
     from vllm.tokenizers import get_tokenizer
 
     trained = encode(open_tokenizer(misnamed))
-    place = engine.settings(misnamed, 64, 0)["tokenizer"]
+    place = engine.Settings("vllm", 64).for_vllm(misnamed)["tokenizer"]
     assert encode(get_tokenizer(str(misnamed))) != trained
     assert encode(get_tokenizer(place)) == trained
