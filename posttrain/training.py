@@ -4,6 +4,7 @@ A stage gives `build(config, context) -> (trainer, meter)`; `fit` does the rest:
 point, trains, reports progress, publishes intermediate checkpoints, and saves the model or the adapter.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import datasets
+import pyarrow as pa
 import torch
 import transformers
 import trl.trainer.utils
@@ -31,6 +33,7 @@ from posttrain.compiling import compile_trainer, is_compiled
 from posttrain.settings import TrlConfig, passes
 from posttrain.watch import Watch, newest_resume_point
 
+DATA = "data.json"
 Arguments = TypeVar("Arguments", bound=transformers.TrainingArguments)
 Config = TypeVar("Config", bound=TrlConfig)
 
@@ -194,6 +197,7 @@ def _train(trainer: Trainer, meter: Meter, config: TrlConfig, context: Context) 
         context.note(remark)
     context.note(f"{meter.rows} rows; {trainable:,} parameters to train")
     point = newest_resume_point(context.out / "resume")
+    _require_same_data(trainer, context, is_resumed=point is not None)
     context.rewind(point.step if point else 0)
     if point:
         context.resumed(point.step)
@@ -220,6 +224,30 @@ def _train(trainer: Trainer, meter: Meter, config: TrlConfig, context: Context) 
         context.stop(f"step {trainer.state.global_step} of {trainer.state.max_steps}")
     publish(trainer, config, context.out)
     return _metrics(trainer, meter, config, watch) | {"trainable_parameters": trainable}
+
+
+def _require_same_data(trainer: Trainer, context: Context, *, is_resumed: bool) -> None:
+    """See that a resumed training has the token ids that it began with, whose digest lies beside the resume points.
+
+    Raises:
+        Fault: it has others, as where a chat template writes the date.
+    """
+    file, digest = context.out / "resume" / DATA, hashlib.sha256()
+    for rows in trainer.train_dataset.with_format("arrow").iter(batch_size=1000):
+        for name in sorted(rows.column_names):
+            column = rows.column(name).combine_chunks()
+            if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
+                parts = (column.value_lengths(), column.flatten())
+                digest.update(name.encode() + b"".join(part.to_numpy().tobytes() for part in parts))
+    found = digest.hexdigest()
+    if is_resumed and files.read_json(file) != found:
+        raise Fault(
+            "the data has other token ids than when this training began: does the chat template write the date?",
+            file=file,
+            hint="set the date by chat_template_kwargs, or delete the folder of resume points to begin again",
+        )
+    if not is_resumed and context.is_main:
+        files.write_json(file, found)
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

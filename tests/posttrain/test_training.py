@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,20 @@ def test_a_loss_that_is_no_number_ends_the_run(model_folder: Path, data: Path, t
     given = keys(model_folder, data, learning_rate=1e30, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant")
     with pytest.raises(Fault, match=r"(the loss is (nan|inf) at step|not finite)"):
         sft.run(sft.Config.model_validate(given), at(tmp_path))
+
+
+def test_a_resume_on_other_token_ids_is_a_fault(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """As where the chat template writes the date, and the run goes on the next day."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    config, context = sft.Config.model_validate(keys(model, data)), at(tmp_path)
+    (context.events.parent / "stop").touch()
+    with pytest.raises(Stopped):
+        sft.run(config, context)
+    (context.events.parent / "stop").unlink()
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{- bos_token }}", "{{- bos_token + '2026-11-27' }}"))
+    with pytest.raises(Fault, match=r"resume/data\.json: the data has other token ids than when this training began"):
+        sft.run(config, context)
 
 
 def test_a_run_killed_before_it_is_published_does_not_train_again(
