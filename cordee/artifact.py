@@ -61,8 +61,6 @@ class Damaged:
     path: Path
     problem: str
     """What is wrong, to be read after the name: `manifest.json is missing`."""
-    is_older: bool = False
-    """Whether it is intact, and was published by an older version."""
 
     @property
     def name(self) -> str:
@@ -168,7 +166,7 @@ class Store:
             found = manifest.read(path)
         except Fault as error:
             where = f"{manifest.NAME}: {error.key}:" if error.key else manifest.NAME
-            return Damaged(path, f"{where} {error.problem}", isinstance(error, manifest.OlderSchemaError))
+            return Damaged(path, f"{where} {error.problem}")
         if found.name != f"{path.parent.name}/{path.name}":
             return Damaged(path, f"is {found.name} by its manifest: was the folder renamed?")
         return Artifact(path, found)
@@ -189,7 +187,7 @@ def publish(work: Work, draft: Manifest) -> Artifact:
         draft: the manifest; its version and its files are filled in here.
 
     Raises:
-        Fault: the folder is empty or the version was published meanwhile.
+        Fault: the folder is empty or holds a link, or the version was published meanwhile.
     """
     final = work.out.with_name(work.out.name.removesuffix(".partial"))
     if final.exists():
@@ -197,6 +195,9 @@ def publish(work: Work, draft: Manifest) -> Artifact:
     (work.out / manifest.NAME).unlink(missing_ok=True)
     for left in work.out.rglob(".*.tmp"):  # left by a kill within `files.write_text`
         left.unlink()
+    if link := next((path for path in work.out.rglob("*") if path.is_symlink()), None):
+        hint = "replace it by what it points to, or delete it, and run again"
+        raise Fault("is a link, and an artifact holds its files itself", file=link, hint=hint)
     mask = os.umask(0)
     os.umask(mask)
     for path in files.walk(work.out):
@@ -238,7 +239,7 @@ def verify(artifact: Artifact, place: str = "") -> Iterator[str]:
             yield f"{path}: can't be read: {error.strerror}"
     for path in sorted(root.rglob("*")):
         name = path.relative_to(artifact.path).as_posix()
-        if name not in listed and name != manifest.NAME and not path.is_dir():
+        if name not in listed and name != manifest.NAME and (path.is_symlink() or not path.is_dir()):
             yield f"{path}: is not in the manifest"
 
 

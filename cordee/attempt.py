@@ -15,6 +15,7 @@ from typing import Any
 from cordee import artifact, config, events, files, hashes, identity, lock, manifest, provenance
 from cordee.artifact import Artifact, Damaged
 from cordee.errors import Fault, UserError
+from cordee.lock import Held
 from cordee.manifest import Manifest
 from cordee.plan import Plan, Planned
 from cordee.work import Work
@@ -31,6 +32,7 @@ class Attempt:
     """The manifest, as far as it is known before the stage starts."""
     beside: tuple[str, ...]
     """The names of damaged artifacts of the stage, beside which this one is made."""
+    lock: Held
 
     def announce(self) -> str:
         """What is shown when it begins."""
@@ -43,7 +45,11 @@ class Attempt:
         Args:
             metrics: what the stage returned.
             peak_memory_bytes: of the largest process.
+
+        Raises:
+            Fault: another run took the stage over.
         """
+        self.lock.require()
         seconds = round(events.worked_s(self.work.events), 3)
         found = {"metrics": metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes}
         return artifact.publish(self.work, self.draft.model_copy(update=found))
@@ -68,7 +74,7 @@ def begin(
         UserError: an input is not made yet, or has no such place.
         Fault: another run holds the stage, or an input is not what was published or planned.
     """
-    with lock.hold(plan.store.lock_file(plan.recipe.name, planned.name)):
+    with lock.hold(plan.store.lock_file(plan.recipe.name, planned.name)) as held:
         found = plan.store.scan(plan.recipe.name)
         for other in found:
             if isinstance(other, Artifact) and other.fingerprint == planned.fingerprint:
@@ -83,7 +89,7 @@ def begin(
         job = _write_job(plan, planned, work, inputs)
         unusable = [one for one in found if isinstance(one, Damaged)]
         beside = tuple(one.name for one in unusable if one.is_of(plan.recipe.name, planned.name))
-        yield Attempt(work, job, _draft(plan, planned, artifacts, proves), beside)
+        yield Attempt(work, job, _draft(plan, planned, artifacts, proves), beside, held)
 
 
 def _verified(plan: Plan, planned: Planned, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
@@ -98,7 +104,7 @@ def _verified(plan: Plan, planned: Planned, artifacts: Mapping[str, Artifact]) -
                 raise Fault(damage, file=plan.recipe.file, key=place, hint=hint)
         elif target.path:
             path = target.path
-            if not path.exists() or target.identity != f"content {hashes.of_content(path)}":
+            if not path.exists() or target.identity != identity.of_path(path, hashes.of_content(path)):
                 hint = "run again: it is planned anew with what is there now"
                 raise Fault(f"{path} changed since the plan was made", file=plan.recipe.file, key=place, hint=hint)
             kept.of(path)
@@ -157,4 +163,5 @@ def _reads(planned: Planned, artifacts: Mapping[str, Artifact]) -> Iterator[mani
         if found := artifacts.get(target.stage) if target.stage else target.artifact:
             yield manifest.Read(key=key, artifact=found.name, path=target.place, fingerprint=found.fingerprint)
         else:
-            yield manifest.Read(key=key, file=str(given[key]), sha256=target.identity.removeprefix("content "))
+            digest = target.identity.removeprefix("content ").partition("/")[0]
+            yield manifest.Read(key=key, file=str(given[key]), sha256=digest)

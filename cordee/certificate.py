@@ -7,13 +7,22 @@ exists holds.
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cordee import files
+from cordee.config import Config
 from cordee.errors import Fault
 
 NAME = "certificate.json"
 Value = bool | int | float | str
+
+
+class Conditions(Config):
+    """Base of a proof's `Config`."""
+
+    conditions: dict[str, Any] = Field(default={})
+    """What the certificate holds for besides the other keys: the version and the execution keys of the stage, the
+    machine, and packages; `cordee prove` sets it."""
 
 
 class Check(BaseModel):
@@ -38,15 +47,11 @@ class Certificate(BaseModel):
     of: str
     """The module of the stage that was examined."""
     claim: str
+    conditions: dict[str, Any] = {}
+    """What it holds for, besides the keys of its stage."""
     checks: tuple[Check, ...]
     evidence: Any = None
     """JSON of the proof's own: examples, hashes, versions."""
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
 
 
 def at_most(name: str, value: float, limit: float) -> Check:

@@ -3,6 +3,7 @@
 `find` lists it and deletes nothing. What can be resumed, and what is damaged, is listed as kept.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ class Item:
 
 
 def find(store: Store, of: Recipe | None) -> list[Item]:
-    """What can be deleted in a recipe's folder, by its plan now; without a recipe, in all, by those that were run."""
+    """What can be deleted in a recipe's folder; without a recipe, in all."""
     found = store.scan()
     if of:
         return list(_in_recipe(store, of.name, of, found))
@@ -55,18 +56,11 @@ def delete(item: Item) -> None:
     Raises:
         Fault: a run holds its stage.
     """
-    if item.lock and item.path != item.lock:
-        with lock.hold(item.lock):
-            _remove(item.path)
-    else:
-        _remove(item.path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with lock.hold(item.lock) if item.lock else contextlib.nullcontext():
+        if item.path.is_dir() and not item.path.is_symlink():
+            shutil.rmtree(item.path)
+        elif item.path != item.lock:  # a lock is taken over, and so gone in the end
+            item.path.unlink(missing_ok=True)
 
 
 def _in_recipe(store: Store, name: str, of: Recipe | None, found: list[Artifact | Damaged]) -> Iterator[Item]:
@@ -78,7 +72,7 @@ def _in_recipe(store: Store, name: str, of: Recipe | None, found: list[Artifact 
             yield Item(path, "log of an attempt that is gone", lock=store.lock_file(name, path.name.rpartition("@")[0]))
     for path in sorted([*folder.glob(".*.lock"), *folder.glob(".*.lock.dead.*")]):
         if not lock.is_held(path):
-            yield Item(path, "lock of a process that has ended")
+            yield Item(path, "lock of a process that has ended", lock=path if path.suffix == ".lock" else None)
     yield from _unfinished(folder)
     yield from _unfinished(folder / "logs")
     for one in found:
@@ -116,14 +110,12 @@ def _with_log(work: Work, why: str, held: Path) -> Iterator[Item]:
 def _wanted(store: Store, name: str, of: Recipe | None, attempts: set[str | None]) -> tuple[set[str], str]:
     """The fingerprints that a run would continue, and why they may not be all.
 
-    Without a recipe, every recipe that was run here counts, each with its overrides.
+    Every recipe that was run here counts, each with its overrides, and the one that is given, with its proofs.
     """
-    if of:
-        return _fingerprints(of, store), ""
     stored = sorted((store.root / name / "logs").glob("*.recipe.yaml"), reverse=True)
     distinct = {path.read_bytes(): path for path in reversed(stored)} if attempts else {}
-    wanted: set[str] = set()
-    unknown = "" if distinct else "no recipe was stored here; name it: cordee clean RECIPE"
+    wanted = _fingerprints(of, store) if of else set()
+    unknown = "" if of or distinct else "no recipe was stored here; name it: cordee clean RECIPE"
     for path in distinct.values():
         if attempts <= wanted:
             break
@@ -153,7 +145,8 @@ def _unfinished(folder: Path) -> Iterator[Item]:
 
 def _caches(folder: Path) -> Iterator[Item]:
     """Caches that no stage has used for a while."""
-    for path in sorted(folder.glob("*")):
+    apart = folder / "sequences"  # each source's sequences are used or not by themselves
+    for path in [*(path for path in sorted(folder.glob("*")) if path != apart), *sorted(apart.glob("*"))]:
         states = [inner.stat() for inner in [path, *path.rglob("*")] if inner.exists()]
         used = max(max(state.st_mtime, state.st_atime if not path.is_dir() else 0.0) for state in states)
         if time.time() - used > UNUSED_CACHE_S:

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, and none imports torch."""
+"""The command line. Each command imports what it needs when it runs; `data` alone imports torch."""
 
 import sys
 from collections.abc import Callable
@@ -221,6 +221,23 @@ def list_(uses: Annotated[str | None, typer.Argument(help="a package, or a stage
         show.stages(_console(), found)
     elif uses:
         show.keys(_console(), keys.of(stage.load(uses, file="command line").config))
+
+
+@_command
+def data_(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="a data file, or a folder of them")],
+    model: Annotated[Path, typer.Option(help="the model, or the adapter, that would be trained")],
+    given: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="a source's keys, max_length, overlong, …")
+    ] = None,
+) -> None:
+    """Show what a training would see of data: shape, lengths, trained tokens, and what would be left out."""
+    from cordee import preview_keys
+
+    settings = preview_keys.read(path, given or [])
+    from cordee.compute import preview
+
+    preview.run(settings, model, _console())
 
 
 def main() -> None:

@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from cordee import machine, peek, yaml12
@@ -28,6 +36,10 @@ from cordee.errors import UserError, nearest
 
 class Input(PosixPath):
     """A reference to an artifact, or a path; by the time a stage runs it is an absolute path that exists."""
+
+    def further_files(self) -> list[Path]:
+        """Files that are read because this one names them; a kind of file that does so has a class of its own."""
+        return []
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -138,6 +150,25 @@ class TrainingConfig(AccelerateConfig):
     interval."""
     resume_steps: Execution[int] = Field(default=100, ge=1)
     """Steps from one resume point to the next: what a kill can cost."""
+    eval_steps: int = Field(default=0, ge=0)
+    """Steps between two measurements of held-out data; 0: only at the end."""
+    report_to: Execution[list[str]] = Field(default_factory=list)
+    """Trackers of accelerate that are used too, such as `tensorboard`; their files go to `logs/`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fitting_batch(cls, given: Any) -> Any:
+        """Without `per_device_train_batch_size`, the largest one up to its default that divides a global batch."""
+        name, fields = "per_device_train_batch_size", cls.model_fields
+        if not isinstance(given, dict) or name in given or name not in fields:
+            return given
+        launch, rows = given.get("launch", {}), given.get("global_batch_size", fields["global_batch_size"].default)
+        processes = launch.get("num_processes", 1) if isinstance(launch, dict) else getattr(launch, "num_processes", 1)
+        if not all(isinstance(number, int) and number > 0 for number in (rows, processes)) or rows % processes:
+            return given
+        each = rows // processes
+        fits = next(size for size in range(min(fields[name].default, each), 0, -1) if each % size == 0)
+        return {**given, name: fits}
 
     def saves_at(self, step: int) -> bool:
         """Whether the model is published at this step."""

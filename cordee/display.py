@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from cordee import units
+
 LINE_EVERY_S = 15.0
 
 
@@ -71,7 +73,7 @@ class Display:
 
 
 def progress_line(event: dict[str, Any], first: dict[str, Any]) -> str:
-    """Progress of a stage: `steps 120/900  loss 3.210  7,812 tokens/s  1:23 left`.
+    """Progress of a stage: `steps 120/900  loss 3.210  7,812 tokens/s  1 min 23 s left`.
 
     The time left is estimated from the pace since `first`, the first progress event of this attempt.
     """
@@ -82,16 +84,5 @@ def progress_line(event: dict[str, Any], first: dict[str, Any]) -> str:
         parts.append(f"{value:,.0f} {name.removesuffix('_per_s')}/s" if is_rate else f"{name} {value:.4g}")
     if first["done"] < done < total:
         pace_s = (event["time"] - first["time"]) / (done - first["done"])
-        parts.append(f"{duration(pace_s * (total - done))} left")
+        parts.append(f"{units.duration(pace_s * (total - done))} left")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text: `0.4 s`, `12 s`, `3:05`, `2:10:00`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

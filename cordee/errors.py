@@ -29,13 +29,13 @@ class CordeeError(Exception):
         super().__init__(" ".join(f"{line}; {hint}".split()) if hint else " ".join(line.split()))
 
     def in_stage(self, file: object, key: str, fields: Collection[str]) -> Self:
-        """This error with a recipe's file and a stage's key, `stages.sft`, before it.
+        """This error with a recipe's file and a stage's key, `stages.sft` or empty, before it.
 
         Its own key is appended to the stage's if it is one of the stage's `fields`. If the error names a file of its
         own, or another key, they stand before the problem.
         """
         if self.file is None and self.key and self.key.partition(".")[0] in fields:
-            return type(self)(self.problem, file=file, key=f"{key}.{self.key}", hint=self.hint)
+            return type(self)(self.problem, file=file, key=f"{key}.{self.key}".lstrip("."), hint=self.hint)
         problem = ": ".join(str(part) for part in (self.file, self.key, self.problem) if part)
         return type(self)(problem, file=file, key=key, hint=self.hint)
 

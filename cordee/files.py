@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """What a tokenizer consists of in a Hugging Face folder; all but the first two may be missing."""
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+"""What it has beside these: templates that transformers takes by their name, as `tool_use` for a chat with tools."""
 _SEAL = re.compile(rb'\{\n  "sha256": "([0-9a-f]{64})",\n')
 
 
@@ -87,8 +91,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines that the user or another program wrote, of which every line counts.
+def read_rows(path: Path) -> dict[int, dict[str, Any]]:
+    """Read JSON lines that the user or another program wrote, by the number of their line; blank lines are no rows.
 
     Raises:
         UserError: a line is no JSON object.
@@ -97,9 +101,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows_of(path.read_bytes().split(b"\n"), path)
 
 
-def rows_of(lines: Iterable[bytes], path: Path) -> list[dict[str, Any]]:
+def rows_of(lines: Iterable[bytes], path: Path) -> dict[int, dict[str, Any]]:
     """The JSON objects in the first lines of a file, as `read_rows` has them."""
-    rows: list[dict[str, Any]] = []
+    rows: dict[int, dict[str, Any]] = {}
     wrong: dict[int, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -110,7 +114,7 @@ def rows_of(lines: Iterable[bytes], path: Path) -> list[dict[str, Any]]:
             wrong[number] = f"is no JSON: {error}"
             continue
         if isinstance(row, dict):
-            rows.append(row)
+            rows[number] = row
         else:
             wrong[number] = "is no JSON object"
     if wrong:
@@ -140,12 +144,63 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
+@contextmanager
+def replaced(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write to, whose files then appear in `folder`, flushed.
+
+    One that is not there yet appears at once. In one that is, each file appears whole, and `last`, without which no
+    reader takes the folder for what it is, goes first and comes last.
+    """
+    is_new = not folder.exists()
+    beside = folder.with_name(f".{folder.name}.saving") if is_new else folder / ".saving"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    sync_tree(beside)
+    if is_new:
+        beside.rename(folder)
+        sync_folder(folder.parent)
+        return
+    (folder / last).unlink(missing_ok=True)
+    for path in sorted(walk(beside), key=lambda path: path.name == last):
+        place = folder / path.relative_to(beside)
+        place.parent.mkdir(exist_ok=True)
+        path.replace(place)
+        sync_folder(place.parent)
+    shutil.rmtree(beside)
+    sync_folder(folder)
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tokenizer_files(folder: Path) -> list[str]:
+    """The files of a tokenizer that a folder has, as paths within it."""
+    found = [*(folder / name for name in TOKENIZER_FILES), *sorted(folder.glob(CHAT_TEMPLATES))]
+    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+
+
+def copy(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy files, given as paths within a folder, to the same paths in another."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
 def walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder in a fixed order."""
-    yield from sorted(path for path in folder.rglob("*") if path.is_file())
+    """The files below a folder in a fixed order, linked folders included, except links to a folder that holds them."""
+    yield from sorted(_below(folder, ()))
+
+
+def _below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    here = folder.resolve()
+    if here in above:
+        return
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            yield from _below(path, (*above, here))
+        elif path.is_file():
+            yield path

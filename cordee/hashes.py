@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee import files
+from cordee.config import Input
 from cordee.errors import Fault
 
 _SETTLED_S = 1.0
@@ -35,10 +36,15 @@ def of_file(path: Path) -> str:
 
 
 def of_content(path: Path, hash_file: Callable[[Path], str] = of_file) -> str:
-    """The SHA-256 of a file's content, or of a folder's file names and their hashes."""
-    if not path.is_dir():
+    """The SHA-256 of a file's content or a folder's file names and their hashes, and of the files that it names."""
+    further = path.further_files() if isinstance(path, Input) else []
+    if path.is_dir():
+        listed: list[Any] = [[item.relative_to(path).as_posix(), hash_file(item)] for item in files.walk(path)]
+        listed += [[item.name, hash_file(item)] for item in further]
+    elif further:
+        listed = [hash_file(item) for item in (path, *further)]
+    else:
         return hash_file(path)
-    listed = [[item.relative_to(path).as_posix(), hash_file(item)] for item in files.walk(path)]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 

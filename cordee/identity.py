@@ -1,7 +1,7 @@
 """What a stage's result depends on, and nothing else: its module and its version, seed, config and inputs.
 
 The *identity* is a JSON value; its SHA-256 is the *fingerprint*. Fields marked `Execution` are left out. An `Input` is
-replaced by what it points to: `artifact <fingerprint>/<place>` or `content <sha256>`.
+replaced by what it points to: `artifact <fingerprint>/<place>`, or `content <sha256>` with the kind of a data file.
 
 The fields of a config, and of what is passed to a library, have no order and are sorted. In any other mapping the order
 counts (`models:` are evaluated in theirs), and is kept.
@@ -11,9 +11,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cordee.config import Config, Input, is_execution, libraries
+from cordee.data.kinds import kind
 from cordee.errors import UserError
 
 
@@ -43,6 +45,15 @@ def of_stage(
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise UserError(f"must be a finite number, not {leaf}", file=place[0], key=f"{place[1]}.{key}")
     return {"config": found, "seed": seed, "uses": uses, "version": version}
+
+
+def of_path(path: Path, sha256: str) -> str:
+    """What a file or folder with this content counts as; of a data file its kind counts too, as it says how to read it.
+
+    The same lines are one text in `chats.txt`, and rows in `chats.jsonl`.
+    """
+    suffix, codec = ("", None) if path.is_dir() else kind(path)
+    return "/".join(filter(None, (f"content {sha256}", suffix and f"{suffix}{f' {codec}' if codec else ''}")))
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

@@ -50,10 +50,8 @@ def _kind(annotation: Any) -> str:
     if words:
         phrases = {list: "list of {}", dict: "mapping of {} to {}", tuple: f"[{', '.join(words)}]"}
         return phrases.get(origin, " | ".join(words)).format(*words)
-    if issubclass(annotation, Config):
-        return "mapping"
-    named = {Input: "reference or path", types.NoneType: "null"}
-    return named.get(annotation) or str(annotation.__name__)
+    named: dict[type, str] = {Config: "mapping", Input: "reference or path", types.NoneType: "null"}
+    return next((name for kind, name in named.items() if issubclass(annotation, kind)), str(annotation.__name__))
 
 
 def _limits(field: FieldInfo) -> Iterator[str]:

@@ -11,6 +11,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,46 @@ BEAT_S = 15.0
 DEAD_AFTER_S = 300.0
 
 
+@dataclass(frozen=True)
+class Held:
+    """A lock that this process holds."""
+
+    path: Path
+    text: str
+    """What is in the file: this process."""
+    lost: threading.Event
+    """Set once a heartbeat found the lock to be another process's."""
+
+    def require(self) -> None:
+        """See that the lock is still this process's.
+
+        Raises:
+            Fault: another process took it over, since the heartbeat was not seen there for too long.
+        """
+        if self.lost.is_set() or not _is(self.path, self.text):
+            hint = "what this run wrote since is not published; run again once the other one has ended"
+            raise Fault("another run took this stage over", file=self.path, hint=hint)
+
+
 @contextlib.contextmanager
-def hold(path: Path) -> Iterator[None]:
+def hold(path: Path) -> Iterator[Held]:
     """Hold a lock for the duration of a `with` block.
 
     Raises:
         Fault: a live process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = json.dumps(owner(os.getpid()))
-    _create(path, mine)
+    held = Held(path, json.dumps(owner(os.getpid())), threading.Event())
+    _create(path, held.text)
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
+    heart = threading.Thread(target=_beat, args=(held, ended), daemon=True)
     heart.start()
     try:
-        yield
+        yield held
     finally:
         ended.set()
         heart.join()
-        if _is(path, mine):
+        if _is(path, held.text):
             path.unlink(missing_ok=True)
 
 
@@ -106,12 +128,13 @@ def _take_away(path: Path, dead: tuple[int, str]) -> None:
     moved = path.with_name(f"{path.name}.dead.{platform.node()}.{os.getpid()}")
     try:
         path.rename(moved)
-    except FileNotFoundError:
+        found = _state(moved)
+    except FileNotFoundError:  # another process, or `cordee clean`, was faster
         return
-    if _state(moved) != dead:
+    if found != dead:
         moved.rename(path)
         raise _held(path)
-    moved.unlink()
+    moved.unlink(missing_ok=True)
 
 
 def _is(path: Path, mine: str) -> bool:
@@ -141,9 +164,11 @@ def _started(pid: int) -> str | None:
     return None if state in "ZX" else fields[18]  # a zombie has ended
 
 
-def _beat(path: Path, mine: str, ended: threading.Event) -> None:
-    """Touch the lock's file until the block ends."""
-    while not ended.wait(BEAT_S):
-        with contextlib.suppress(FileNotFoundError):
-            if _is(path, mine):
-                os.utime(path)
+def _beat(held: Held, ended: threading.Event) -> None:
+    """Touch the lock's file until the block ends, or the lock is another process's."""
+    while not (held.lost.is_set() or ended.wait(BEAT_S)):
+        with contextlib.suppress(OSError):  # a shared file system may fail for a moment: the next beat tries again
+            if held.path.read_text(encoding="utf-8") == held.text:
+                os.utime(held.path)
+            else:
+                held.lost.set()

@@ -1,9 +1,10 @@
-"""This machine as seen without torch: processor, memory, GPU, and whether it computes in bfloat16."""
+"""This machine as seen without torch: processor, memory, GPU, whether it computes in bfloat16, and its processes."""
 
 import ctypes
 import functools
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -16,9 +17,18 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 BFLOAT16_CAPABILITY = 8
 """The first major compute capability of NVIDIA GPUs with bfloat16 (Ampere)."""
 
+# Loaded here and not below: between fork and exec nothing may be imported or waited for.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it ends (Linux: prctl(2), option 1); exec keeps it so."""
+    if _LIBC:
+        _LIBC.prctl(1, signal.SIGKILL)
+
 
 def has_gpu() -> bool:
-    """Whether the machine shows an NVIDIA GPU, and `CUDA_VISIBLE_DEVICES` does not hide it."""
+    """Whether NVIDIA's driver in /proc shows a GPU (not in WSL2), and `CUDA_VISIBLE_DEVICES` does not hide it."""
     return GPUS.is_dir() and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1")
 
 

@@ -19,10 +19,6 @@ SCHEMA = 2
 _FOLDER = re.compile(r"[\w-]+@\d+")
 
 
-class OlderSchemaError(Fault):
-    """The manifest is intact, and was written by an older version of Cordée."""
-
-
 class _Part(BaseModel):
     """Base of the manifest and of what it holds: exact fields, exact types."""
 
@@ -120,16 +116,12 @@ def read(folder: Path) -> Manifest:
     """The manifest in a folder.
 
     Raises:
-        OlderSchemaError: it was written by an older version.
         Fault: there is none, or it is not what was written.
     """
     file = folder / NAME
     if not file.is_file():
         raise Fault("is missing", file=file)
-    try:
-        found = files.read_sealed(file)
-    except Fault as error:
-        raise _older(file) or error from error
+    found = files.read_sealed(file)
     if (schema := found.pop("schema", None)) != SCHEMA:
         raise Fault(f"has schema {schema}, and this version reads {SCHEMA}", file=file)
     try:
@@ -138,17 +130,6 @@ def read(folder: Path) -> Manifest:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise Fault(f"can't be used: {first['msg']}", file=file, key=key) from error
-
-
-def _older(file: Path) -> OlderSchemaError | None:
-    """The error for a manifest of schema 1, which had no digest; None for any other."""
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    if isinstance(found, dict) and found.get("schema") == 1 and "sha256" not in found:
-        return OlderSchemaError("was written by an older version (schema 1)", file=file)
-    return None
 
 
 def around(path: Path) -> Path | None:

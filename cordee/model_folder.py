@@ -1,18 +1,50 @@
-"""Hugging Face model folders without torch: whether a folder is one, whether it is damaged, and its size."""
+"""Hugging Face model folders without torch: whether a folder is one, whether it is damaged, and its size.
+
+A folder may also be a LoRA adapter (Hu et al. 2021, arXiv 2106.09685), as PEFT writes it: then it names its base.
+"""
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cordee import files, hashes, manifest
+from cordee.config import Input
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 
+ADAPTER_CONFIG = "adapter_config.json"
 LONGEST_HEADER = 100_000_000
 """Bytes: the limit of the safetensors format."""
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTERS_BASE = "base_model.json"
+"""Beside an adapter that `posttrain` wrote: the SHA-256 of each weight file of its base."""
+_NESTED = ("text_config", "language_config", "llm_config")
+"""Where the config of a model of several modalities holds that of its language model."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a config says of a language model's size; None where it says nothing."""
+
+    layers: int | None
+    width: int | None
+    positions: int | None
+    """The longest sequence, in tokens."""
+    vocab_size: int | None
+    """Rows of the embedding."""
+
+
+class ModelInput(Input):
+    """A model's folder, or an adapter's, which names its base."""
+
+    def further_files(self) -> list[Path]:
+        """The files of an adapter's base, where they are found."""
+        base = _recorded_base(self) if is_adapter(self) else None
+        return list(files.walk(base)) if base else []
 
 
 def require(folder: Path, key: str | None = None) -> None:
@@ -24,10 +56,15 @@ def require(folder: Path, key: str | None = None) -> None:
     """
     if not folder.is_dir():
         raise UserError("is no folder", file=folder, key=key)
+    if is_adapter(folder):
+        raise UserError("is an adapter, not a model", file=folder, key=key, hint="merge it into its base first")
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would put the adapter on them, merged already or not
+        problem = f"holds whole weights and {ADAPTER_CONFIG}: whether the adapter is in the weights can't be known"
+        hint = f"move {ADAPTER_CONFIG} away if they are merged; name the adapter's folder without the weights otherwise"
+        raise UserError(problem, file=folder, key=key, hint=hint)
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError("is an adapter, not a model", file=folder, key=key, hint="merge it into its base first")
-        found = [*folder.glob("*/config.json"), *folder.glob("checkpoints/*/config.json")]
+        names = (place + name for place in ("*/", "checkpoints/*/") for name in ("config.json", ADAPTER_CONFIG))
+        found = [path for name in names for path in folder.glob(name)]
         newest = max((path.parent for path in found), key=_step, default=None)
         hint = f"did you mean {folder.name}/{newest.relative_to(folder)}?" if newest else ""
         raise UserError("is no Hugging Face model: it has no config.json", file=folder, key=key, hint=hint)
@@ -47,8 +84,10 @@ def _step(folder: Path) -> tuple[int, str]:
 
 
 def weights(folder: Path) -> list[Path]:
-    """A model's files of weights, those that its index names first of all; `*.bin` only where there is nothing else."""
+    """A model's files of weights, in transformers' order: a single file, what an index names, `*.bin` last."""
     for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        if (single := folder / pattern.replace("*", "")).is_file():
+            return [single]
         for index in sorted(folder.glob(f"{pattern}.index.json")):
             return [folder / name for name in sorted({*files.read_json(index)["weight_map"].values()})]
         if found := sorted(folder.glob(pattern)):
@@ -56,8 +95,8 @@ def weights(folder: Path) -> list[Path]:
     return []
 
 
-def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> set[str]:
-    """Compare a folder's weights (or the files named) with the manifest of the artifact that it lies in, if any.
+def require_undamaged(folder: Path, names: Iterable[str] | None = None) -> set[str]:
+    """Compare a folder's weights (or files that are named) with the manifest of the artifact that it lies in, if any.
 
     Returns:
         The names of those that the manifest lists.
@@ -70,29 +109,151 @@ def require_undamaged(folder: Path, names: tuple[str, ...] | None = None) -> set
     if owner is None:
         return compared
     published = {item.path: item for item in manifest.read(owner).files}
-    for path in sorted(folder.resolve().iterdir()):
+    inside = folder.resolve()
+    for name in [path.name for path in sorted(inside.glob("*.safetensors"))] if names is None else names:
+        path = inside / name
         item = published.get(path.relative_to(owner).as_posix())
-        if item is None or (path.suffix != ".safetensors" if names is None else path.name not in names):
+        if item is None or not path.is_file():
             continue
         if path.stat().st_size != item.bytes or hashes.of_file(path) != item.sha256:
             raise Fault("is damaged: its content differs from what was published", file=path)
-        compared.add(path.name)
+        compared.add(name)
     return compared
 
 
-def cost(folder: Path, key: str, given: Mapping[str, Cost]) -> Cost:
-    """The cost of the model that a stage reads as `key`: that of its stage, or by its files.
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter's, and holds no model of its own."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    return not any(found for name in ("model*.safetensors", "pytorch_model*.bin") for found in folder.glob(name))
+
+
+def base_of(adapter: Path, given: Path | None = None, *, key: str | None = None, base_key: str | None = None) -> Path:
+    """The folder of the model that an adapter was trained on.
+
+    Args:
+        adapter: the adapter's folder, whose config names the base: relative to it, or to where this process stands.
+        given: the base, where the recipe has it.
+        key: the adapter's key, for errors.
+        base_key: the base's key, where there is one.
+
+    Raises:
+        UserError: it is no model folder, or is not found.
+    """
+    if given is not None:
+        require(given, base_key)
+        return given
+    if base := _recorded_base(adapter):
+        require(base, key)
+        return base
+    recorded = files.read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    problem = f"its base {recorded!r} is no model folder here" if recorded else "its config names no base"
+    where = f"`{base_key}:`" if base_key else f"base_model_name_or_path in {ADAPTER_CONFIG}"
+    hint = f"give the folder of the model that it was trained on as {where}"
+    raise UserError(problem, file=adapter, key=key, hint=hint)
+
+
+def _recorded_base(adapter: Path) -> Path | None:
+    """The base that an adapter's config names, where it is a model folder here."""
+    recorded = files.read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    places = [(adapter / recorded).resolve(), Path(recorded).resolve()] if recorded else []
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def served_base(folder: Path, key: str | None = None) -> Path:
+    """The folder of an adapter's base, by its config alone; any other folder is its own.
+
+    Raises:
+        UserError: the base is not there.
+    """
+    return base_of(folder, key=key) if is_adapter(folder) else folder
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """The folder with the tokenizer of a model or an adapter: its own or, where an adapter has none, its base's."""
+    return folder if (folder / "tokenizer.json").is_file() else served_base(folder)
+
+
+def require_served(folder: Path, key: str | None = None) -> None:
+    """Check that a folder is a model with weights, or an adapter whose base is the model that it was trained on.
+
+    Raises:
+        UserError: it is something else; says what.
+        Fault: its config is damaged.
+    """
+    base = served_base(folder, key)
+    require(base, key)
+    if base == folder:
+        return
+    require_adapter(folder, base, key)
+
+
+def require_adapter(folder: Path, base: Path, key: str | None = None) -> None:
+    """Check that a folder is an adapter with weights, and that `base` is the one that its own record names, if any.
+
+    Raises:
+        UserError: it is something else, or the adapter of another base.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        is_model = (folder / "config.json").is_file()
+        what = "is a model, not an adapter" if is_model else f"is no adapter: it has no {ADAPTER_CONFIG}"
+        raise UserError(what, file=folder, key=key)
+    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise UserError(f"holds no weights: it has no {ADAPTER_WEIGHTS[0]}", file=folder, key=key)
+    recorded = folder / ADAPTERS_BASE
+    if recorded.is_file() and files.read_json(recorded)["files"] != weight_hashes(base):
+        hint = f"its base was {files.read_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')}"
+        raise UserError(f"was trained on other weights than those of {base}", file=folder, key=key, hint=hint)
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each weight file of a model."""
+    return {path.name: hashes.of_file(path) for path in weights(folder)}
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model within that of a model of several modalities; any other config is its own."""
+    return next((config[name] for name in _NESTED if isinstance(config.get(name), Mapping)), config)
+
+
+def token_id(config: Mapping[str, Any], name: str) -> Any:
+    """What a config, or that of its language model, names as `eos_token_id` or `pad_token_id`; None: nothing."""
+    own = config.get(name)
+    return language_config(config).get(name) if own is None else own
+
+
+def shape(config: Mapping[str, Any]) -> Shape:
+    """The shape in a model's `config.json`, or in what transformers makes of it as a mapping."""
+    text = language_config(config)
+
+    def first(*names: str) -> int | None:
+        return next((text[name] for name in names if isinstance(text.get(name), int)), None)
+
+    return Shape(
+        layers=first("num_hidden_layers", "n_layer", "n_layers"),
+        width=first("hidden_size", "n_embd", "d_model"),
+        positions=first("max_position_embeddings", "n_positions"),
+        vocab_size=first("vocab_size"),
+    )
+
+
+def cost(
+    folder: Path, key: str, given: Mapping[str, Cost], *, base: Path | None = None, base_key: str | None = None
+) -> Cost:
+    """The cost of the model that a stage reads as `key`: that of its stage, or by its files; of an adapter, its base's.
+
+    `base` is the adapter's base where the stage has a key for it, `base_key`.
 
     Raises:
         UserError: it is neither made by a stage nor a model folder.
     """
     if key in given:
         return given[key]
+    if is_adapter(folder):
+        folder = base_of(folder, base, key=key, base_key=base_key)
     require(folder, key)
-    config = files.read_json(folder / "config.json")
-    shape = config.get("text_config", config)
     sizes = [_parameters(path) for path in weights(folder) if path.suffix == ".safetensors"]
-    return Cost(parameters=sum(sizes) or None, vocab_size=shape.get("vocab_size"))
+    return Cost(parameters=sum(sizes) or None, vocab_size=shape(files.read_json(folder / "config.json")).vocab_size)
 
 
 def vocabulary(folder: Path) -> dict[str, int]:

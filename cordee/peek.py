@@ -24,7 +24,7 @@ def dataclass_fields(dataclass_name: str) -> dict[str, Any]:
         Fault: the package is not installed or holds no such class.
     """
     package, _, name = dataclass_name.rpartition(".")
-    root = _source_of(package)
+    root = source_of(package)
     if root is None:
         raise Fault(f"{package} is not installed, so its settings can't be checked", hint="pip install 'cordee[train]'")
     fields = dict(_fields(root, name))
@@ -39,7 +39,7 @@ def functions(module: str) -> list[str]:
     Raises:
         Fault: there is no such module.
     """
-    file = _source_of(module)
+    file = source_of(module)
     if file is None:
         raise Fault(f"there is no module {module}")
     return [node.name for node in _parse(file).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
@@ -72,17 +72,19 @@ def _parse(file: Path) -> ast.Module:
 def _imported_from(statement: ast.ImportFrom, file: Path) -> Path | None:
     """The file that `from module import …` reads, or None for the standard library's."""
     if not statement.level:
-        return _source_of(statement.module or "")
+        return source_of(statement.module or "")
     module = file.parents[statement.level - 1].joinpath(*(statement.module or "").split("."))
     return next((path for path in (module.with_suffix(".py"), module / "__init__.py") if path.exists()), None)
 
 
-def _source_of(module: str) -> Path | None:
+def source_of(module: str) -> Path | None:
     """A module's source file, found without importing the module; None if there is none."""
     package, _, rest = module.partition(".")
     spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         return None
+    if not spec.submodule_search_locations:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") and not rest else None
     path = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
 

@@ -24,7 +24,7 @@ class Target:
     """What an `Input` points to."""
 
     identity: str
-    """Its part of the identity: `artifact <fingerprint>/<place>` or `content <sha256>`."""
+    """Its part of the identity: `artifact <fingerprint>/<place>` or `content <sha256>/<kind of data file>`."""
     stage: str | None = None
     """The stage of this recipe that publishes it; None for anything else."""
     artifact: Artifact | None = None
@@ -107,8 +107,9 @@ def make(recipe: Recipe, store: Store) -> Plan:
     planned: dict[str, Planned] = {}
     for item in recipe.stages:
         current = {stage.fingerprint for stage in planned.values()}
-        certificates = [one for one in artifacts if one.manifest.proves in current]
-        config = _with_certificates(item.config, certificates)
+        proofs = [one for one in artifacts if one.manifest.proves in current]
+        newest = {(one.manifest.recipe, one.manifest.stage): one for one in proofs}
+        config = _with_certificates(item.config, list(newest.values()))
         targets = {
             key: _target(value, planned, store, kept, (recipe.file, f"stages.{item.name}.{key}"))
             for key, value in inputs(config)
@@ -238,12 +239,21 @@ def _target(value: Input, planned: dict[str, Planned], store: Store, kept: Kept,
         return _in_artifact(store.find(text), match["place"] or "", file=file, key=key)
     path = Path(text)
     if not path.exists():
-        beside = [str(path.parent / name.name) for name in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(text, beside) if beside else f"looked in {Path.cwd()}"
-        raise UserError(f"no file or folder {text!r}", file=file, key=key, hint=hint)
+        if path.is_symlink():
+            raise UserError(f"{text!r} is a link to {path.readlink()}, which is not there", file=file, key=key)
+        raise UserError(f"no file or folder {text!r}", file=file, key=key, hint=_how_to_get(path))
     if found := store.around(path):
         return _in_artifact(*found, file=file, key=key)
-    return Target(f"content {kept.of(path)}", path=path.absolute())
+    return Target(identity.of_path(value, kept.of(value)), path=value.absolute())
+
+
+def _how_to_get(path: Path) -> str:
+    """What helps where a path is not there: a target of the current folder's Makefile, or a name that is near."""
+    makefile = Path("Makefile")
+    if makefile.is_file() and f"\n{path}:" in makefile.read_text(encoding="utf-8", errors="replace"):
+        return f"`make {path}` makes it"
+    beside = [str(path.parent / name.name) for name in path.parent.iterdir()] if path.parent.is_dir() else []
+    return nearest(str(path), beside) if beside else f"looked in {Path.cwd()}"
 
 
 def _in_artifact(found: Artifact | Damaged, inside: str, *, file: object, key: str) -> Target:

@@ -1,8 +1,9 @@
 """Runs a package's proof on a user's own recipe: `cordee prove RECIPE masks`.
 
 A proof is a stage, `<package>/prove_<name>.py`, whose module names in `PROVES` the stages that it examines. Of the keys
-of such a stage, its `Config` gets those that it has too; its key `artifact`, if it has one, is the stage's artifact. It
-publishes `certificate.json`, which the report shows.
+of such a stage, its `Config` gets those that it has too; its key `artifact`, if it has one, is the stage's artifact.
+Its key `conditions` is what else a certificate holds for: the proof is made anew when that changes. It publishes
+`certificate.json`, which the report shows.
 """
 
 import ast
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cordee import plan, recipe, stage
+from cordee import files, identity, machine, plan, provenance, recipe, stage
 from cordee.artifact import Store
 from cordee.errors import UserError, nearest
 from cordee.recipe import Recipe
@@ -79,14 +80,16 @@ def plans(of: Recipe, store: Store, name: str) -> list[tuple[plan.Plan, str]]:
     if not proven:
         raise UserError(f"has no stage that uses {proof.proves}, which {name!r} applies to", file=of.file, key="stages")
     whole = plan.make(of, store)
-    return [(_with_proof(of, store, proof, item), whole.stage(item.name).fingerprint) for item in proven]
+    stages = [whole.stage(item.name) for item in proven]
+    return [(_with_proof(of, store, proof, planned), planned.fingerprint) for planned in stages]
 
 
-def _with_proof(of: Recipe, store: Store, proof: Proof, item: recipe.RecipeStage) -> plan.Plan:
+def _with_proof(of: Recipe, store: Store, proof: Proof, planned: plan.Planned) -> plan.Plan:
     """The plan of what one proof needs, and the proof."""
     document: dict[str, Any] = copy.deepcopy(of.document)
-    keys = stage.load(proof.uses).config.model_fields
+    keys, item = stage.load(proof.uses).config.model_fields, planned.item
     values = {key: value for key, value in document["stages"][item.name].items() if key in keys}
+    values["conditions"] = _conditions(planned)
     needed = _ancestors(of, item)
     if "artifact" in keys:
         values["artifact"] = f"${item.name}"
@@ -94,6 +97,23 @@ def _with_proof(of: Recipe, store: Store, proof: Proof, item: recipe.RecipeStage
     document["stages"] = {name: document["stages"][name] for name in document["stages"] if name in needed}
     document["stages"][f"prove-{proof.name}-{item.name}"] = {"uses": proof.uses, **values}
     return plan.make(recipe.check(document, of.file), store)
+
+
+def _conditions(planned: plan.Planned) -> dict[str, Any]:
+    """What a certificate of a stage holds for, besides the keys that change the stage's result.
+
+    Of the machine, what decides which kernels compute: models of processor and GPU, and packages; not its name, since
+    the nodes of a cluster are alike.
+    """
+    launch = getattr(planned.config, "launch", None)
+    return {
+        "version": planned.item.stage.version,
+        "execution": identity.execution(planned.config),
+        **({"config_file": files.sha256(Path(launch.config_file))} if launch and launch.config_file else {}),
+        "cpu": machine.cpu(),
+        "gpu": machine.gpu() if machine.has_gpu() else None,
+        "packages": provenance.packages(),
+    }
 
 
 def _ancestors(of: Recipe, item: recipe.RecipeStage) -> set[str]:

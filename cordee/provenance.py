@@ -21,11 +21,16 @@ def collect(module: Path) -> dict[str, Any]:
     """The fields of a manifest that describe the machine and the code; `module` is the stage's file."""
     return {
         "host": host(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": packages(),
         "python": platform.python_version(),
         "cordee": cordee.__version__,
         "git": git(module.parent),
     }
+
+
+def packages() -> dict[str, str]:
+    """The versions of the packages that compute, as far as they are installed."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def host() -> Host:

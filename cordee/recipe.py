@@ -2,20 +2,22 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cordee import peek, stage, yaml12
-from cordee.config import Config, config_in, inputs, libraries
+from cordee.config import Config, Library, config_in, inputs, libraries
 from cordee.errors import UserError, nearest
 
+C = TypeVar("C", bound=Config)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 CERTIFICATES = "$certificates"
+WRITE_BOOL = "write true or false"
 SEEDS = 2**32
 """Seeds are less than this, as NumPy requires."""
 
@@ -58,14 +60,27 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
-    """Apply `stage.key=value` (or `seed=…`, `name=…`) to a recipe's document; the value is read as YAML."""
+    """Apply `stage.key=value` (or `seed=…`, `name=…`) to a recipe's document."""
+    key, equals, _ = override.partition("=")
+    first, stages = key.partition(".")[0], document.get("stages")
+    if first in ("name", "seed"):
+        set_value(document, override)
+        return
+    if equals and key and isinstance(stages, dict) and first not in stages:
+        raise UserError(f"no stage {first!r}", file="command line", key=key, hint=nearest(first, map(str, stages)))
+    set_value(stages, override)
+
+
+def set_value(place: Any, override: str) -> None:
+    """Set `key=value` of the command line in a mapping, or below it (`a.b=value`); the value is read as YAML.
+
+    Raises:
+        UserError: it is no such thing, or there is nothing to set.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is no key=value", file="command line")
     parts = key.split(".")
-    place: Any = document if parts[0] in ("name", "seed") else document.get("stages")
-    if isinstance(place, dict) and place is not document and parts[0] not in place:
-        raise UserError(f"no stage {parts[0]!r}", file="command line", key=key, hint=nearest(parts[0], map(str, place)))
     for part in parts[:-1]:
         if isinstance(place, dict):
             place = place.setdefault(part, {})
@@ -76,7 +91,8 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     try:
         value = yaml12.parse(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{text!r} is no YAML value", file="command line", key=key) from error
+        hint = f"a text with such signs is quoted: '{key}=\"{text}\"'" if not {*"\"'"} & {*text} else ""
+        raise UserError(f"{text!r} is no YAML value", file="command line", key=key, hint=hint) from error
     if isinstance(place, list) and parts[-1].isdecimal() and int(parts[-1]) < len(place):
         place[int(parts[-1])] = value
     elif isinstance(place, dict):
@@ -125,29 +141,53 @@ def _check_stage(name: str, value: Any, stages: Mapping[str, Any], file: Path) -
     return RecipeStage(name, module, config, tuple(_needs(config, stages, file, key)))
 
 
-def validate(model: type[Config], values: dict[str, Any], file: object, key: str) -> Config:
-    """Check a stage's keys against its `Config`, and those for a library against the library's dataclass."""
+def validate(model: type[C], values: dict[str, Any], file: object, key: str) -> C:
+    """Check a stage's keys against its `Config`, and those for a library against the library's dataclass.
+
+    Args:
+        model: the config.
+        values: the keys.
+        file: where they stand, for errors.
+        key: the stage's, `stages.sft`; empty where they stand alone.
+
+    Raises:
+        UserError: one is wrong.
+    """
     try:
         config = model.model_validate(values)
     except UserError as error:  # of a validator
         raise error.in_stage(file, key, model.model_fields) from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join([key, *map(str, first["loc"])])
+        loc = [part for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
+        place = ".".join([key, *map(str, loc)]).lstrip(".")
         if first["type"] == "extra_forbidden":
-            hint = nearest(str(first["loc"][-1]), _fields_at(model, first["loc"][:-1]))
+            *above, name = first["loc"]
+            within = [field for field, mark in libraries(model) if not above and name in _known(mark)]
+            hint = f"write {within[0]}: {{{name}: …}}" if within else nearest(str(name), _fields_at(model, above))
             raise UserError("unknown key", file=file, key=place, hint=hint) from error
         if first["type"] == "value_error":  # what a validator of ours says is whole, and its input all the keys
             raise UserError(str(first["ctx"]["error"]), file=file, key=place) from error
         problem = "missing" if first["type"] == "missing" else f"{first['msg']}, not {first['input']!r}"
-        raise UserError(problem, file=file, key=place) from error
+        hint = WRITE_BOOL if first["type"] in ("bool_type", "bool_parsing") else ""
+        raise UserError(problem, file=file, key=place, hint=hint) from error
     for field, mark in libraries(model):
         package = mark.dataclass_name.partition(".")[0]
         if peek.is_installed(package) and (given := getattr(config, field)) is not None:
             known = peek.dataclass_fields(mark.dataclass_name)
             for name, value in given.items():
+                if name not in known and name in model.model_fields:
+                    hint = f"write {name} beside {field}"
+                    raise UserError("unknown key", file=file, key=f"{key}.{field}.{name}", hint=hint)
                 _check_library_key(name, value, known, mark.owned, (file, f"{key}.{field}.{name}"))
     return config
+
+
+def _known(mark: Library) -> Collection[str]:
+    """The fields of a library's dataclass that a mapping may hold."""
+    if not peek.is_installed(mark.dataclass_name.partition(".")[0]):
+        return ()
+    return peek.dataclass_fields(mark.dataclass_name).keys() - mark.owned.keys()
 
 
 def _check_library_key(
@@ -164,7 +204,7 @@ def _check_library_key(
         TypeAdapter(known[name]).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        hint = "write true or false" if first["type"] == "bool_type" else ""
+        hint = WRITE_BOOL if first["type"] == "bool_type" else ""
         raise UserError(f"{first['msg']}, not {value!r}", file=file, key=key, hint=hint) from error
     except (TypeError, ValueError) as error:  # .inf and .nan, and what YAML's tags can make: dates, bytes, sets
         problem = f"must be a finite number, a word, a list or a mapping, not {value!r}"

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import yaml
 from rich.console import Console
 
-from cordee import attempt, events, files, launchers
+from cordee import attempt, events, files, launchers, units
 from cordee.artifact import Artifact
-from cordee.display import Display, duration
+from cordee.display import Display
 from cordee.errors import CordeeError, Fault, Stopped, UserError
 from cordee.launchers import Job, command, local
+from cordee.lock import Held
 from cordee.plan import Plan, Planned, in_recipe
 from cordee.work import Work
 
@@ -61,27 +62,27 @@ def _run_stage(
         display.begin(planned.name, current.announce())
         try:
             environment = launchers.environment() | launchers.caches(plan.store.root)
-            memory = _watch(Job(argv, environment, current.work.log), current.work, display)
+            memory = _watch(Job(argv, environment, current.work.log), current.work, display, current.lock)
         except Stopped:
             raise
         except CordeeError as error:
             raise in_recipe(plan.recipe, planned.item, error) from error
         published = current.publish(files.read_json(current.work.result), memory)
-        display.end(f"published {published.name} after {duration(published.manifest.seconds)}")
+        display.end(f"published {published.name} after {units.duration(published.manifest.seconds)}")
         return published
 
 
-def _watch(job: Job, work: Work, display: Display) -> int:
+def _watch(job: Job, work: Work, display: Display, held: Held) -> int:
     """Start a job and show its events until it ends; returns its peak memory in bytes.
 
     Raises:
-        CordeeError: it failed or was stopped.
+        CordeeError: it failed or was stopped, or another run took the stage over.
     """
     tail = events.Tail(work.events)
     with _signals():
         process = local.start(job)
         try:
-            usage, was_stopped = _until_end(process, tail, work, display)
+            usage, was_stopped = _until_end(process, tail, work, display, held)
         except BaseException:  # whatever ends this run (a broken pipe, a full disk), no stage may continue without it
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -92,7 +93,7 @@ def _watch(job: Job, work: Work, display: Display) -> int:
 
 
 def _until_end(
-    process: subprocess.Popen[bytes], tail: events.Tail, work: Work, display: Display
+    process: subprocess.Popen[bytes], tail: events.Tail, work: Work, display: Display, held: Held
 ) -> tuple[resource.struct_rusage, bool]:
     """Show a job's events until it ends; returns what it used, and whether it was asked to stop."""
     stop_at: float | None = None
@@ -104,6 +105,8 @@ def _until_end(
             if pid:
                 process.returncode = os.waitstatus_to_exitcode(status)
                 return usage, stop_at is not None
+            if held.lost.is_set():
+                held.require()
             if stop_at and time.monotonic() > stop_at:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(POLL_S)
@@ -154,7 +157,7 @@ def _signals() -> Iterator[None]:
 
 def keep_recipe(plan: Plan) -> None:
     """Store the resolved recipe with the run."""
-    now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H-%M-%S")
+    now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
     path = plan.store.root / plan.recipe.name / "logs" / f"{now}.recipe.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, yaml.safe_dump(plan.recipe.document, sort_keys=False, allow_unicode=True))

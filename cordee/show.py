@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cordee import artifact, certificate, events, lineage, lock, provenance
+from cordee import artifact, certificate, events, lineage, lock, provenance, units
 from cordee.artifact import Artifact, Damaged
 from cordee.clean import Item
-from cordee.display import duration, progress_line
+from cordee.display import progress_line
 from cordee.keys import Key
 from cordee.lineage import Step
 from cordee.plan import Plan, Planned, measured
@@ -57,10 +57,9 @@ def _plan_table(plan: Plan, width: int) -> Table:
             planned.name,
             *([planned.item.stage.uses] if is_wide else []),
             Text(planned.state, STYLES[planned.state]) + Text(f" @{version}" if version else "", "dim"),
-            _count(cost.tokens),
-            _count(cost.parameters),
+            *(units.count(number) if number is not None else "" for number in (cost.tokens, cost.parameters)),
             f"{cost.flops:.2g}" if cost.flops else "",
-            f"{cost.memory_bytes / 1e9:.1f} GB" if cost.memory_bytes else "",
+            units.size(cost.memory_bytes) if cost.memory_bytes else "",
             _time(planned, measured),
         )
     return table
@@ -121,24 +120,14 @@ def _measured(plan: Plan) -> dict[str, _Measured]:
 def _time(planned: Planned, measured: dict[str, _Measured]) -> str:
     """The time that a stage took, or an estimate."""
     if planned.cost.seconds is not None:
-        return duration(planned.cost.seconds)
+        return units.duration(planned.cost.seconds)
     if not planned.cost.flops:
         return ""
     if known := measured.get(planned.item.stage.uses):
-        return f"~{duration(max(planned.cost.flops / known.flops * known.seconds, known.least_seconds))}"
+        return f"~{units.duration(max(planned.cost.flops / known.flops * known.seconds, known.least_seconds))}"
     host = provenance.host()
     rough = ROUGH_GPU_FLOPS_PER_S if host.gpu else ROUGH_CORE_FLOPS_PER_S * host.cores
-    return f"≈{duration(planned.cost.flops / rough)}"
-
-
-def _count(number: float | None) -> str:
-    """A count with three digits: `5.4M`."""
-    if number is None:
-        return ""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
+    return f"≈{units.duration(planned.cost.flops / rough)}"
 
 
 def status(out: Console, plan: Plan) -> None:
@@ -162,7 +151,7 @@ def _status_table(plan: Plan) -> Table:
 def _status(plan: Plan, planned: Planned) -> tuple[str, str]:
     """The state of a stage and its last message."""
     if planned.artifact:
-        return "done", f"{planned.artifact.name}, {duration(planned.artifact.manifest.seconds)}"
+        return "done", f"{planned.artifact.name}, {units.duration(planned.artifact.manifest.seconds)}"
     work = plan.store.work_folders(plan.recipe.name, planned.name, planned.fingerprint)
     seen = events.read(work.events) if work.fingerprint == planned.fingerprint else []
     if not seen:
@@ -203,8 +192,7 @@ def proof(out: Console, made: Artifact) -> None:
     held = certificate.read(made.path)
     out.print(f"{made.name}: {held.claim}", markup=False, highlight=False, soft_wrap=True)
     for check in held.checks:
-        mark = "passed" if check.passed else "FAILED"
-        line = f"  {mark}  {check.name}: {certificate.shown(check.value)} (limit {check.limit})"
+        line = f"  {check.name}: {certificate.shown(check.value)} (limit {check.limit})"
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -213,7 +201,7 @@ def verify(out: Console, chosen: Iterable[Artifact | Damaged]) -> bool:
     all_whole = True
     for one in chosen:
         lines = [one.problem] if isinstance(one, Damaged) else list(artifact.verify(one))
-        state = "older" if isinstance(one, Damaged) and one.is_older else "damaged" if lines else "whole"
+        state = "damaged" if lines else "whole"
         all_whole = all_whole and not lines
         out.print(f"{state:<8} {one.name}", highlight=False, soft_wrap=True)
         for line in lines:
@@ -243,18 +231,11 @@ def clean(out: Console, items: Iterable[Item]) -> None:
     for item in items:
         sizes[item.is_kept].append(item.size_bytes)
         state = Text("kept", "green") if item.is_kept else Text("delete", "yellow")
-        table.add_row(size(sizes[item.is_kept][-1]), state, Text(str(item.path), overflow="fold"), Text(item.why))
+        table.add_row(units.size(sizes[item.is_kept][-1]), state, Text(str(item.path), overflow="fold"), Text(item.why))
     if table.row_count:
         out.print(table)
-    out.print(f"{len(sizes[False])} to delete, {size(sum(sizes[False]))}; {len(sizes[True])} kept", highlight=False)
-
-
-def size(number: float) -> str:
-    """Bytes with three digits: `1.24 GB`."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= limit:
-            return f"{number / limit:.3g} {unit}"
-    return f"{number:.0f} B"
+    total = units.size(sum(sizes[False]))
+    out.print(f"{len(sizes[False])} to delete, {total}; {len(sizes[True])} kept", highlight=False)
 
 
 def reports(out: Console, made: Iterable[Artifact]) -> None:

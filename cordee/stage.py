@@ -21,6 +21,8 @@ from cordee.config import Config
 from cordee.cost import Cost
 from cordee.errors import Stopped, UserError, nearest
 
+CACHE = "CORDEE_CACHE"
+"""In the environment of a stage: a folder for what it can make again, kept from one start to the next."""
 STAGE_PACKAGES = ("pretrain", "posttrain", "eval")
 
 
@@ -42,10 +44,23 @@ class Context:
         """Whether this is the process of rank 0, which writes and reports."""
         return int(os.environ.get("RANK", "0")) == 0
 
+    @property
+    def cache(self) -> Path:
+        """A folder for what can be made again: beside the artifacts, or with the resume points of a stage alone."""
+        return Path(os.environ.get(CACHE) or self.out / "resume")
+
     def log(self, step: int, **metrics: float | str) -> None:
         """Append one line to the artifact's `metrics.jsonl`."""
         if self.is_main:
             events.append_row(self.out / "metrics.jsonl", {"step": step, **metrics})
+
+    def flush(self) -> None:
+        """Flush `metrics.jsonl`: a resume point that is marked next must not outlive the lines before it."""
+        path = self.out / "metrics.jsonl"
+        if self.is_main and path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files.sync_folder(self.out)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` and the `checkpoints/` after `step`: a resumed run writes them again."""
@@ -77,6 +92,15 @@ class Context:
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop: the stage then saves its state and calls `stop`."""
         return (self.events.parent / "stop").exists()
+
+    def stop_if_asked(self, where: str) -> None:
+        """End a stage that saves no state, if the run was asked to stop; `where` is its progress (`document 3 of 9`).
+
+        Raises:
+            Stopped: it was.
+        """
+        if self.stop_requested():
+            raise Stopped(f"stopped at {where}; the next run begins this stage again")
 
     def stop(self, where: str) -> None:
         """End the stage after its state was saved; `where` is its progress (`step 120 of 900`).

@@ -72,7 +72,7 @@ class Trial:
         time.sleep(POLL_S)
         if self.context.stop_requested():
             self._kill()
-            self.context.stop("a proof, which begins anew")
+            self.context.stop_if_asked("a proof")
 
     def _kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)  # workers in sessions of their own die with their parent

@@ -19,7 +19,7 @@ from cordee import alone, events, files, hashes, lock
 from cordee.config import Config
 from cordee.errors import CordeeError, Fault, from_system
 from cordee.launchers import RUNNER
-from cordee.launchers.local import die_with_parent
+from cordee.machine import die_with_parent
 from cordee.stage import Context
 
 Run = Callable[[Any, Context], dict[str, Any]]

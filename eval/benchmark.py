@@ -1,4 +1,4 @@
-"""Measures checkpoints with lm-eval on task files that read local data, all in one engine.
+"""Measures checkpoints and adapters with lm-eval on task files that read local data.
 
     python -m eval.benchmark --config benchmarks.yaml
 
@@ -13,44 +13,38 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from cordee import files, model_folder, worker
-from cordee.config import Config as Keys
-from cordee.config import Engine, Execution, Input
+from cordee.config import Input
 from cordee.cost import Cost
+from cordee.model_folder import ModelInput
 from cordee.stage import Context
+from eval.measuring.settings import ModelsConfig
+from eval.measuring.task_files import TaskFile
 
 if TYPE_CHECKING:
-    from eval.harness import Task
+    from eval.measuring.harness import Task
 
 
-VERSION = 2
+VERSION = 4
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """A name that can be a folder's."""
 
 
-class Config(Keys):
+class Config(ModelsConfig):
     """Which checkpoints are measured, on what."""
 
-    models: dict[Name, Input] = Field(min_length=1)
-    """Checkpoints of one shape by name, in the order in which they were trained."""
-    tasks: list[Input] = Field(min_length=1)
-    """lm-eval task files; their content is part of the identity."""
+    models: dict[Name, ModelInput] = Field(min_length=1)
+    """Checkpoints and LoRA adapters by names that folders can have, in the order in which they were trained."""
+    tasks: list[TaskFile] = Field(min_length=1)
+    """lm-eval task files; their content is part of the identity, with that of the files they include and of the modules
+    whose functions they name."""
     data: dict[str, Input] = Field(default={})
     """The files that the tasks read, by the names that stand in their `data_files`."""
     limit: int | None = Field(default=None, ge=1)
     """Documents per task, spread evenly over the languages where they have a column `language`, else the first; all of
     them if not given."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Longest request, in tokens: a longer one is an error, never cut; without it, all positions of the model. Longer
-    documents, where a task scores whole documents, are read in windows of this length."""
-    engine: Engine = "auto"
-    """`auto` takes vLLM where it is installed; which one measured stands beside the results."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What is computed in. `auto`, as the `lm_eval` command has it: the stored dtype, but bfloat16 where vLLM is given
-    float32; it stands beside the results."""
-    enforce_eager: bool | None = None
-    """Whether vLLM runs without compiling, which moves log-probabilities a little; if not given, on a CPU."""
-    batch_size: Execution[int] = Field(default=1, ge=1)
-    """Requests at once, where transformers measures; above 1, rounding differs from the `lm_eval` command's default."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Requests at once, as in the `lm_eval` command; with `auto`, vLLM is given all of them, which is many times faster
+    and rounds differently."""
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
@@ -61,17 +55,9 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Measure each model that an earlier run has not measured, and write `results.json`."""
-    from cordee.compute import engine
-    from eval import backends, harness
+    from eval.measuring import backends, harness
 
-    name = engine.choose(config.engine)
-    for model, folder in config.models.items():
-        model_folder.require(folder, f"models.{model}")
-    if name == "vllm":
-        engine.require_one_engine(dict(config.models))
-    else:
-        context.note("vLLM is not used: transformers measures")
-    settings = engine.Settings(name, config.max_length, config.dtype, config.enforce_eager)
+    settings = config.settings(context)
     measured: dict[str, Any] = {}
     requests = 0
 
@@ -83,14 +69,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         requests += coming
 
     with tempfile.TemporaryDirectory(prefix="cordee-") as cache:
-        tasks = [harness.read_task(path, config.data, context.out, Path(cache)) for path in config.tasks]
+        tasks = harness.read_tasks(config.tasks, config.data, context.out, Path(cache))
         samples = harness.choose(tasks, config.limit, context.out)
         measured |= _earlier(context.out, settings.describe(), tasks)
         coming = {model: folder for model, folder in config.models.items() if model not in measured}
-        models = backends.Models(settings, coming.values(), batch_size=config.batch_size, watch=watch)
-        for model, folder in coming.items():
+        models = backends.Models(settings, list(coming.values()), batch_size=config.batch_size, watch=watch)
+        for model in models.in_turn(coming):
             watch(0)
-            lm = models.open(folder)
+            lm = models.open(coming[model])
             began = time.monotonic()
             row = harness.measure(lm, model, tasks, samples, context)
             seconds = round(time.monotonic() - began, 3)
@@ -101,8 +87,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             notes = [f"{task}: {note}" for task, found in row["notes"].items() for note in found]
             for note in (*notes, harness.said(row["results"])):
                 context.note(f"{model}: {note}")
+        models.close()
     last = measured[list(config.models)[-1]]
-    return {"rows": sum(row["documents"] for row in measured.values()), "engine": name, **last["headline"]}
+    return {"rows": sum(row["documents"] for row in measured.values()), "engine": settings.name, **last["headline"]}
 
 
 def _write(out: Path, engine: dict[str, str], rows: list[dict[str, Any]], tasks: "list[Task]") -> None:
@@ -114,7 +101,7 @@ def _write(out: Path, engine: dict[str, str], rows: list[dict[str, Any]], tasks:
 
 def _earlier(out: Path, engine: dict[str, str], tasks: "list[Task]") -> dict[str, dict[str, Any]]:
     """The rows of an earlier run that was stopped, where the same engine measured and lm-eval's files are there."""
-    from eval import harness
+    from eval.measuring import harness
 
     path = out / "results.json"
     table = files.read_json(path) if path.exists() else {"engine": {}, "models": []}

@@ -1,50 +1,40 @@
-"""Generates answers to the same held-out prompts from several checkpoints, side by side.
+"""Generates answers to the same held-out prompts from several checkpoints and adapters, side by side.
 
 python -m eval.generate --config samples.yaml
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+import json
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from cordee import files, model_folder, worker
-from cordee.config import Config as Keys
-from cordee.config import Engine, Execution, Input
+from cordee.config import Execution, Input
 from cordee.cost import Cost
 from cordee.stage import Context
+from eval.measuring.settings import ModelsConfig
 
 if TYPE_CHECKING:
     from cordee.compute.engine import Settings
+    from cordee.compute.serving import Engines
 
-VERSION = 2
-Generate = Callable[[Path, Sequence[Sequence[int]]], tuple[list[str], str]]
-"""Continues prompts of token ids with a checkpoint; returns the texts, and the dtype that was computed in."""
+VERSION = 4
 
 
-class Config(Keys):
+class Config(ModelsConfig):
     """Which checkpoints answer which prompts, and how."""
 
-    models: dict[str, Input] = Field(min_length=1)
-    """Checkpoints of one shape by name, in the order in which they were trained."""
     prompts: Input
-    """Held-out prompts: JSON lines with `prompt` and `answer` (`$chats/heldout.jsonl`)."""
+    """Held-out prompts: a data file with `prompt`, and `answer` where there is one to show beside the models'
+    (`$chats/heldout.jsonl`); or chats in any shape, which are asked up to their last answer."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of the prompts to rename, such as `{question: prompt}`."""
     max_prompts: int = Field(default=48, ge=1)
     """How many of them are answered; spread evenly over the languages."""
     max_tokens: int = Field(default=32, ge=1)
     """Longest answer, in tokens."""
     temperature: float = Field(default=0.0, ge=0.0)
     """0 is greedy."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Longest prompt and answer together, in tokens; without it, all positions of the model."""
-    engine: Engine = "auto"
-    """`auto` takes vLLM where it is installed; which one answered stands beside the samples."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What is computed in. `auto` is the stored dtype, but bfloat16 where vLLM is given float32; it stands beside the
-    samples."""
-    enforce_eager: bool | None = None
-    """Whether vLLM runs without compiling; if not given, on a CPU."""
     batch_size: Execution[int] = Field(default=16, ge=1)
     """Prompts at once, where transformers generates."""
 
@@ -59,68 +49,51 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write `samples.jsonl` and `engine.json`."""
-    import json
+    from cordee.compute import engine, serving
+    from eval.measuring import prompts
 
-    from cordee.compute import engine
-    from eval import prompts
-
-    for model, folder in config.models.items():
-        model_folder.require(folder, f"models.{model}")
-    name = engine.choose(config.engine)
-    if name == "vllm":
-        engine.require_one_engine(dict(config.models))
-    rows = prompts.spread(prompts.read(config.prompts), config.max_prompts)
-    first = next(iter(config.models.values()))
-    length = engine.longest_request(first, config.max_length)
-    ids = prompts.encode(first, [row["prompt"] for row in rows], length - config.max_tokens, config.prompts)
-    settings = engine.Settings(name, config.max_length, config.dtype, config.enforce_eager)
-    generate = (_with_vllm if name == "vllm" else _with_transformers)(config, settings, context)
+    settings = config.settings(context)
+    rows = prompts.spread(prompts.read(config.prompts, config.columns), config.max_prompts)
+    asked, ids = [row["messages"] for row in rows], {}
+    for model, folder in config.models.items():  # each in its own template and tokens
+        longest = engine.longest_request(folder, config.max_length) - config.max_tokens
+        ids[model] = prompts.encode(folder, asked, longest, config.prompts, context.note)
+    engines = serving.Engines(settings, list(config.models.values())) if settings.name == "vllm" else None
     samples: list[dict[str, Any]] = [
-        {"prompt": row["prompt"], "reference": row["answer"], "kind": row.get("kind", ""),
-         "language": row.get("language", ""), "outputs": {}}
+        {"prompt": row["prompt"], "reference": row.get("answer"), "kind": row.get("kind", ""),
+         "language": row.get("language") or "", "outputs": {}}
         for row in rows
     ]  # fmt: skip
-    dtypes: dict[str, None] = {}
-    for done, (model, folder) in enumerate(config.models.items()):
+    answers: dict[str, list[str]] = {}
+    dtypes: dict[str, str] = {}
+    for done, model in enumerate(engines.in_turn(config.models) if engines else config.models):
         context.progress(done, len(config.models), "models")
-        if context.stop_requested():
-            context.stop(f"model {done} of {len(config.models)}")
-        texts, dtype = generate(folder, ids)
-        dtypes[dtype] = None
-        for sample, text in zip(samples, texts, strict=True):
+        context.stop_if_asked(f"model {done} of {len(config.models)}")
+        answers[model], dtypes[model] = _answers(config, settings, engines, model, ids[model], context.seed)
+    for model in config.models:
+        for sample, text in zip(samples, answers[model], strict=True):
             sample["outputs"][model] = text
     files.write_text(
         context.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
     )
-    files.write_json(context.out / "engine.json", {**settings.describe(), "dtype": ", ".join(dtypes)})
-    return {"rows": len(samples), "engine": name}
+    computed_in = ", ".join(dict.fromkeys(dtypes[model] for model in config.models))
+    files.write_json(context.out / "engine.json", {**settings.describe(), "dtype": computed_in})
+    return {"rows": len(samples), "engine": settings.name}
 
 
-def _with_vllm(config: Config, settings: "Settings", context: Context) -> Generate:
-    from cordee.compute import engine
+def _answers(
+    config: Config, settings: "Settings", engines: "Engines | None", model: str, ids: list[list[int]], seed: int
+) -> tuple[list[str], str]:
+    """A model's answers by vLLM, where it runs, else by transformers; and the dtype that was computed in."""
+    from cordee.compute import adapter, device
+    from eval.measuring import prompts
 
-    running = engine.start(settings, list(config.models.values()))
-
-    def generate(folder: Path, ids: Sequence[Sequence[int]]) -> tuple[list[str], str]:
-        running.load(folder)
-        return running.generate(ids, config.max_tokens, config.temperature, context.seed), running.dtype
-
-    return generate
-
-
-def _with_transformers(config: Config, settings: "Settings", context: Context) -> Generate:
-    from cordee.compute import device
-    from cordee.compute.model import open_model
-    from eval import prompts
-
-    context.note("vLLM is not used: transformers generates")
-
-    def generate(folder: Path, ids: Sequence[Sequence[int]]) -> tuple[list[str], str]:
-        model = open_model(folder, dtype=settings.torch_dtype).eval().to(device.default())
-        chosen = config.max_tokens, config.temperature, context.seed, config.batch_size
-        return prompts.generate(model, folder, ids, *chosen), str(model.dtype).removeprefix("torch.")
-
-    return generate
+    chosen, folder = (config.max_tokens, config.temperature, seed), config.models[model]
+    if engines:
+        running = engines.load(folder)
+        return running.generate(ids, *chosen), running.dtype
+    opened = adapter.open_served(folder, dtype=settings.torch_dtype).eval().to(device.default())
+    return prompts.generate(opened, folder, ids, *chosen, config.batch_size), str(opened.dtype).removeprefix("torch.")
 
 
 def main() -> None:

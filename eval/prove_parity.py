@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import Field
 
-from cordee import certificate, worker
-from cordee.certificate import Certificate, at_least, at_most
-from cordee.config import Config as Keys
+from cordee import certificate, model_folder, worker
+from cordee.certificate import Certificate, Conditions, at_least, at_most
 from cordee.config import Execution, Input
+from cordee.model_folder import ModelInput
 from cordee.stage import Context
 
 VERSION = 1
@@ -30,17 +30,18 @@ TOP1_LIMIT = 0.99
 """Share of tokens at which both hold the same token most likely; near ties may fall either way."""
 
 
-class Config(Keys):
+class Config(Conditions):
     """The merged checkpoint and what it was merged from."""
 
     artifact: Input
     """The merged checkpoint."""
-    adapter: Input
+    adapter: ModelInput
     """The adapter that was merged."""
-    model: Input
-    """The model that the adapter was trained on."""
-    prompts: Input
-    """Chats (`messages`) or pairs (`prompt`, `chosen`), parquet or JSON lines."""
+    model: Input | None = None
+    """The model that the adapter was trained on; by default the one that its config names."""
+    prompts: Input | None = None
+    """Chats (`messages`) or pairs (`prompt`, `chosen`), parquet or JSON lines; by default a few texts of many scripts
+    as questions and answers."""
     rows: int = Field(default=32, ge=1)
     """How many of its first rows are compared."""
     max_length: int | None = Field(default=None, ge=2)
@@ -56,21 +57,20 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         Fault: two forms differ by more than their limit; no certificate is written.
     """
     import torch
-    from peft import PeftModel
 
-    from cordee.compute import engine, probe
-    from cordee.compute.logprobs import MERGE_LIMIT, score
+    from cordee.compute import adapter, engine, probe, serving
+    from cordee.compute.logprobs import MERGE_LIMIT, MERGE_MEASURE, compare, score
     from cordee.compute.model import open_model, stop_token_ids
-    from eval import backends, parity
+    from eval.measuring import backends, parity
 
-    engine.choose("vllm")
-    engine.require_one_engine({"model": config.model, "artifact": config.artifact})
+    settings = engine.Settings("vllm", config.max_length, "float32", enforce_eager=True)
+    folder = model_folder.base_of(config.adapter, config.model, key="adapter", base_key="model")
+    serving.require_served({"model": folder, "artifact": config.artifact}, settings)
     length = engine.longest_request(config.artifact, config.max_length)
     chats, ids = parity.read(config.prompts, config.rows, config.artifact, length - 1)
 
     def scored(model: Any, done: int) -> Any:
-        if context.stop_requested():
-            context.stop(f"form {done} of 5")
+        context.stop_if_asked(f"form {done} of 5")
         context.progress(done, 5, "forms")
         return score(model.eval(), ids, batch_size=config.batch_size)
 
@@ -78,36 +78,38 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     dtype = str(stored.dtype).removeprefix("torch.")
     merged = scored(stored.float(), 0)
     as_served = scored(probe.as_served(stored), 1)
-    base = open_model(config.model, dtype=torch.float32)
-    before = scored(base, 2)
-    unmerged = scored(PeftModel.from_pretrained(base, str(config.adapter)), 3)
+    base = open_model(folder, dtype=torch.float32)
+    adapter.fit_tables(config.adapter, base, folder)
+    before, unmerged = scored(base, 2), scored(adapter.open_on(config.adapter, base, folder), 3)
     del stored, base
     context.progress(4, 5, "forms")
-    models = backends.Models(engine.Settings("vllm", length, dtype="float32"), [config.model, config.artifact])
-    models.open(config.model)
+    models = backends.Models(settings, [folder, config.artifact])
+    models.open(folder)
     lm = models.open(config.artifact)
-    served = engine.Engine(lm.model, models.probes).score(ids)
-    otherwise = parity.otherwise_in_lm_eval(lm, chats, ids, stop_token_ids(config.artifact))
+    served = models.score(ids)
+    by_vllm = parity.encoded_differently_by_vllm(lm.model, chats, ids)
+    by_lm_eval = parity.encoded_differently_by_lm_eval(lm, chats, ids, stop_token_ids(config.artifact))
+    told, joined = compare(merged, served), compare(unmerged, merged).merged(dtype)
     checks = [
-        at_most("chats that vLLM encodes otherwise than training", parity.otherwise_in_vllm(lm.model, chats, ids), 0),
-        at_most("chats that lm-eval encodes otherwise than training", otherwise, 0),
-        at_most("adapter and merged: max |Δlogprob| in nats", parity.apart(unmerged, merged), MERGE_LIMIT[dtype]),
-        at_most("transformers and vLLM: max |Δlogprob| in nats", parity.apart(merged, served), ENGINE_LIMIT),
-        at_most("the same, with the slopes of xIELU that vLLM has", parity.apart(as_served, served), SERVED_LIMIT),
-        at_least("same most likely token", parity.agreement(merged, served), TOP1_LIMIT),
+        at_most("chats that vLLM encodes differently from training", by_vllm, 0),
+        at_most("chats that lm-eval encodes differently from training", by_lm_eval, 0),
+        at_most(f"adapter and merged: {MERGE_MEASURE[dtype]} |Δlogprob| in nats", joined, MERGE_LIMIT[dtype]),
+        at_most("transformers and vLLM: max |Δlogprob| in nats", told.largest, ENGINE_LIMIT),
+        at_most("the same, with the slopes of xIELU that vLLM has", compare(as_served, served).largest, SERVED_LIMIT),
+        at_least("same most likely token", told.top1, TOP1_LIMIT),
     ]
-    effect = parity.apart(before, merged)
+    effect = compare(before, merged).largest
     evidence = [
         f"{len(ids)} chats, {sum(map(len, ids))} tokens; all in float32, weights stored in {dtype}",
         f"the adapter moves log-probabilities by up to {effect:.3g} nats",
-        f"vLLM {models.settings.describe()['version']}",
+        f"vLLM {settings.describe()['version']}",
     ]
-    proven = Certificate(proof="parity", of=PROVES, claim=CLAIM, checks=tuple(checks), evidence=evidence)
+    proven = Certificate(
+        proof="parity", of=PROVES, claim=CLAIM, conditions=config.conditions, checks=tuple(checks), evidence=evidence
+    )
     certificate.write(context.out, proven)
-    return {
-        "rows": len(ids), "tokens": sum(map(len, ids)), "max_difference_nats": checks[3].value,
-        "adapter_effect_nats": effect,
-    }  # fmt: skip
+    told_of = {"max_difference_nats": checks[3].value, "adapter_effect_nats": effect}
+    return {"rows": len(ids), "tokens": sum(map(len, ids)), **told_of}
 
 
 def main() -> None:

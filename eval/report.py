@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import Field
 
-from cordee import files, worker
+from cordee import files, units, worker
 from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.stage import Context
 
-VERSION = 1
+VERSION = 3
 PAGES = Path(__file__).parent / "reporting" / "pages"
 
 
@@ -58,7 +58,7 @@ def collect(config: Config) -> dict[str, Any]:
     everything, missing = records.pipeline(listed)
     with_corpus = [record for record in everything if record.holds("corpus.json")]
     corpus = with_corpus[0].read("corpus.json", records.Corpus) if with_corpus else None
-    tables = comparison.benchmarks(listed)
+    tables = comparison.benchmarks(listed, everything)
     by_language = comparison.languages(listed, corpus)
     stages = sections.pipeline(everything)
     curves = sections.curves(everything, corpus)
@@ -68,6 +68,7 @@ def collect(config: Config) -> dict[str, Any]:
         "date": max((record.manifest.started for record in everything), default=""),
         "verdict": sections.verdict(tables, curves),
         "pipeline": stages,
+        "training_data": sections.training_data(everything),
         "curves": curves,
         "benchmarks": tables,
         "languages": by_language,
@@ -84,7 +85,7 @@ def render(figures: dict[str, Any]) -> str:
     import jinja2
     from markupsafe import Markup
 
-    from eval.reporting import charts, units
+    from eval.reporting import charts
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),

@@ -11,84 +11,74 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from cordee import worker
-from cordee.config import Config as Keys
-from cordee.config import Input, Library
+from cordee.config import Library
 from cordee.cost import Cost
 from cordee.stage import Context
-from posttrain.settings import OWNED, TrlConfig, data_cost, training_cost
+from posttrain.training.settings import OWNED, TrlConfig, data_cost, training_cost
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from cordee.chat.pairs import TokenPair
-    from posttrain.training import Meter
+    from posttrain.training.metrics import TrainingData
 
-VERSION = 1
-DPO_OWNED = OWNED | dict.fromkeys(("logging_first_step", "truncation_mode", "padding_free"), "")
-
-
-class Source(Keys):
-    """One file of preference pairs."""
-
-    path: Input
-    """A .parquet or .jsonl file with `prompt`, `chosen` and `rejected`, each a list of messages, and `tools` if any."""
-    ignore: list[str] = Field(default_factory=list)
-    """Columns and keys of messages that are left out, though they hold something that the chat template can't use."""
+VERSION = 5
+DPO_OWNED = OWNED | dict.fromkeys(
+    ("logging_first_step", "truncation_mode", "padding_free", "label_smoothing_factor"), ""
+)
 
 
 class Config(TrlConfig):
     """What is aligned, with which pairs, how."""
 
-    data: list[Source] = Field(min_length=1)
-    """The pairs to learn from; at least one file."""
     trainer: Annotated[dict[str, Any], Library("trl.DPOConfig", owned=DPO_OWNED)] = Field(default_factory=dict)
     """TRL's own settings (`learning_rate`, `beta`, `loss_type`, `num_train_epochs`, `max_length` in tokens, …)."""
 
 
 def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
     """At most: each pair is two sequences of at most `max_length` tokens, read by the model and by the reference."""
-    columns = ["prompt", "chosen", "rejected"]
-    data = [data_cost(source.path, f"data.{place}.path", given, columns) for place, source in enumerate(config.data)]
-    pairs = sum(part.rows or 0.0 for part in data)
-    steps = config.trainer.get("max_steps", 0)
-    seen = steps * config.global_batch_size if steps > 0 else pairs * config.trainer.get("num_train_epochs", 3)
-    longest = config.trainer.get("max_length") or 1024
-    in_pair = sum(part.tokens or 0.0 for part in data) / pairs if pairs else 0.0  # more than in either sequence of it
-    tokens = 2.0 * seen * (min(in_pair, longest) or longest) if seen else None
+    seen = data_cost(config, given, "pairs")
+    in_pair = seen.tokens / seen.rows if seen.rows and seen.tokens else config.longest  # more than in either sequence
+    tokens = 2.0 * seen.rows * min(in_pair, config.longest) if seen.rows else None
     return training_cost(config, given, tokens, has_reference=True)
 
 
-def build(config: Config, context: Context) -> "tuple[Trainer, Meter]":
-    """The trainer, whose pairs are those that were checked here, and what its batches count for."""
+def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
+    """The trainer, whose pairs are those that were checked here, and what it reads."""
     from trl import DPOConfig
 
-    from cordee.chat import pairs
-    from cordee.chat.templates import Template
-    from cordee.compute.model import sequence_limits
-    from posttrain import dpo_trainer, training
+    from cordee.chat.tokenized import Tokenized
+    from posttrain.training import dpo_trainer, lm_head, reading, skeleton
+    from posttrain.training.metrics import TrainingData
 
-    settings = training.arguments(DPOConfig, config, context, logging_first_step=True)
+    settings = skeleton.arguments(DPOConfig, config, context)
     dpo_trainer.check_settings(settings, config.lora)
-    model, tokenizer = training.open_model(config)
-    template, limits = Template(tokenizer), sequence_limits(model, settings.max_length)
-    found: list[TokenPair] = []
-    for source in config.data:
-        found += pairs.tokenize(source.path, template, limits, context.note, source.ignore)
-    data = dpo_trainer.dataset(found, settings, context.out)
-    trainer = training.open_trainer(
-        dpo_trainer.TokenPairTrainer, config, model, settings, train_dataset=data, processing_class=tokenizer
-    )
+    if by_batch := dpo_trainer.BY_BATCH.intersection(settings.loss_type):
+        context.note(
+            f"{', '.join(sorted(by_batch))}: TRL's loss depends on per_device_train_batch_size and the processes"
+        )
+    model, tokenizer = skeleton.open_model(config)
+    found, heldout = reading.read(config, "pairs", model, tokenizer, settings.max_length, context, Tokenized.pair)
+    resume = context.out / "resume"
+    trainer = skeleton.open_trainer(
+        dpo_trainer.TokenPairTrainer, config, model, settings, processing_class=tokenizer,
+        train_dataset=dpo_trainer.dataset(found, settings, resume),
+        eval_dataset=dpo_trainer.dataset(heldout, settings, resume) if len(heldout) else None,
+    )  # fmt: skip
     dpo_trainer.check_batches(trainer, found)
+    lm_head.use_own_logits(trainer, found[0].prompt + found[0].chosen, context)
     is_rounded = settings.bf16 and (settings.precompute_ref_log_probs or config.compile != "off")
     trainer.add_callback(dpo_trainer.StartsAtReference(settings, tolerance=0.05 if is_rounded else 1e-3))
-    tokens = sum(pair.tokens for pair in found)
+    tokens = int(found.lengths("prompt", "prompt", "chosen", "rejected").sum())
     length = tokens // (2 * len(found))
-    return trainer, training.Meter(dpo_trainer.counts, len(found), tokens, length, has_reference=True)
+    data = TrainingData(
+        dpo_trainer.counts, dpo_trainer.weights, len(found), tokens, length, found.digest, has_reference=True
+    )  # fmt: skip
+    return trainer, data
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Check the pairs, train or go on training, and write the adapter or the model; returns the manifest's metrics."""
-    from posttrain.training import fit
+    from posttrain.training.skeleton import fit
 
     return fit(build, config, context)
 

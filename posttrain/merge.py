@@ -7,6 +7,7 @@ that what differs is the weights and not the arithmetic of a device.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -16,39 +17,48 @@ from cordee.config import Config as StageConfig
 from cordee.config import Execution, Input
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
+from cordee.model_folder import ModelInput
 from cordee.stage import Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cordee.compute.logprobs import Scores
+    from cordee.compute.logprobs import Difference, Scores
 
 
-VERSION = 1
+VERSION = 4
+OWN_TEXTS_TOKENS = 300
+"""About how many tokens the texts have that are scored where no prompts are given."""
+SPECIAL = ("chat_template", "eos_token", "pad_token", "bos_token")
+"""What of a tokenizer an adapter may differ from its base's."""
 
 
 class Config(StageConfig):
     """What is merged, and what it is checked on."""
 
-    adapter: Input
+    adapter: ModelInput
     """The LoRA adapter (`$dpo`)."""
-    model: Input
-    """The model that it was trained on (`$sft`)."""
-    prompts: Input
-    """Real conversations, parquet or JSON lines: column `messages`, or `prompt` and `chosen`."""
+    model: Input | None = None
+    """The model that it was trained on (`$sft`); by default the one that the adapter's config names."""
+    prompts: Input | None = None
+    """Real conversations to compare on, parquet or JSON lines: column `messages`, or `prompt` and `chosen`; by default
+    a few texts of many scripts."""
     rows: int = Field(default=32, ge=1)
     """The first so many conversations are scored; at least 1."""
     tolerance: float | None = Field(default=None, gt=0)
-    """Largest difference of a token's log-probability, in nats; none: 0.001 for float32 weights, 0.02 for float16,
-    0.2 for bfloat16."""
+    """How far the merged model may be from base and adapter, in nats: of float32 weights the largest difference of a
+    token's log-probability (0.001 if not given), of float16 and bfloat16, which round, the mean (0.01, 0.1)."""
     batch_size: Execution[int] = Field(default=8, ge=1)
     """Conversations that are scored at once."""
 
 
 def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
     """Four passes over the prompts; the weights twice in float32 (one layer's delta apart)."""
-    base = model_folder.cost(config.model, "model", given)
-    tokens = 4.0 * config.rows * 1024
+    if config.model is not None:
+        base = model_folder.cost(config.model, "model", given)
+    else:
+        base = model_folder.cost(config.adapter, "adapter", given, base_key="model")
+    tokens = 4.0 * (config.rows * 1024 if config.prompts is not None else OWN_TEXTS_TOKENS)
     if base.parameters is None:
         return Cost(tokens=tokens)
     return Cost(
@@ -62,92 +72,113 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Merge, compare, save, open again, compare."""
-    from cordee.chat import conversations
-    from cordee.chat.templates import Template
-    from cordee.compute import device
-    from cordee.compute.logprobs import MERGE_LIMIT, score
-    from cordee.compute.model import open_model, remarks, save_model, sequence_limits
-    from cordee.compute.tokenizer import open_tokenizer
-    from posttrain import adapters
+    from cordee.compute import adapter, device
+    from cordee.compute.logprobs import MERGE_LIMIT, compare, score
+    from cordee.compute.model import open_model, remarks, save_model, tables_are_one
+    from posttrain.training import adapters
 
-    tokenizer = open_tokenizer(config.model, key="model")
-    _require_same_tokenizer(config)
-    for remark in remarks(config.model):
+    folder = model_folder.base_of(config.adapter, config.model, key="adapter", base_key="model")
+    tokenizer = _tokenizer(config.adapter, folder, context)
+    for remark in remarks(folder, tokenizer):
         context.note(remark)
-    base = open_model(config.model, key="model").eval()
+    base = open_model(folder, key="model").eval()
     stored = base.dtype
     base = base.float()
-    found = conversations.first(config.prompts, config.rows, Template(tokenizer), sequence_limits(base, None))
-    sequences = [ids for _, ids in found]
+    sequences = _sequences(config, base, tokenizer)
     dtype = str(stored).removeprefix("torch.")
     limit = config.tolerance or MERGE_LIMIT[dtype]
 
     def scores(model: "PreTrainedModel", done: int) -> "list[Scores]":
-        if context.stop_requested():
-            context.stop(f"check {done} of 4")
+        context.stop_if_asked(f"check {done} of 4")
         context.progress(done, 4, "checks")
-        return score(
-            model.to(device.default()), sequences, batch_size=config.batch_size, pad_token_id=tokenizer.pad_token_id
-        )
+        return score(model.to(device.default()), sequences, batch_size=config.batch_size)
 
+    adapter.fit_tables(config.adapter, base, folder, "adapter")
+    was_one = tables_are_one(base)
     alone = scores(base, 0)
-    adapted = adapters.open_adapter(config.adapter, base, config.model)
+    adapted = adapters.open_adapter(config.adapter, base, folder)
     apart = scores(adapted, 1)
-    effect = _compare(alone, apart)["max"]
+    effect = compare(alone, apart).largest
     if effect == 0:
         context.note("the adapter has no effect: merged and base are the same model")
-    merged = adapted.merge_and_unload(safe_merge=True)
+    merged = adapters.merge(adapted)
+    if was_one and not tables_are_one(merged):
+        context.note("the adapter changes the embedding or the head alone: merged, they are two (tie_word_embeddings)")
     exact = limit if dtype == "float32" else MERGE_LIMIT["float32"]
-    in_memory = _check(config, "merged in memory", (apart, scores(merged, 2)), exact)
-    save_model(merged.to(dtype=stored), context.out, tokenizer=config.model, chats=True)
+    in_memory = compare(apart, scores(merged, 2))
+    _check(config, "merged in memory", in_memory.largest, exact, in_memory)
+    save_model(merged.to(dtype=stored), context.out, tokenizer=tokenizer, base=folder, chats=True)
     del merged, adapted, base
     again = open_model(context.out).eval()
-    on_disk = _check(config, "saved and opened again", (apart, scores(again.float(), 3)), limit)
+    on_disk = compare(apart, scores(again.float(), 3))
+    _check(config, "saved and opened again", on_disk.merged(dtype), limit, on_disk)
+    if effect and on_disk.mean >= compare(alone, apart).mean:
+        context.note(
+            f"rounding to {dtype} moves log-probabilities by {on_disk.mean:.3g} nats, more than the adapter does"
+        )
     context.progress(4, 4, "checks")
     return {
         "parameters": sum(weights.numel() for weights in again.parameters()),
-        "vocab_size": again.config.vocab_size,
+        "vocab_size": model_folder.shape(again.config.to_dict()).vocab_size,
         "rows": len(sequences),
         "tokens": 4 * sum(len(sequence) for sequence in sequences),
         "dtype": dtype,
         "tolerance_nats": limit,
         "adapter_effect_nats": effect,
-        "merged_max_abs_delta_logprob": in_memory["max"],
-        "saved_max_abs_delta_logprob": on_disk["max"],
-        "saved_mean_abs_delta_logprob": on_disk["mean"],
-        "saved_top1_agreement": on_disk["top1"],
+        "merged_max_abs_delta_logprob": in_memory.largest,
+        "saved_max_abs_delta_logprob": on_disk.largest,
+        "saved_mean_abs_delta_logprob": on_disk.mean,
+        "saved_top1_agreement": on_disk.top1,
     }
 
 
-def _check(config: Config, what: str, scored: "tuple[list[Scores], list[Scores]]", limit: float) -> dict[str, float]:
-    """Compare, and end in a fault where a token's log-probability differs by more than the limit."""
-    found = _compare(*scored)
-    if not found["max"] <= limit:
+def _sequences(config: Config, model: "PreTrainedModel", tokenizer: Path) -> list[list[int]]:
+    """The token ids that are scored: of the conversations that were given, or of texts of ours."""
+    from cordee.chat import conversations
+    from cordee.chat.templates import Template
+    from cordee.compute.model import sequence_limits
+    from cordee.compute.tokenizer import PROBE, open_tokenizer
+
+    opened, limits = open_tokenizer(tokenizer), sequence_limits(model, None)
+    if config.prompts is not None:
+        return [ids for _, ids in conversations.first(config.prompts, config.rows, Template(opened), limits)]
+    encoded = [opened(text)["input_ids"][: limits.positions] for text in PROBE]
+    return [ids for ids in encoded if len(ids) > 1]
+
+
+def _check(config: Config, what: str, distance: float, limit: float, found: "Difference") -> None:
+    """End in a fault where log-probabilities differ by more than the limit."""
+    if not distance <= limit:
         raise Fault(
-            f"{what}, it differs from base and adapter by up to {found['max']:.3g} nats, more than {limit:g}, and "
-            f"{found['top1']:.2%} of the most likely tokens agree",
+            f"{what}, it differs from base and adapter by {distance:.3g} nats, more than {limit:g} (mean "
+            f"{found.mean:.3g}, largest {found.largest:.3g}; {found.top1:.2%} of the most likely tokens agree)",
             file=config.adapter,
             key="tolerance",
         )
-    return found
 
 
-def _compare(apart: "list[Scores]", other: "list[Scores]") -> dict[str, float]:
-    """The largest and the mean difference of log-probabilities, in nats, and the share of equal top-1 tokens."""
-    import torch
+def _tokenizer(adapter: Path, base: Path, context: Context) -> Path:
+    """The folder whose tokenizer the merged model has: the base's, or the adapter's where that differs.
 
-    pairs = list(zip(apart, other, strict=True))
-    differences = torch.cat([(one.logprobs - two.logprobs).abs() for one, two in pairs])
-    same = torch.cat([one.top1 == two.top1 for one, two in pairs])
-    return {"max": differences.max().item(), "mean": differences.mean().item(), "top1": same.double().mean().item()}
+    Raises:
+        UserError: the adapter's encodes differently: it was trained on other token ids.
+    """
+    from cordee.compute.tokenizer import difference, open_tokenizer
 
-
-def _require_same_tokenizer(config: Config) -> None:
-    """Refuse an adapter that was trained on another tokenizer than its base has."""
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        theirs, ours = config.adapter / name, config.model / name
-        if theirs.is_file() and (not ours.is_file() or theirs.read_bytes() != ours.read_bytes()):
-            raise UserError(f"differs from {ours}", file=theirs, key="adapter")
+    if not (adapter / "tokenizer.json").is_file():
+        return base
+    if not (base / "tokenizer.json").is_file():
+        return adapter
+    if problem := difference(adapter, base):
+        raise UserError(f"encodes differently from {base}: {problem}", file=adapter, key="adapter")
+    theirs, ours = open_tokenizer(adapter), open_tokenizer(base)
+    differing = [name for name in SPECIAL if getattr(theirs, name) not in (None, getattr(ours, name))]
+    differing += ["tokens"] if len(theirs) > len(ours) else []
+    if not differing:
+        return base
+    context.note(f"the adapter was trained with another tokenizer than {base} has, and is merged with it: its "
+                 f"{', '.join(differing)}")  # fmt: skip
+    return adapter
 
 
 def main() -> None:

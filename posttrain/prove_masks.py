@@ -7,11 +7,12 @@ compared with the tokens that were checked, and with its row in the file. The ce
 that must be 0, the share of tokens with loss, and examples of what carries loss, decoded.
 """
 
+import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cordee import certificate, worker
-from cordee.certificate import Certificate, Check, at_least, at_most
+from cordee.certificate import Certificate, Check, Conditions, at_least, at_most
 from cordee.cost import Cost
 from cordee.errors import Fault
 from cordee.stage import Context
@@ -20,14 +21,14 @@ from posttrain import sft
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from posttrain.masks import Audit, Leak
+    from posttrain.training.masks import Audit, Leak
 
-VERSION = 1
+VERSION = 3
 PROVES = "posttrain.sft"
 CLAIM = "what carries loss is what the rows say, and only that, and packed chats never see each other"
 
 
-class Config(sft.Config):
+class Config(sft.Config, Conditions):
     """The same keys as `posttrain.sft`."""
 
 
@@ -42,47 +43,54 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     Raises:
         Fault: a check failed; the certificate is not written.
     """
-    from posttrain import masks
-    from posttrain.raw_rows import Rows
+    from cordee.chat.selection import files_of
+    from posttrain.training import masks
+    from posttrain.training.raw_rows import Rows
+    from posttrain.training.reading import ROWS
 
     trainer, chats = sft.open_trainer(config, context)
     tokenizer = trainer.processing_class
-    rows = {str(source.path): Rows(source.path, tokenizer, source.ignore) for source in config.data}
+    rows = {str(file): Rows(file, tokenizer, source) for source in config.data for file in files_of(source).documents}
     pad = tokenizer.pad_token_id
     moved: list[Leak] = []
 
     def batches() -> Iterator[Any]:
         loader = trainer.get_train_dataloader()
         for done, batch in enumerate(loader):
-            if context.stop_requested():
-                context.stop(f"batch {done} of {len(loader)}")
+            context.stop_if_asked(f"batch {done} of {len(loader)}")
             if context.is_main and not moved and (leak := masks.leak(trainer.model, batch, pad)):
                 moved.append(leak)
             context.progress(done + 1, len(loader), "batches")
             yield batch
 
     found = masks.gather(masks.audit(batches(), chats, pad, rows))
-    checks = list(_mask_checks(found))
+    texts = {str(chat.file) for chat in chats if not chat.messages}
+    checks = list(_mask_checks(found, texts))
     if trainer.accelerator.num_processes == 1:
         seen = sum(audit.chats for audit in found.values())
         checks.append(Check(name="chats in one epoch", value=seen, limit=len(chats), passed=seen == len(chats)))
-    for file, told in rows.items():
-        numbers = {chat.number - 1 for chat in chats if str(chat.file) == file}
-        missing = told.without_loss(found[file].carried, numbers)
+    used: dict[str, set[tuple[int, int]]] = {}
+    for chat in chats:
+        used.setdefault(str(chat.file), set()).update(rows[str(chat.file)].promised(chat))
+    for file, promised in used.items():
+        missing = len(promised - found[file].carried.keys())
         checks.append(at_most(f"answers without loss {_of(file)}", missing, 0))
     if context.is_main:
         checks += _attention_checks(moved, packing=trainer.args.packing)
     tokens, loss_tokens = (sum(getattr(audit, name) for audit in found.values()) for name in ("tokens", "loss_tokens"))
     if context.is_main:
-        (context.out / "resume").rmdir()  # the trainer makes it; nothing was trained
+        shutil.rmtree(context.out / "resume")  # nothing was trained
+        (context.out / ROWS).unlink()
         examples = _examples(found, tokenizer)
-        proven = Certificate(proof="masks", of=PROVES, claim=CLAIM, checks=tuple(checks), evidence=examples)
+        proven = Certificate(
+            proof="masks", of=PROVES, claim=CLAIM, conditions=config.conditions, checks=tuple(checks), evidence=examples
+        )
         certificate.write(context.out, proven)
     return {"tokens": tokens, "loss_tokens": loss_tokens, "rows": len(chats), "checks": len(checks)}
 
 
-def _mask_checks(found: "dict[str, Audit]") -> Iterator[Check]:
-    """The counts of each file, and the share of its tokens that carries loss."""
+def _mask_checks(found: "dict[str, Audit]", texts: set[str]) -> Iterator[Check]:
+    """The counts of each file, and the share of its tokens that carries loss; of texts, all may."""
     for file, audit in found.items():
         source = _of(file)
         for name, count in audit.faults.items():
@@ -90,8 +98,9 @@ def _mask_checks(found: "dict[str, Audit]") -> Iterator[Check]:
         share = audit.loss_tokens / max(audit.tokens, 1)
         yield at_least(f"chats seen {source}", audit.chats, 1)
         yield Check(
-            name=f"share of tokens with loss {source}", value=round(share, 6), limit="above 0, below 1",
-            passed=0 < share < 1,
+            name=f"share of tokens with loss {source}", value=round(share, 6),
+            limit="above 0, at most 1" if file in texts else "above 0, below 1",
+            passed=share > 0 and (share < 1 or file in texts),
         )  # fmt: skip
 
 
@@ -101,7 +110,7 @@ def _of(file: str) -> str:
 
 def _attention_checks(moved: "list[Leak]", *, packing: bool) -> Iterator[Check]:
     """Change the first chat of a packed row: its own logits must move, and no others."""
-    from posttrain.masks import LEAK_LIMIT
+    from posttrain.training.masks import LEAK_LIMIT
 
     if not packing:
         return

@@ -23,20 +23,27 @@ if TYPE_CHECKING:
     from pretrain.data.survey import Survey
 
 
-VERSION = 1
+VERSION = 3
 
 
 class Config(BaseConfig):
     """What is read, what is kept, what is held out."""
 
     source: Input
-    """A .parquet, .arrow, .jsonl, .ndjson, .json or .txt file with a column `text`, the last four also as .gz, .zst or
-    .bz2, or a folder of such files. All other columns are carried."""
+    """A .parquet, .arrow, .jsonl, .ndjson, .json, .csv, .tsv or .txt file with a column `text`, the last six also as
+    .gz, .zst or .bz2, or a folder of such files. All other columns are carried."""
     files: list[str] | None = Field(default=None, min_length=1)
     """Patterns below a folder, such as `train/*.parquet`, that name the files to read; if not given, all data files but
     hidden ones, licences and readmes."""
+    split: str | None = Field(default=None, min_length=1)
+    """The split of a folder to read, as names of files, a saved `DatasetDict` or a header in `README.md` tell of them;
+    all if not given."""
+    subset: str | None = Field(default=None, min_length=1)
+    """The subset of a folder to read, where the header of its `README.md` names several; if not given, all, or the
+    default one of a `split`."""
     languages: list[str] | None = Field(default=None, min_length=1)
-    """Tags (BCP 47) of the languages to keep, by the column `language`; all of them if not given."""
+    """Tags (BCP 47) of the languages to keep, by the column `language`, "" for documents without one; all if not
+    given."""
     holdout: dict[str, list[bool | int | float | str]] = Field(default={})
     """Column → values; a document is held out if any of its columns has one of the values."""
     holdout_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -54,7 +61,9 @@ class Config(BaseConfig):
         return patterns
 
     @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> "Config":
+    def _one_way_to_choose_and_to_hold_out(self) -> "Config":
+        if self.files and (self.split or self.subset):
+            raise ValueError("give one of files, and split or subset")
         if bool(self.holdout) == bool(self.holdout_fraction):
             raise ValueError("give one of holdout and holdout_fraction")
         if empty := [column for column, values in self.holdout.items() if not values]:
@@ -65,11 +74,11 @@ class Config(BaseConfig):
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
     """Rows and tokens of the training split; tokens guessed from the size of the text."""
     del given
+    from cordee.data.folder import find_files
     from pretrain.data.estimate import training_rows_and_bytes
-    from pretrain.data.folder import find_files
     from pretrain.data.reading import BYTES_PER_TOKEN
 
-    found = find_files(config.source, config.files).documents
+    found = find_files(config.source, config.files, config.split, config.subset).documents
     rows, text_bytes = training_rows_and_bytes(found, config.languages, config.holdout)
     kept = 1 - config.holdout_fraction
     return Cost(tokens=text_bytes * kept / BYTES_PER_TOKEN, rows=None if rows is None else round(rows * kept))
@@ -81,18 +90,23 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     Raises:
         UserError: there is nothing to read, to hold out or to train on, or a row can't be a document.
     """
-    from pretrain.data import columns, folder, splits
+    from cordee.data import folder
+    from pretrain.data import columns, splits
     from pretrain.data.selection import Selection
     from pretrain.data.survey import duplicates, shown, take
 
-    found = folder.find_files(config.source, config.files)
+    found = folder.find_files(config.source, config.files, config.split, config.subset)
     if config.source.is_dir():
         context.note(folder.shown(config.source, found))
+        if not (config.files or config.split) and (splits_shown := folder.splits_shown(config.source, found)):
+            context.note(splits_shown)
     selection = Selection(config.languages, config.holdout, config.holdout_fraction, context.seed)
     survey = take(found.documents, selection, context)
     _require_a_corpus(survey, config)
     if survey.bad.counts:
         context.note(f"{survey.bad.shown(config.source)}; dropped")
+    if config.languages and "" not in config.languages and (left_out := survey.tags[""]):
+        context.note(f'{left_out} documents have no language and are left out (languages: [""] keeps them)')
     if (repeated := duplicates(survey)).total:
         context.note(shown(survey, repeated, config.source))
     context.out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +131,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "heldout_rows": heldout.documents.total(),
         "train_bytes": train.bytes.total(),
         "heldout_bytes": heldout.bytes.total(),
-        "languages": len(summary["languages"]),
+        "languages": len(summary["languages"].keys() - {""}),
         "files": len(found.documents),
         "files_not_read": found.num_skipped,
         "bad_rows_dropped": survey.bad.counts.total(),
@@ -141,7 +155,8 @@ def _require_a_corpus(survey: "Survey", config: Config) -> None:
         raise UserError(f"holds no document{why}", file=source, key="source", hint=bad.hint)
     for tag in config.languages or []:
         if tag not in survey.tags:
-            raise UserError(f"no document is in {tag!r}", file=source, key="languages", hint=_near(tag, survey.tags))
+            problem = f"no document is in {tag!r}" if tag else "every document has a language"
+            raise UserError(problem, file=source, key="languages", hint=_near(tag, set(survey.tags)))
     for column, value in sorted(survey.unmatched, key=str):
         known = {*survey.types, "text"}
         hint = "" if column in known else nearest(column, known)

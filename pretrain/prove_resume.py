@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from cordee import certificate, trial, worker
-from cordee.certificate import Certificate
+from cordee.certificate import Certificate, Conditions
 from cordee.errors import UserError
 from cordee.stage import Context
 from pretrain import train
@@ -22,12 +22,12 @@ from pretrain import train
 if TYPE_CHECKING:
     from pretrain.training.trials import Ended
 
-VERSION = 1
+VERSION = 2
 PROVES = "pretrain.train"
 RESUME_STEPS = 2
 
 
-class Config(train.Config):
+class Config(train.Config, Conditions):
     """The keys of the training that is proven, and the length of the short ones."""
 
     is_launched: ClassVar[bool] = False
@@ -51,7 +51,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         hint = "start it with python -m pretrain.prove_resume"
         raise UserError("it was started by a launcher, and launches its own trainings", hint=hint)
     from cordee.compute import device
-    from pretrain.training import trials
+    from pretrain.training import assembly, trials
+    from pretrain.training.model import shape
 
     processes = config.launch.num_processes
     other = trials.other_processes(processes)
@@ -59,7 +60,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     total = 3 if other is None else 4
     # whether it is compiled follows from the length of the training itself
-    compiled, _ = device.resolve_compile(config.compile, train.cost(config, {}).flops or 0.0, device.default())
+    model, where = shape(config.model, config.data[0].tokens), device.of_launch(config.launch)
+    compiled, _ = assembly.resolve_compile(config, model, where)
     short = _short(config, max(processes, other or 1), compiled)
     context.progress(0, total, "trainings")
     whole = _to_end(short, work / "uninterrupted", context)
@@ -86,7 +88,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     claim = f"{kind} ends in the same weights, bit for bit, and sees the same samples"
     if other is not None:
         claim += f"; {other} process{'es' if other > 1 else ''} see the same samples and end within rounding"
-    proven = Certificate(proof="resume", of=PROVES, claim=claim, checks=tuple(checks), evidence=evidence)
+    proven = Certificate(
+        proof="resume", of=PROVES, claim=claim, conditions=config.conditions, checks=tuple(checks), evidence=evidence
+    )
     certificate.write(context.out, proven)
     shutil.rmtree(work)
     return {"passed": True, "weights_sha256": shown["weights_sha256"], "resumed_from_step": shown["resumed_from_step"]}

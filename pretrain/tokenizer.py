@@ -18,7 +18,7 @@ from cordee.chat import base
 from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.cost import Cost
-from cordee.errors import Stopped, UserError
+from cordee.errors import UserError
 from cordee.files import write_json, write_text
 from cordee.stage import Context
 
@@ -81,13 +81,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 def _texts(train: Path, context: Context) -> Iterator[list[str]]:
     """The training texts in batches, with progress."""
-    from pretrain.data.reading import batches, documents, open_parquet
+    from pretrain.data.reading import batches, num_rows, texts
 
-    total, done = open_parquet(train, "corpus").metadata.num_rows, 0
-    for batch in batches(documents(train, key="corpus")):
-        if context.stop_requested():
-            raise Stopped(f"stopped at document {done} of {total}; the next run trains the tokenizer again")
-        yield [document["text"] for document in batch]
+    total, done = num_rows(train), 0
+    for batch in batches(texts(train)):
+        context.stop_if_asked(f"document {done} of {total}")
+        yield batch
         done += len(batch)
         context.progress(done, total, "documents")
 

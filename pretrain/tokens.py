@@ -17,7 +17,6 @@ from cordee import model_folder, worker
 from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.cost import Cost
-from cordee.errors import Stopped
 from cordee.files import read_json, write_json, write_text
 from cordee.stage import Context
 
@@ -56,11 +55,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Write the ids and offsets of both splits, `tokens.json`, and a copy of the tokenizer."""
     from cordee.compute.tokenizer import copy_tokenizer
     from pretrain.data.encoding import load
-    from pretrain.data.reading import open_parquet, split_file
+    from pretrain.data.reading import num_rows, split_file
 
     encoder = load(config.tokenizer)
     files = {split: split_file(config.corpus, split) for split in ("train", "heldout")}
-    rows = {split: open_parquet(file, "corpus").metadata.num_rows for split, file in files.items()}
+    rows = {split: num_rows(file) for split, file in files.items()}
     total = sum(rows.values())
     context.out.mkdir(parents=True, exist_ok=True)
     train_tokens, train_bytes = _write_split(files["train"], encoder, context, 0, total)
@@ -90,10 +89,9 @@ def _write_split(file: Path, encoder: "Encoder", context: Context, before: int, 
     split, start = file.stem, time.monotonic()
     offsets, tokens, text_bytes, lines = array("q", [0]), Counter[str](), 0, []
     with (context.out / f"{split}.bin").open("wb") as ids_file:
-        for batch in batches(documents(file, key="corpus")):
+        for batch in batches(documents(file)):
             done = before + len(offsets) - 1
-            if context.stop_requested():
-                raise Stopped(f"stopped at document {done} of {total}; the next run encodes them again")
+            context.stop_if_asked(f"document {done} of {total}")
             texts = [document["text"] for document in batch]
             ids = encoder.encode(texts)
             check(encoder, texts, ids, str(file), len(offsets) - 1)

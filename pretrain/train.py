@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cordee import files, worker, yaml12
+from cordee import files, model_folder, worker, yaml12
 from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.cost import SHAPE, Cost, decoder_parameters, training_bytes, training_flops
@@ -19,7 +19,7 @@ from cordee.errors import UserError
 from cordee.stage import Context
 from pretrain.training.settings import Settings
 
-VERSION = 2
+VERSION = 3
 
 
 class Source(BaseConfig):
@@ -75,7 +75,7 @@ def _model_fields(model: Path) -> dict[str, Any]:
     """The fields of a model's config; none where it does not exist yet."""
     if (model / "config.json").is_file():
         config: dict[str, Any] = files.read_json(model / "config.json")
-        return {**config, **config.get("text_config", {})}
+        return {**config, **model_folder.language_config(config)}
     fields = yaml12.read(model, key="model") if model.is_file() else {}
     for name in ("vocab_size", *SHAPE):
         value = fields.get(name, 1)
@@ -91,6 +91,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         UserError: the data, model or batch do not fit each other.
         Fault: what runs differs from what was asked for, or the loss is not finite.
     """
+    from cordee.compute import device
     from pretrain.training import assembly, checkpoint, loop
 
     finished = context.out / "training.json"  # written last: all other files are complete
@@ -109,7 +110,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             files.write_json(context.out / "heldout.json", {**found, "precision": metrics["precision"]})
             files.write_json(finished, metrics)
         training.accelerator.wait_for_everyone()
-        training.accelerator.end_training()
+        device.end(training.accelerator)
     if context.is_main:
         shutil.rmtree(context.out / "resume", ignore_errors=True)
     return dict(files.read_json(finished))

@@ -50,3 +50,29 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return call
+
+
+@pytest.fixture
+def unflushed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each time a resume point is marked: the bytes of `metrics.jsonl` that a power failure would take."""
+    from cordee import files
+
+    flushed: dict[str, int] = {}
+    found: list[int] = []
+    flush, write = os.fsync, files.write_json
+
+    def seen(handle: int) -> None:
+        flushed[str(Path(f"/proc/self/fd/{handle}").readlink())] = os.fstat(handle).st_size
+        flush(handle)
+
+    def marked(path: Path, value: object) -> None:
+        if path.name == "state.json":
+            metrics = next(folder for folder in path.parents if folder.name == "out") / "metrics.jsonl"
+            size = metrics.stat().st_size
+            assert size
+            found.append(size - flushed.get(str(metrics), 0) if str(metrics.parent) in flushed else size)
+        write(path, value)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(files, "write_json", marked)
+    return found

@@ -1,207 +1,274 @@
-"""Rows of chats and of pairs, read from Parquet and JSON lines, and one error for all that is wrong with them."""
+"""The shapes that rows come in, told by their columns: chats, texts and preference pairs in the forms that people have.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+Of several that a row has, the first in `CHATS` counts: many data sets hold `text`, rendered by somebody, beside
+`messages`.
+"""
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from cordee import files
+from cordee.chat import turns
+from cordee.chat.problems import BadRowError, Problems
+from cordee.chat.source import Source
+from cordee.data.row import COMMA, Broken, Row
 from cordee.errors import UserError, nearest
 
-HEAD_BYTES = 1_000_000
-SHOWN = 3
-"""Rows that an error names of each kind of problem."""
-Note = Callable[[str], None]
-"""Told what is not as one might expect, and is no error."""
+CHATS = {
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
+    "prompt and completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""Shape → the columns that tell it."""
+PAIRS = ("chosen", "rejected")
+COLUMNS = {*(name for names in CHATS.values() for name in names), *PAIRS, "input", "history", "system"}
+"""The columns that are trained on, in any shape."""
+NAME_PROMPT = "`columns: {yours: prompt}` names its column"
+TWICE = "{} begins with the prompt, which would then be there twice"
+REPEATED_CHARACTERS = 20
+"""From this length on a prompt with which an answer begins is one that stands there twice, and no "Hello"."""
+SHOWN_COLUMNS = 12
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Record:
-    """One row of a data file and where it stands."""
+class Text:
+    """A text of which the prompt carries no loss."""
 
-    file: Path
-    number: int
-    """From 1, as an editor counts lines."""
-    values: dict[str, Any]
-
-
-class BadRowError(Exception):
-    """A row that can't be used: the kind of problem, what shows it in this row (`message 2`), and what to write."""
-
-    def __init__(self, problem: str, shown_by: str = "", hint: str = "") -> None:
-        super().__init__(problem)
-        self.problem, self.shown_by, self.hint = problem, shown_by, hint
-
-
-class Problems:
-    """What is wrong with a file's rows, gathered, so that one error names every kind with its first rows."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._rows: dict[tuple[str, str], dict[int, str]] = {}
-
-    @contextmanager
-    def of(self, number: int) -> Iterator[None]:
-        """Note a `BadRowError` of the row with this number and go on."""
-        try:
-            yield
-        except BadRowError as error:
-            self._rows.setdefault((error.problem, error.hint), {}).setdefault(number, error.shown_by)
-
-    def raise_any(self, total: int) -> None:
-        """End with all that was noted about the file's `total` rows.
-
-        Raises:
-            UserError: there was something.
-        """
-        if not self._rows:
-            return
-        kinds = [(problem, hint, _names(rows)) for (problem, hint), rows in self._rows.items()]
-        count = len({number for rows in self._rows.values() for number in rows})
-        if len(kinds) > 1:
-            told = "; ".join(f"{problem} ({names}{f'; {hint}' if hint else ''})" for problem, hint, names in kinds)
-            raise UserError(told, file=self.file, key=f"{count} of {total} rows")
-        problem, hint, names = kinds[0]
-        if count == 1:
-            (number, shown_by), *_ = next(iter(self._rows.values())).items()
-            names, problem = f"row {number}", f"{problem} ({shown_by})" if shown_by else problem
-        else:
-            names = f"{count} of {total} rows ({names})"
-        raise UserError(problem, file=self.file, key=names, hint=hint)
-
-
-def _names(rows: dict[int, str]) -> str:
-    """`row 4: message 2`, or `rows 4: message 2, 9: message 1, 12: message 2 and 21 more`."""
-    shown = [f"{number}: {shown_by}" if shown_by else str(number) for number, shown_by in rows.items()]
-    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return f"row{'s' if len(shown) > 1 else ''} {', '.join(shown[:SHOWN])}{more}"
+    prompt: str
+    completion: str
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the longest sequence and the largest token id may be."""
+class TextPair:
+    """A preference pair of texts: either answer follows the prompt as it stands."""
 
-    max_length: int | None
-    """Tokens that `max_length` allows; None where it sets no limit."""
-    positions: int | None
-    """Positions of the model; None where it has no limit."""
-    vocab_size: int
-    """Rows of the model's input embedding."""
-
-    def check(self, ids: Sequence[int]) -> None:
-        """See that a sequence fits.
-
-        Raises:
-            BadRowError: it does not.
-        """
-        if self.max_length is not None and len(ids) > self.max_length:
-            problem = f"longer than max_length={self.max_length} tokens: nothing is cut off in silence"
-            raise BadRowError(problem, f"{len(ids)} tokens", "raise it, or leave these rows out")
-        if self.positions is not None and len(ids) > self.positions:
-            raise BadRowError(f"longer than the model's {self.positions} positions", f"{len(ids)} tokens")
-        if (largest := max(ids, default=0)) >= self.vocab_size:
-            problem = f"a token id beyond the {self.vocab_size} rows of the model's embedding: is it its tokenizer?"
-            raise BadRowError(problem, f"id {largest}")
+    prompt: str
+    chosen: str
+    rejected: str
 
 
-@dataclass
-class Notes:
-    """What is not as one might expect in a file, and is no error."""
-
-    apart: int = 0
-    otherwise: int = 0
-    without_end: int = 0
-    other_columns: list[str] = field(default_factory=list)
-
-    def tell(self, file: Path, note: Note) -> None:
-        """Say each once, with its count."""
-        said = {
-            "answers that the chat template renders otherwise once more follows: each has its own sequence": self.apart,
-            "prompts that end otherwise alone than before their answer: loss begins where the two part": self.otherwise,
-            "answers after which the chat template writes no special token: nothing teaches to stop": self.without_end,
-        }
-        for what, count in said.items():
-            if count:
-                note(f"{file.name}: {count} {what}")
-        if self.other_columns:
-            note(f"{file.name}: columns that are kept out: {', '.join(self.other_columns)}")
-
-
-def read(file: Path) -> list[Record]:
-    """The rows of a Parquet or JSON-lines file.
+def columns_of(row: Row, source: Source) -> Values:
+    """A row's columns under the names that the source gives them, without those that are null or to be ignored.
 
     Raises:
-        UserError: the file is neither, can't be read, or is empty.
+        BadRowError: the row can't be read, a column to rename is not there, or its new name is taken.
     """
-    if _is_parquet(file):
-        try:
-            values = pq.read_table(file).to_pylist()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"can't be read as Parquet: {error}", file=file) from error
+    values, columns = row.values, source.columns
+    if isinstance(values, Broken):
+        raise BadRowError(values.problem, hint="sed 's/,$//' takes them away" if values.problem == COMMA else "")
+    for old, new in columns.items():
+        if old not in values:
+            raise BadRowError(f"has no column {old!r}, which `columns` renames", hint=nearest(old, values))
+        if new in values and new not in columns:
+            raise BadRowError(f"`columns` renames {old!r} to {new!r}, and there is such a column")
+    kept = {name: value for name, value in values.items() if value is not None and name not in source.ignore}
+    return {columns.get(name, name): value for name, value in kept.items()}
+
+
+def shape(values: Mapping[str, Any]) -> str:
+    """The name of a row's shape: one of `CHATS`, `preference pair`, `prompt`, or "" where none is known."""
+    for name, needed in CHATS.items():
+        if all(column in values for column in needed):
+            return name
+    if all(column in values for column in PAIRS):
+        return "preference pair"
+    return "prompt" if "prompt" in values else ""
+
+
+def chat(values: Values, *, as_text: bool) -> Values | Text:
+    """A row as one with `messages`, or as a text.
+
+    Args:
+        values: the row.
+        as_text: whether strings are joined as they stand, and not made turns.
+
+    Raises:
+        BadRowError: it has no shape of a chat or a text.
+    """
+    found, rest = shape(values), dict(values)
+    if found == "messages":
+        messages = turns.messages(rest.pop("messages"), "messages")
+    elif found == "ShareGPT":
+        messages = turns.messages(rest.pop("conversations"), "conversations")
+    elif found == "Alpaca":
+        messages = turns.alpaca(rest)
+    elif found == "prompt and completion":
+        _require_good(rest)
+        prompt, completion = rest.pop("prompt"), rest.pop("completion")
+        if _is_repeated(prompt, completion):
+            hint = "take it out, or `columns: {completion: text}` with `ignore: [prompt]` trains on the whole"
+            raise BadRowError(TWICE.format("completion"), hint=hint)
+        if as_text and isinstance(prompt, str) and isinstance(completion, str):
+            return Text(prompt, completion)
+        before, said = turns.side(prompt, "user", "prompt"), turns.side(completion, "assistant", "completion")
+        if said[: len(before)] == before:
+            raise BadRowError(TWICE.format("completion"), hint="`columns: {completion: messages}`, or take it out")
+        messages = [*map(_without_loss, before), *said]
+    elif found == "text":
+        if not isinstance(rest["text"], str) or not rest["text"].strip():
+            raise BadRowError("text is empty" if isinstance(rest["text"], str) else "text is no text")
+        return Text("", rest["text"])
     else:
-        values = files.read_rows(file)
-    if not values:
-        raise UserError("holds no rows", file=file)
-    return [Record(file, number, value) for number, value in enumerate(values, 1)]
+        raise _unknown(values, found)
+    return rest | {"messages": _with_system(rest, messages)}
 
 
-def estimate(file: Path, columns: Sequence[str]) -> tuple[float, float]:
-    """About how many rows a file holds, and bytes of text in the columns asked for, from its beginning alone.
+def question(values: Values) -> tuple[list[Any], Any]:
+    """What a row asks, as messages, and the answer that stands beside it, or None.
 
-    Raises:
-        UserError: as `read` does, or a column is missing, where its beginning shows it.
-    """
-    if _is_parquet(file):
-        try:
-            metadata = pq.read_metadata(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"can't be read as Parquet: {error}", file=file) from error
-        _require(Record(file, 1, dict.fromkeys(metadata.schema.to_arrow_schema().names)), columns)
-        if not metadata.num_rows:
-            raise UserError("holds no rows", file=file)
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
-        return float(metadata.num_rows), float(sum(chunk.total_uncompressed_size for chunk in wanted))
-    with file.open("rb") as opened:
-        lines = opened.readlines(HEAD_BYTES)
-    first = files.rows_of(lines, file)[:1]
-    if not first:
-        raise UserError("holds no rows", file=file)
-    _require(Record(file, 1, first[0]), columns)
-    size = file.stat().st_size
-    return size / max(sum(map(len, lines)), 1) * len(lines), float(size)
-
-
-def _require(record: Record, columns: Sequence[str]) -> None:
-    """See that a row has these columns."""
-    problems = Problems(record.file)
-    for column in columns:
-        with problems.of(record.number):
-            require(record.values, column)
-    problems.raise_any(1)
-
-
-def require(values: dict[str, Any], column: str) -> None:
-    """See that a row has a column.
+    A row has `prompt`, and `answer` where there is one, whatever else it has; or it is a chat, which is asked up to its
+    last answer.
 
     Raises:
-        BadRowError: it lacks it.
+        BadRowError: it is neither, or holds what would not be asked.
     """
-    if column not in values:
-        raise BadRowError(f"has no column {column!r}", hint=nearest(column, values))
+    for name in ("tools", "documents", "chat_template_kwargs"):
+        if values.get(name):
+            raise BadRowError(f"has {name}, which a question is not given", hint=f"`columns: {{{name}: other}}`")
+    if "prompt" not in values or shape(values) in ("prompt and completion", "Alpaca"):
+        shaped = chat(values, as_text=False)
+        if isinstance(shaped, Text):
+            raise BadRowError("is a text, and a question is needed", hint=NAME_PROMPT)
+        messages = shaped["messages"]
+        is_answered = turns.begins(messages[-1:], "assistant")
+        return (messages[:-1], messages[-1].get("content")) if is_answered else (messages, None)
+    if values.get("input"):
+        hint = "Alpaca's columns are read as they are, without `columns`"
+        raise BadRowError("has `input` beside the prompt, which would not be asked", hint=hint)
+    return _with_system(dict(values), turns.side(values["prompt"], "user", "prompt")), values.get("answer")
 
 
-def _is_parquet(file: Path) -> bool:
-    """Whether a file is Parquet by its name, or else JSON lines.
+def pair(values: Values, *, as_text: bool) -> Values | TextPair:
+    """A row as one with `prompt`, `chosen` and `rejected` as lists of messages, or as a pair of texts.
 
     Raises:
-        UserError: it is neither.
+        BadRowError: it has no shape of a preference pair.
     """
-    if file.suffix not in (".parquet", ".jsonl", ".json"):
-        raise UserError("is neither .parquet nor .jsonl", file=file)
-    return file.suffix == ".parquet"
+    if not all(column in values for column in PAIRS):
+        raise _unknown(values, shape(values), wants_pair=True)
+    rest = dict(values)
+    prompt, chosen, rejected = rest.pop("prompt", None), rest.pop("chosen"), rest.pop("rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str) and not turns.is_chat(chosen):
+        if prompt is None:
+            return _split(chosen, rejected)
+        if _is_repeated(prompt, chosen) and _is_repeated(prompt, rejected):
+            hint = "take it out, or `ignore: [prompt]` takes what chosen and rejected share"
+            raise BadRowError(TWICE.format("chosen"), hint=hint)
+        if as_text and isinstance(prompt, str):
+            return TextPair(prompt, chosen, rejected)
+    sides = [turns.side(side, "assistant", name) for side, name in ((chosen, "chosen"), (rejected, "rejected"))]
+    if prompt is None or (
+        isinstance(prompt, str) and not any(side and turns.begins(side, "assistant") for side in sides)
+    ):
+        before = _common(*sides)
+        _require_prompt(before, prompt)
+        sides = [side[len(before) :] for side in sides]
+    else:
+        before = turns.side(prompt, "user", "prompt")
+    before = _with_system(rest, before)
+    return rest | {"prompt": before, "chosen": sides[0], "rejected": sides[1]}
+
+
+def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pairs"]) -> None:
+    """See that the first rows of a source have a shape that is known, without a model.
+
+    Raises:
+        UserError: none of them has.
+    """
+    if not rows:
+        raise UserError("holds no rows", file=source.path)
+    problems = Problems()
+    for row in rows:
+        with problems.of(row.file, row.number, row.values):
+            (pair if of == "pairs" else chat)(columns_of(row, source), as_text=source.as_text)
+    if problems.count == len(rows):
+        problems.raise_any(source.path, len(rows))
+
+
+def _unknown(values: Mapping[str, Any], found: str, *, wants_pair: bool = False) -> BadRowError:
+    """Why a row can't be read: what it is instead, or which columns it has."""
+    if wants_pair and found in CHATS:
+        return BadRowError(f"is no preference pair but {found}", hint="a pair has `chosen` and `rejected`")
+    if found == "preference pair":
+        hint = "posttrain.dpo trains on pairs; `columns: {chosen: completion}` trains on the chosen answers"
+        return BadRowError("is a preference pair, and this stage trains on chats", hint=hint)
+    known = ["chosen, rejected"] if wants_pair else [", ".join(names) for names in CHATS.values()]
+    columns = ", ".join(map(repr, list(values)[:SHOWN_COLUMNS])) or "none"
+    columns += f" and {len(values) - SHOWN_COLUMNS} more" if len(values) > SHOWN_COLUMNS else ""
+    wanted = {"prompt", *PAIRS} if wants_pair else {name for names in CHATS.values() for name in names}
+    alike = {
+        given: name
+        for name in sorted(wanted.difference(values))
+        for given in difflib.get_close_matches(name, [*map(str, values)], n=1, cutoff=0.8)
+    }
+    renames = ", ".join(f"{given}: {name}" for given, name in alike.items()) or "yours: prompt, …"
+    hint = f"known are {'; '.join(known)}; `columns: {{{renames}}}` renames"
+    return BadRowError(f"can't be told what it is: its columns are {columns}", hint=hint)
+
+
+def _with_system(rest: Values, messages: Any) -> Any:
+    """The messages after the column `system`, which is taken out of the row, where it says something.
+
+    Raises:
+        BadRowError: they begin with another one.
+    """
+    system = rest.pop("system", None) if isinstance(rest.get("system"), str) else None
+    if not system or not system.strip() or not isinstance(messages, list):
+        return messages
+    if turns.begins(messages, "system"):
+        if messages[0].get("content") != system:
+            raise BadRowError("column 'system' is not what the messages begin with", hint="`ignore: [system]`")
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _require_good(values: Values) -> None:
+    """Refuse a completion that is labelled as bad; in a CSV file the label is a text."""
+    if str(values.get("label")).lower() in ("false", "0", "0.0"):
+        hint = "leave these rows out, or `ignore: [label]` trains on them"
+        raise BadRowError("is a completion that is labelled false", hint=hint)
+
+
+def _require_prompt(before: list[Any], prompt: str | None) -> None:
+    """See that a pair's answers share a beginning, and that it ends with the prompt where there is one."""
+    if not before:
+        raise BadRowError("chosen and rejected begin with different turns, and there is no `prompt`", hint=NAME_PROMPT)
+    said = before[-1].get("content") if isinstance(before[-1], Mapping) else None
+    if prompt is not None and (not isinstance(said, str) or said.strip() != prompt.strip()):
+        raise BadRowError("prompt is not what chosen and rejected begin with", hint="`ignore: [prompt]`")
+
+
+def _common(chosen: list[Any], rejected: list[Any]) -> list[Any]:
+    """What both answers begin with, up to the last message that is not the assistant's."""
+    count = next((at for at, two in enumerate(zip(chosen, rejected, strict=False)) if two[0] != two[1]), 0)
+    count = count or (min(len(chosen), len(rejected)) if chosen[:1] == rejected[:1] else 0)
+    while count and turns.begins(chosen[count - 1 :], "assistant"):
+        count -= 1
+    return chosen[:count]
+
+
+def _split(chosen: str, rejected: str) -> TextPair:
+    """Two texts as what they share, up to a blank, and their rests: as `trl.extract_prompt` does it."""
+    shared = next((at for at, two in enumerate(zip(chosen, rejected, strict=False)) if two[0] != two[1]), None)
+    if not shared:
+        if shared == 0:
+            raise BadRowError("chosen and rejected share no prompt", hint=NAME_PROMPT)
+        raise BadRowError("chosen and rejected are equal, or one begins with the whole other")
+    shared -= chosen[shared - 1] == " "
+    return TextPair(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _without_loss(message: Any) -> Any:
+    """A message of a prompt, whose answers were given before."""
+    is_answer = isinstance(message, Mapping) and message.get("role") == "assistant"
+    return {**message, "train": False} if is_answer else message
+
+
+def _is_repeated(prompt: Any, answer: Any) -> bool:
+    """Whether a text begins with its whole prompt."""
+    is_text = isinstance(prompt, str) and isinstance(answer, str)
+    return is_text and len(prompt.strip()) >= REPEATED_CHARACTERS and answer.lstrip().startswith(prompt.strip())

@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch._inductor.config as inductor
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cordee.config import Launch
 from cordee.errors import Fault, UserError
+from cordee.launchers import RUNNER
 
 COMPILING_PAYS_FLOPS = {"cpu": 2e13, "cuda": 5e16}
 """Training FLOPs from which compiling wins back its own time, by device: a minute or two of eager training."""
@@ -39,9 +41,17 @@ class Asked:
     sharded: bool
 
 
+_ENDED_GROUPS: list[Any] = []
+
+
 def default() -> torch.device:
     """The accelerator of this machine, or its CPU where it has none."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def of_launch(launch: Launch) -> torch.device:
+    """Where a training that `launch` starts would run."""
+    return torch.device("cpu") if _asked(launch).cpu else default()
 
 
 def set_determinism(*, deterministic: bool) -> None:
@@ -72,13 +82,11 @@ def open_accelerator(
     launch: Launch,
     *,
     deterministic: bool = True,
-    report_to: list[str] | None = None,
-    logging_dir: Path | None = None,
 ) -> Accelerator:
     """The accelerator that `launch` asks for; precision and compilation are the stage's own.
 
     Raises:
-        UserError: the configuration sets what is the stage's, or a tracker is not installed.
+        UserError: the configuration sets what is the stage's.
         Fault: what runs is not what was asked for.
     """
     set_determinism(deterministic=deterministic)
@@ -86,15 +94,39 @@ def open_accelerator(
     accelerator = Accelerator(
         cpu=_asked(launch).cpu,
         mixed_precision="no",
-        log_with=report_to or None,
-        project_dir=logging_dir and str(logging_dir),
     )
-    installed = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    for name in report_to or []:
-        if name not in installed:
-            raise UserError(f"tracker {name!r} is not installed", key="report_to")
     require_launched(launch, accelerator.num_processes, accelerator.device)
     return accelerator
+
+
+def open_trackers(accelerator: Accelerator, names: Sequence[str], folder: Path, project: str) -> None:
+    """Start the trackers that `report_to` names; their files go to a folder. accelerate leaves out what is missing.
+
+    Raises:
+        UserError: one is not known, or not installed.
+    """
+    try:
+        accelerator.log_with = filter_trackers(list(names), str(folder))
+    except ValueError as error:
+        raise UserError(str(error), key="report_to") from error
+    installed = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    for name in names:
+        if name not in installed:
+            raise UserError(f"tracker {name!r} is not installed", key="report_to")
+    if names:
+        accelerator.project_configuration.logging_dir = str(folder)
+        accelerator.init_trackers(project)
+
+
+def end(accelerator: Accelerator) -> None:
+    """End the trackers and the process group, and keep the group's memory until this process exits.
+
+    Freed right after a collective, gloo's group holds the GIL while it waits for its thread, which needs the GIL to
+    free that collective's tensors: the process would hang with its work done (torch 2.13).
+    """
+    if torch.distributed.is_initialized():
+        _ENDED_GROUPS.append(torch.distributed.group.WORLD)
+    accelerator.end_training()
 
 
 def require_launched(launch: Launch, num_processes: int, device: torch.device) -> None:
@@ -102,9 +134,17 @@ def require_launched(launch: Launch, num_processes: int, device: torch.device) -
 
     Raises:
         UserError: the accelerate configuration sets what is the stage's.
-        Fault: they are others.
+        Fault: they are others, or the CPU was chosen because the launcher does not see this machine's accelerator.
     """
     asked = _asked(launch)
+    is_generated = launch.config_file is None and launch.num_processes > 1 and RUNNER in os.environ
+    if is_generated and asked.cpu and (seen := default()).type != "cpu":
+        # the launcher reads /proc without torch; ROCm's driver, and NVIDIA's in WSL2, are not there
+        raise Fault(
+            f"torch sees {seen}, and {launch.num_processes} processes were started on the CPU",
+            key="launch.config_file",
+            hint="write launch.config_file=configs/accelerate/gpu.yaml, or cpu-2.yaml if the CPU is meant",
+        )
     if num_processes != launch.num_processes:
         raise Fault(
             f"{launch.num_processes} processes were asked for, and {num_processes} run",

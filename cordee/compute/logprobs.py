@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-MERGE_LIMIT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 2e-1}
-"""How far a merged model may be from base and adapter, in nats, by the type that its weights are stored in.
-
-float32 sums in another order; the others are rounded.
-"""
+MERGE_LIMIT = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1}
+"""How far a merged model may be from base and adapter, in nats, by its weights' dtype."""
+MERGE_MEASURE = {"float32": "max", "float16": "mean", "bfloat16": "mean"}
+"""Which difference that is: float32 only sums in another order; rounding moves single improbable tokens by nats."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,30 @@ class Scores:
     """`[seq - 1]`, float32, in nats, on the CPU."""
     top1: torch.Tensor
     """`[seq - 1]`: the token that the model holds most likely, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models are apart on the same sequences."""
+
+    largest: float
+    """The largest difference of two log-probabilities of the same token, in nats; NaN if any is NaN."""
+    mean: float
+    """Their mean absolute difference, in nats."""
+    top1: float
+    """The share of tokens at which both hold the same token most likely."""
+
+    def merged(self, dtype: str) -> float:
+        """What `MERGE_LIMIT` bounds."""
+        return self.largest if MERGE_MEASURE[dtype] == "max" else self.mean
+
+
+def compare(one: Sequence[Scores], other: Sequence[Scores]) -> Difference:
+    """Compare what two models say of the same sequences."""
+    pairs = list(zip(one, other, strict=True))
+    differences = torch.cat([(a.logprobs - b.logprobs).abs() for a, b in pairs])
+    same = torch.cat([a.top1 == b.top1 for a, b in pairs])
+    return Difference(differences.max().item(), differences.mean().item(), same.double().mean().item())
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -35,9 +58,7 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def score(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8, pad_token_id: int = 0
-) -> list[Scores]:
+def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8) -> list[Scores]:
     """Score each sequence of token ids; the padding that a batch needs is masked and cut off again.
 
     The model is used as it is: put it in evaluation mode and on its device first.
@@ -47,7 +68,7 @@ def score(
     for start in range(0, len(sequences), batch_size):
         batch = [list(sequence) for sequence in sequences[start : start + batch_size]]
         longest = max(len(sequence) for sequence in batch)
-        ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in batch], device=device)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=device)
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [batch, seq, vocab]

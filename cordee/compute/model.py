@@ -3,24 +3,24 @@
 `from_pretrained` initialises weights that a checkpoint lacks at random, and warns; here that is an error.
 """
 
-import contextlib
-import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cordee import files, model_folder
-from cordee.chat.formats import Limits
-from cordee.chat.templates import Template
+from cordee.chat import spans
+from cordee.chat.source import Limits
 from cordee.compute import probe
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_remark
-from cordee.errors import Fault, UserError
+from cordee.errors import Fault
 
 GENERATION_CONFIG = "generation_config.json"
+TRAINERS_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+"""What TRL and transformers set in a model's config for the training alone."""
 
 
 def open_model(
@@ -44,7 +44,7 @@ def open_model(
             use_safetensors=model_folder.weights(folder)[0].suffix == ".safetensors",
             ignore_mismatched_sizes=True,  # reported below, in one line with the names
             output_loading_info=True,
-            **options,
+            **{**attention(folder), **options},
         )
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise Fault(f"can't be opened as a model: {error}", file=folder) from error
@@ -59,48 +59,106 @@ def open_model(
     return model
 
 
+def open_shapes(folder: Path) -> PreTrainedModel:
+    """The causal language model in a folder without its weights, on torch's meta device: for its tables' sizes.
+
+    Raises:
+        Fault: transformers can't make one of its config.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **attention(folder))
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise Fault(f"can't be opened as a model: {error}", file=folder) from error
+
+
+def attention(folder: Path) -> dict[str, str]:
+    """What `from_pretrained` has to be told of a model's attention: transformers' sdpa leaves out Gemma 2's softcap."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+
+
 def save_model(
     model: PreTrainedModel,
     folder: Path,
     *,
     tokenizer: Path,
+    base: Path | None = None,
     chats: bool = False,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model folder: config, safetensors, generation config, and tokenizer.
 
-    The folder `tokenizer` holds the tokenizer's files and, where it is the model that was trained on, its maker's
-    `generation_config.json`: both stay as they are. Where it was trained on `chats`, what ends an answer ends a
-    generation too.
-    A folder that is not there yet appears at once and whole. In one that is (an artifact's own), each file appears
-    whole, and `config.json`, without which no reader takes the folder for a model, goes first and comes last.
-    `state_dict` replaces the model's own where weights were gathered from shards.
+    The folder `tokenizer` holds the tokenizer's files, which stay as they are, and `base` (if not given: the same) the
+    model that was trained on, whose maker's `generation_config.json` stays. Where it was trained on `chats`, what ends
+    an answer ends a generation too. Its config has the fields that trainers set as the base's has them, and says of the
+    embedding and the head that they are one only if they are. A folder that is not there yet appears at once; in one
+    that is (an artifact's own), `config.json` comes last. `state_dict` replaces the model's own where weights were
+    gathered from shards.
     """
-    fresh = not folder.exists()
-    beside = folder.with_name(f".{folder.name}.saving") if fresh else folder / ".saving"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    model.generation_config = GenerationConfig()  # transformers refuses to save some that makers publish
-    model.save_pretrained(beside, state_dict=state_dict)
     opened = open_tokenizer(tokenizer)
-    files.write_json(beside / GENERATION_CONFIG, _generation_config(tokenizer, opened, chats=chats))
-    copy_tokenizer(tokenizer, beside)
-    probe.write(beside, probe.measure(open_model(beside, dtype=torch.float32), opened(probe.TEXT)["input_ids"]))
-    files.sync_tree(beside)
-    if fresh:
-        beside.rename(folder)
-        files.sync_folder(folder.parent)
+    model.generation_config = GenerationConfig()  # transformers refuses to save some that makers publish
+    if _have_parted(model, state_dict):
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    with files.replaced(folder, last="config.json") as beside:
+        model.save_pretrained(beside, state_dict=state_dict)
+        if base:
+            _restore(beside / "config.json", files.read_json(base / "config.json"))
+        files.write_json(beside / GENERATION_CONFIG, _generation_config(base or tokenizer, opened, chats=chats))
+        copy_tokenizer(tokenizer, beside)
+        probe.write(beside, probe.measure(open_model(beside, dtype=torch.float32), opened(probe.TEXT)["input_ids"]))
+
+
+def _restore(file: Path, base: dict[str, Any]) -> None:
+    """Write a config with the fields that trainers set as the base's config has them, in nested configs too."""
+    config: dict[str, Any] = files.read_json(file)
+    nested = [(config[name], own) for name, own in base.items() if isinstance(own, dict) and config.get(name)]
+    for written, own in [(config, base), *nested]:
+        for name in TRAINERS_FIELDS:
+            written.pop(name, None)
+            if name in own:
+                written[name] = own[name]
+    files.write_json(file, config)
+
+
+def tables_are_one(model: torch.nn.Module) -> bool:
+    """Whether a model's embedding and its head share their weights."""
+    embedding, head = _tables(model)
+    return head is not None and head.data_ptr() == embedding.data_ptr()
+
+
+def _tables(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of a model's embedding and of its head, `[vocabulary, width]`; None where it has no head."""
+    head = model.get_output_embeddings()
+    return model.get_input_embeddings().weight, None if head is None else head.weight
+
+
+def _have_parted(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> bool:
+    """Whether the embedding and the head hold different values though the config says that they are one."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return False
+    given = state_dict or {}
+    named = {weights: given.get(name, weights) for name, weights in model.named_parameters(remove_duplicate=False)}
+    embedding, head = _tables(model)
+    return head is not None and not torch.equal(named[embedding], named[head])
+
+
+def grow_tables(model: PreTrainedModel, rows: int) -> None:
+    """Give the embedding and the head rows for so many tokens, if they have fewer; new ones as transformers draws them.
+
+    They are drawn around the mean of the others, and the same each time.
+    """
+    if rows <= _tables(model)[0].shape[0]:
         return
-    (folder / "config.json").unlink(missing_ok=True)
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-        path.replace(folder / path.name)
-    beside.rmdir()
-    files.sync_folder(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(rows)
 
 
 def sequence_limits(model: PreTrainedModel, max_length: int | None) -> Limits:
     """How long a sequence and how large a token id may be: of `max_length`, and of the model itself."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = model_folder.shape(model.config.to_dict()).positions
     return Limits(max_length, positions, model.get_input_embeddings().weight.shape[0])
 
 
@@ -113,18 +171,25 @@ def stop_token_ids(folder: Path) -> list[int]:
     return _as_list(_generation_config(folder, open_tokenizer(folder)).get("eos_token_id"))
 
 
-def remarks(folder: Path) -> list[str]:
-    """What a person should know of a model's tokenizer and of the tokens that end its generations, a line each."""
-    said = [remark] if (remark := tokenizer_remark(folder)) else []
-    tokenizer, stops = open_tokenizer(folder), stop_token_ids(folder)
-    names = {number: token for token, number in tokenizer.get_vocab().items()}
+def remarks(folder: Path, tokenizer: Path | None = None) -> list[str]:
+    """What a person should know of a model's tokenizer and of the tokens that end its generations, a line each.
+
+    `tokenizer` is the tokenizer's folder, if it is not the model's.
+    """
+    place = tokenizer or folder
+    said = [remark] if (remark := tokenizer_remark(place)) else []
+    opened = open_tokenizer(place)
+    stops = _as_list(_generation_config(folder, opened).get("eos_token_id"))
+    names = {number: token for token, number in opened.get_vocab().items()}
     file, named, _ = _named_stops(folder)
     for number in named:
-        if number not in tokenizer.added_tokens_decoder:
+        if number not in opened.added_tokens_decoder:
             what = f"{names[number]!r}, an ordinary token" if number in names else "which no token has"
             then = "ends every generation" if number in stops else "is taken for a default and not used"
             said.append(f"{file} names {number} as eos_token_id, {what}: it {then}")
-    end = _end_of_turn(tokenizer)
+    if "strftime_now" in str(opened.chat_template):
+        said.append("the chat template writes the day's date: chats have other tokens tomorrow")
+    end = spans.end_of_turn(opened)
     if end is not None and end not in stops:
         shown = ", ".join(repr(names.get(number)) for number in stops)
         said.append(f"the chat template ends an answer with {names[end]!r}, and a generation ends with {shown}")
@@ -141,7 +206,7 @@ def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, *, chat
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     fields: dict[str, Any] = dict(files.read_json(path)) if path.is_file() else special
     file, named, is_default = _named_stops(folder)
-    end_of_turn = _end_of_turn(tokenizer)
+    end_of_turn = spans.end_of_turn(tokenizer)
     ends: list[int | None] = [*named]
     if is_default and (file != GENERATION_CONFIG or not {tokenizer.eos_token_id, end_of_turn} >= {*named}):
         ends = [tokenizer.eos_token_id, end_of_turn, *(number for number in named if number in added)]
@@ -156,18 +221,11 @@ def _named_stops(folder: Path) -> tuple[str, list[int], bool]:
     """Where a model's stop tokens are named, their ids, and whether they may be no more than defaults."""
     for file in (GENERATION_CONFIG, "config.json"):
         fields = dict(files.read_json(folder / file)) if (folder / file).is_file() else {}
-        named = fields.get("eos_token_id", fields.get("text_config", {}).get("eos_token_id"))
+        named = model_folder.token_id(fields, "eos_token_id")
         if named is not None:
             break
     is_default = fields.get("_from_model_config", False) and not isinstance(named, list)
     return file, _as_list(named), file != GENERATION_CONFIG or is_default
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """What ends an answer in the chat template; None where there is no template, or one that does not render it."""
-    with contextlib.suppress(UserError):
-        return Template(tokenizer).end_of_turn
-    return None
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 from transformers.activations import XIELUActivation
 
-from cordee import files
+from cordee import files, model_folder
 from cordee.compute.logprobs import score
 from cordee.errors import Fault
 
@@ -32,8 +32,7 @@ class Probe:
 
 def measure(model: PreTrainedModel, ids: Sequence[int]) -> Probe:
     """Score the token ids with a float32 model, as vLLM serves it; the model's xIELU slopes are rounded in place."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    kept = list(ids)[:positions]
+    kept = list(ids)[: model_folder.shape(model.config.to_dict()).positions]
     (scores,) = score(as_served(model.eval()), [kept])
     return Probe(kept, scores.logprobs)
 

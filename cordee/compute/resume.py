@@ -6,6 +6,8 @@
 
 A point is written beside, flushed and renamed. The last two are kept: where the newer is damaged, the one before
 it is used. Nothing is pickled. Random numbers need no state: training draws them from (seed, step, process).
+
+A checkpoint of transformers' `Trainer`, which writes it file by file, becomes a point by `mark`.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from cordee import files
 
 KEPT = 2
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,12 @@ class Point:
 
     folder: Path
     state: dict[str, Any]
-    """What `save` was given; holds `step`."""
+    """What `save` or `mark` was given; holds `step`."""
+
+    @property
+    def step(self) -> int:
+        """The optimizer step after which it was written."""
+        return int(self.state["step"])
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,26 +75,33 @@ def save(
     beside.mkdir()
     save_file(weights, beside / "weights.safetensors")
     save_file(moments, beside / "optimizer.safetensors")
-    record = {"state": dict(state), "files": {path.name: files.sha256(path) for path in files.walk(beside)}}
-    files.write_json(beside / "state.json", {**record, "sha256": _digest(record)})
-    files.sync_tree(beside)
+    mark(beside, state)
     if target.exists():
         shutil.rmtree(target)
     beside.rename(target)
     files.sync_folder(folder)
-    for old in _steps(folder)[:-KEPT]:
-        shutil.rmtree(folder / f"{old}")
+    for old in _points(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def mark(folder: Path, state: Mapping[str, Any]) -> None:
+    """Make a folder a resume point: flush it, and write the state with the hashes of its files, `state.json`, last."""
+    (folder / STATE).unlink(missing_ok=True)
+    files.sync_tree(folder)
+    hashes = {path.relative_to(folder).as_posix(): files.sha256(path) for path in files.walk(folder)}
+    record = {"state": dict(state), "files": hashes}
+    files.write_json(folder / STATE, {**record, "sha256": _digest(record)})
 
 
 def newest(folder: Path) -> tuple[Point | None, list[str]]:
-    """The newest whole point, and a line about each one that is damaged; those are deleted."""
+    """The newest whole point, and a line about each one that is damaged or was not finished; those are deleted."""
     problems: list[str] = []
-    for step in reversed(_steps(folder)):
+    for path in reversed(_points(folder)):
         try:
-            return Point(folder / f"{step}", _checked(folder / f"{step}")), problems
-        except (OSError, KeyError, ValueError) as error:
-            problems.append(f"the state at step {step} is damaged ({error}): it is not used")
-            shutil.rmtree(folder / f"{step}")
+            return Point(path, _checked(path)), problems
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            problems.append(f"the state at step {_step(path)} is damaged ({error}): it is not used")
+            shutil.rmtree(path)
     return None, problems
 
 
@@ -115,16 +130,22 @@ def _placed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
 
 
-def _steps(folder: Path) -> list[int]:
-    """The steps of the points in a folder, in rising order."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+def _step(path: Path) -> int:
+    """The step in a point's name: `500`, or `checkpoint-500` as `Trainer` has it."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _points(folder: Path) -> list[Path]:
+    """The folders of points, in the order of their steps."""
+    found = (path for path in folder.glob("*") if path.name.removeprefix("checkpoint-").isdecimal())
+    return sorted(found, key=_step)
 
 
 def _checked(folder: Path) -> dict[str, Any]:
     """A point's state; raises `ValueError` where a file is not what was written."""
-    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if record.pop("sha256") != _digest(record):
-        raise ValueError("state.json is not what was written")
+        raise ValueError(f"{STATE} is not what was written")
     for name, expected in record["files"].items():
         if files.sha256(folder / name) != expected:
             raise ValueError(f"{name} is not what was written")

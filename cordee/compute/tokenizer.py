@@ -1,14 +1,13 @@
 """Opening tokenizers so that their ids are those of `tokenizer.json`.
 
 transformers builds a tokenizer from the vocabulary and the merges by the class that `tokenizer_config.json` names, or
-that the model's type implies. Where another class wrote `tokenizer.json`, it encodes text otherwise, without a warning:
+that the model's type implies. Where another class wrote `tokenizer.json`, text is encoded differently without warning:
 spaces vanish, digits are grouped. So whatever is opened here has encoded a probe, and gave the ids that the tokenizers
 library gives from `tokenizer.json` itself.
 """
 
 import hashlib
 import re
-import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -41,7 +40,7 @@ _corrected: list[tempfile.TemporaryDirectory[str]] = []
 def open_tokenizer(folder: Path, *, key: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, with the ids of its `tokenizer.json`.
 
-    It is what `AutoTokenizer` opens; where that encodes the probe otherwise, it is opened again as the plain class.
+    It is what `AutoTokenizer` opens; where that encodes the probe differently, it is opened again as the plain class.
 
     Raises:
         UserError: the folder holds none, or none that transformers opens with the ids of `tokenizer.json`.
@@ -59,7 +58,7 @@ def tokenizer_folder(folder: Path, *, key: str | None = None) -> Path:
 
 
 def tokenizer_remark(folder: Path) -> str:
-    """What `AutoTokenizer` does otherwise with a folder as it is, where `tokenizer_folder` is a corrected copy."""
+    """What `AutoTokenizer` does differently with a folder as it is, where `tokenizer_folder` is a corrected copy."""
     opens_from, problem = tokenizer_folder(folder), _known[_identity(folder)][1]
     if not problem:
         return ""
@@ -74,26 +73,39 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     A tokenizer that was opened and saved again can differ.
     """
     opens_from = tokenizer_folder(source)
-    for name in files.TOKENIZER_FILES:
-        if (opens_from / name).is_file():
-            shutil.copyfile(opens_from / name, folder / name)
+    files.copy(opens_from, folder, files.tokenizer_files(opens_from))
 
 
-def _open(folder: Path, key: str | None) -> tuple[PreTrainedTokenizerBase, Path]:
-    """The tokenizer, and where `AutoTokenizer` opens it from; encodes the probe once for each content of a folder."""
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError("holds no tokenizer: it has no tokenizer.json", file=folder, key=key)
-    model_folder.require_undamaged(folder, files.TOKENIZER_FILES)
-    identity = _identity(folder)
-    if identity in _known:
-        opens_from, _ = _known[identity]
-        return _auto(opens_from), opens_from
+def difference(folder: Path, other: Path) -> str:
+    """What the tokenizer in a folder does differently from another, whose tokens it may add to; empty if nothing.
+
+    Files that were written again can differ in every byte and mean the same.
+    """
+    opened = open_tokenizer(folder)
+    return _difference(opened, _own(other), {token.content for token in opened.added_tokens_decoder.values()})
+
+
+def _own(folder: Path) -> Tokenizer:
+    """What the tokenizers library makes of a folder's `tokenizer.json`."""
     try:
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the tokenizers library raises no narrower type
         raise Fault(f"can't be opened as a tokenizer: {error}", file=folder / "tokenizer.json") from error
     own.no_truncation()
     own.no_padding()
+    return own
+
+
+def _open(folder: Path, key: str | None) -> tuple[PreTrainedTokenizerBase, Path]:
+    """The tokenizer, and where `AutoTokenizer` opens it from; encodes the probe once for each content of a folder."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError("holds no tokenizer: it has no tokenizer.json", file=folder, key=key)
+    model_folder.require_undamaged(folder, files.tokenizer_files(folder))
+    identity = _identity(folder)
+    if identity in _known:
+        opens_from, _ = _known[identity]
+        return _auto(opens_from), opens_from
+    own = _own(folder)
     problems: list[str] = []
     for opens_from in _candidates(folder):
         try:
@@ -117,12 +129,17 @@ def _auto(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def _files(folder: Path) -> list[str]:
+    """All files of a folder that determine how a tokenizer is opened, as paths within it."""
+    return [*files.tokenizer_files(folder), *(["config.json"] if (folder / "config.json").is_file() else [])]
+
+
 def _identity(folder: Path) -> tuple[Path, str]:
     """A key for a folder and the content of all its files that determine how a tokenizer is opened."""
     digest = hashlib.sha256()
-    for name in (*files.TOKENIZER_FILES, "config.json"):
-        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
-        digest.update(b"%d " % len(content) + content)
+    for name in _files(folder):
+        content = (folder / name).read_bytes()
+        digest.update(f"{name} {len(content)} ".encode() + content)
     return folder.resolve(), digest.hexdigest()
 
 
@@ -136,9 +153,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
     kept = tempfile.TemporaryDirectory(prefix="cordee-tokenizer-")
     _corrected.append(kept)  # deleted when the process ends
     copy = Path(kept.name)
-    for name in (*files.TOKENIZER_FILES, "config.json"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, copy / name)
+    files.copy(folder, copy, _files(folder))
     added = {token["content"]: token for token in files.read_json(folder / "tokenizer.json")["added_tokens"]}
     settings = _settings(folder) | {"tokenizer_class": PLAIN_CLASS}
     for token in settings.get("added_tokens_decoder", {}).values():
@@ -156,7 +171,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _difference(opened: PreTrainedTokenizerBase, own: Tokenizer, declared: Collection[str]) -> str:
-    """What a tokenizer does otherwise than the one of `tokenizer.json`; empty where there is nothing.
+    """What a tokenizer does differently from the one of `tokenizer.json`; empty where there is nothing.
 
     Args:
         opened: what transformers made of a folder.

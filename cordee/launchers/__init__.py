@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cordee import lock
+from cordee.artifact import Store
+from cordee.stage import CACHE
 
 RUNNER = "CORDEE_RUNNER"
 """The variable that tells a stage's processes which process runs them (JSON, as `lock.owner` has it)."""
@@ -32,7 +34,7 @@ def environment() -> dict[str, str]:
 
 
 def caches(runs: Path) -> dict[str, str]:
-    """Where torch, Triton and vLLM keep compiled code: beside the artifacts, unless the user has set another place."""
-    folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "VLLM_CACHE_ROOT": "vllm"}
-    place = runs.absolute() / ".cache"
-    return {name: str(place / folder) for name, folder in folders.items() if name not in os.environ}
+    """Where torch, Triton and vLLM keep compiled code, and stages tokenized data: beside the artifacts, unless set."""
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "VLLM_CACHE_ROOT": "vllm"}
+    place = Store(runs).cache.absolute()
+    return {name: str(place / folder) for name, folder in {CACHE: "", **compiled}.items() if name not in os.environ}

@@ -1,22 +1,11 @@
 """Starts a job on this machine."""
 
-import ctypes
 import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 from cordee.launchers import Job
-
-# Loaded here and not below: between fork and exec nothing may be imported or waited for.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def die_with_parent() -> None:
-    """Have this process killed when the one that started it ends (Linux: prctl(2), option 1); exec keeps it so."""
-    if _LIBC:
-        _LIBC.prctl(1, signal.SIGKILL)
+from cordee.machine import die_with_parent
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from eval import statistics
-from eval.reporting import units
+from cordee import units
+from eval.measuring import statistics
 
 Point = tuple[float, float]
 Stage = Mapping[str, Any]

@@ -1,13 +1,14 @@
-"""Benchmark results by checkpoint: values, changes relative to the previous checkpoint, and values by language."""
+"""Benchmark results by checkpoint: values, changes relative to what it was trained from, and values by language."""
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from cordee.errors import Fault
-from eval import statistics
+from cordee.manifest import Read
+from eval.measuring import statistics
 from eval.reporting.records import Corpus, Language, ModelResults, Record, Results, Task
 
 Scores = dict[int, tuple[str, float, float]]
@@ -21,16 +22,21 @@ SCRIPTS = {
 """Names of scripts by ISO 15924 code; scripts that are not listed are shown by their code."""
 
 
-def benchmarks(records: list[Record]) -> list[dict[str, Any]]:
+def benchmarks(records: list[Record], everything: Sequence[Record]) -> list[dict[str, Any]]:
     """Every task of every listed benchmark, one row per checkpoint; p-values are adjusted over all of them.
+
+    Args:
+        records: the listed artifacts.
+        everything: these and what they come from: they tell what a checkpoint was trained from.
 
     Raises:
         Fault: a result file is damaged, or a value is missing.
     """
-    tables = [table for record in records if record.holds("results.json") for table in _tables(record)]
+    known = {record.name: record for record in everything}
+    tables = [table for record in records if record.holds("results.json") for table in _tables(record, known)]
     changes = [row["change"] for table in tables for row in table["rows"] if row["change"]]
-    known = [change for change in changes if change["p_value"] is not None]
-    for change, adjusted in zip(known, statistics.holm([change["p_value"] for change in known]), strict=True):
+    tested = [change for change in changes if change["p_value"] is not None]
+    for change, adjusted in zip(tested, statistics.holm([change["p_value"] for change in tested]), strict=True):
         change["adjusted_p_value"] = adjusted
         change["significant"] = adjusted < SIGNIFICANT
     return tables
@@ -41,18 +47,20 @@ def is_percent(task: Task) -> bool:
     return task.metric.startswith(("acc", "exact_match", "pass", "f1"))
 
 
-def _tables(record: Record) -> Iterator[dict[str, Any]]:
+def _tables(record: Record, known: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
     """The tasks of one benchmark."""
     results = record.read("results.json", Results)
+    reads = {read.key.removeprefix("models."): read for read in record.manifest.inputs}
     for name, task in results.tasks.items():
         models = [model for model in results.models if name in model.results]
         rows: list[dict[str, Any]] = []
-        scored: Scores = {}
+        scored: dict[str, Scores] = {}
         for model in models:
             value, error = _value(record, model, name, task)
-            before, scored = scored, _scored(record, model.name, name, task, value)
-            row = {"model": model.name, "value": value, "standard_error": error, "documents": len(scored) or None}
-            rows.append({**row, "change": _change(rows[-1], before, row, scored) if rows else None})
+            own = scored[model.name] = _scored(record, model.name, name, task, value)
+            row = {"model": model.name, "value": value, "standard_error": error, "documents": len(own) or None}
+            parent = _trained_from(model.name, rows, reads, known)
+            rows.append({**row, "change": _change(parent, scored[parent["model"]], row, own) if parent else None})
         if rows:
             yield {
                 "benchmark": record.name,
@@ -63,6 +71,31 @@ def _tables(record: Record) -> Iterator[dict[str, Any]]:
                 "notes": list(dict.fromkeys(note for model in models for note in model.notes.get(name, []))),
                 "rows": rows,
             }
+
+
+def _trained_from(
+    model: str, rows: list[dict[str, Any]], reads: Mapping[str, Read], known: Mapping[str, Record]
+) -> dict[str, Any] | None:
+    """The last row of a checkpoint that a model comes from, by their manifests; where none tells, the row above.
+
+    Args:
+        model: its name in the benchmark.
+        rows: those of earlier checkpoints.
+        reads: what the benchmark measured, by the names of its models.
+        known: the artifacts by name.
+    """
+    sources = [reads[model]] if model in reads else []
+    for read in sources:  # those of its artifact come to the end of the list
+        made = known.get(read.artifact)
+        sources += [source for source in made.manifest.inputs if source not in sources] if made else []
+    earlier = {_place(read) for read in sources[1:]}
+    found = [row for row in rows if _place(reads.get(row["model"])) in earlier] or rows
+    return found[-1] if found else None
+
+
+def _place(read: Read | None) -> tuple[str, str, str] | None:
+    """What a stage read: an artifact, the place in it, or the hash of what is in none."""
+    return (read.artifact, read.path, read.sha256) if read else None
 
 
 def _value(record: Record, model: ModelResults, task_name: str, task: Task) -> tuple[float, float | None]:
@@ -135,7 +168,7 @@ def languages(records: list[Record], corpus: Corpus | None) -> list[dict[str, An
             continue
         results = record.read("results.json", Results)
         for name, task in results.tasks.items():
-            models = [model for model in results.models if model.by_language.get(name)]
+            models = [model for model in results.models if model.by_language.get(name, {}).keys() - {""}]
             if models:
                 tables.append(_by_language(name, task, models, corpus.languages if corpus else {}))
     return tables
@@ -147,10 +180,10 @@ def _by_language(name: str, task: Task, models: list[ModelResults], known: dict[
     low, high = (0.0, 1.0) if is_percent(task) else (min(values), max(values))
     scripts: dict[str, list[dict[str, Any]]] = {}
     for tag in sorted({tag for model in models for tag in model.by_language[name]}):
-        language = known.get(tag) or Language(name=tag, script="")
+        language = known.get(tag) or Language(name="", script="")
         found = [model.by_language[name].get(tag) for model in models]
         shades = [None if value is None else shade(value, low, high, task.higher_is_better) for value in found]
-        row = {"tag": tag, "name": language.name, "values": found, "shades": shades}
+        row = {"tag": tag, "name": language.name or tag or "no language", "values": found, "shades": shades}
         scripts.setdefault(language.script, []).append(row)
     groups = [{"script": script, "languages": rows} for script, rows in _grouped(scripts)]
     return {

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from eval.reporting import units
+from cordee import units
 from eval.reporting.records import Record
 
 

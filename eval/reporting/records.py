@@ -86,6 +86,40 @@ class Sample(Shape):
     outputs: dict[str, str]
 
 
+class ShownRow(Shape):
+    """A row that shows why it was left out."""
+
+    file: str
+    row: int
+    shown_by: str
+    text: str
+
+
+class LeftOut(Shape):
+    """The rows of a source that were left out for one reason."""
+
+    problem: str
+    rows: int
+    first: list[ShownRow]
+
+
+class Source(Shape):
+    """What a training has read of one file or folder."""
+
+    path: str
+    rows: int
+    sequences: int
+    tokens: int
+    loss_tokens: int | None = None
+    left_out: list[LeftOut] = []
+
+
+class Sources(Shape):
+    """`rows.json`."""
+
+    sources: list[Source]
+
+
 AnyShape = TypeVar("AnyShape", bound=BaseModel)
 
 

@@ -2,18 +2,19 @@
 
 from typing import Any
 
+from cordee import units
 from cordee.certificate import NAME, Certificate
-from eval.reporting import units
-from eval.reporting.records import Corpus, Record
-from eval.statistics import BITS_PER_BYTE
+from eval.measuring.statistics import BITS_PER_BYTE
+from eval.reporting.records import Corpus, Record, Source, Sources
 
 SERIES = {
     "loss": "Training loss",
     "heldout_bits_per_byte": "Held-out text (bits per byte)",
-    "eval_loss": "Held-out loss",
+    "heldout_loss": "Held-out loss",
     "rewards/accuracies": "Preference accuracy (fraction of pairs)",
 }
 """The metrics of `metrics.jsonl` that are drawn, and their titles."""
+ROWS = "rows.json"
 POINTS = 400
 """The largest number of points of a curve that are drawn."""
 SAMPLES = 12
@@ -51,12 +52,35 @@ def output(record: Record) -> str:
         "samples.jsonl": (f"{units.count(rows)} " if rows else "") + "sample answers",
     }
     if record.holds("corpus.json"):
-        languages = len(record.read("corpus.json", Corpus).languages)
-        return f"a corpus in {languages} language{'s' if languages != 1 else ''}"
+        languages = len(record.read("corpus.json", Corpus).languages.keys() - {""})
+        return f"a corpus in {languages} language{'s' if languages != 1 else ''}" if languages else "a corpus"
     for file, words in known.items():
         if record.holds(file):
             return words
     return f"{units.count(rows)} rows" if rows else f"{len(record.manifest.files)} files"
+
+
+def training_data(records: list[Record]) -> list[dict[str, Any]]:
+    """What each stage that trains on chats or pairs has read, and what it left out."""
+    return [
+        {
+            "stage": record.manifest.stage,
+            "artifact": record.name,
+            "sources": [_source(source) for source in record.read(ROWS, Sources).sources],
+        }
+        for record in records
+        if record.holds(ROWS)
+    ]
+
+
+def _source(source: Source) -> dict[str, Any]:
+    share = None if source.loss_tokens is None else source.loss_tokens / max(source.tokens, 1)
+    return {
+        **source.model_dump(exclude={"path", "loss_tokens"}),
+        "name": source.path.rstrip("/").rpartition("/")[2],
+        "num_left_out": sum(kind.rows for kind in source.left_out),
+        "loss_share": share,
+    }
 
 
 def curves(records: list[Record], corpus: Corpus | None) -> list[dict[str, Any]]:
@@ -158,7 +182,10 @@ def samples(records: list[Record]) -> list[dict[str, Any]]:
             }
             for row in chosen
         ]
-        found.append({"artifact": record.name, "rows": len(rows), "counts": counts, "shown": shown})
+        found.append(
+            {"artifact": record.name, "rows": len(rows), "has_references": any(row.reference for row in rows),
+             "counts": counts, "shown": shown}
+        )  # fmt: skip
     return found
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from cordee import model_folder
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError, nearest
-from pretrain.data.reading import batches, documents
+from pretrain.data.reading import batches, texts
 
 CHECKED_EVERY = 16
 """One document in so many is decoded again and compared."""
@@ -74,10 +74,9 @@ def bytes_per_token(folder: Path, file: Path) -> float:
     """UTF-8 bytes per token, over the documents of a file."""
     encoder = load(folder)
     text_bytes = tokens = 0
-    for batch in batches(documents(file, key="corpus")):
-        texts = [document["text"] for document in batch]
-        text_bytes += sum(len(text.encode()) for text in texts)
-        tokens += sum(len(ids) for ids in encoder.encode(texts))
+    for batch in batches(texts(file)):
+        text_bytes += sum(len(text.encode()) for text in batch)
+        tokens += sum(len(ids) for ids in encoder.encode(batch))
     return text_bytes / tokens
 
 

@@ -9,13 +9,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from cordee.data import tables
+from cordee.data.kinds import kind
+from cordee.data.rows import COMPRESSION
 from cordee.errors import UserError
-from pretrain.data.folder import kind
 from pretrain.data.reading import open_parquet
 from pretrain.data.selection import Value
-
-COMPRESSION = 3.0
-"""How many times larger compressed text is taken to be."""
 
 
 def training_rows_and_bytes(
@@ -34,6 +33,7 @@ def training_rows_and_bytes(
             rows, text_bytes = None, text_bytes + file.stat().st_size * (COMPRESSION if codec else 1)
             continue
         parquet = open_parquet(file, "source")
+        tables.require_once(parquet.schema_arrow.names, file, "source")
         kept = _count(file, parquet.schema_arrow, languages, holdout)
         rows = None if rows is None or kept is None else rows + kept
         share = 1.0 if kept is None else kept / max(parquet.metadata.num_rows, 1)
@@ -44,10 +44,10 @@ def training_rows_and_bytes(
 def _count(
     file: Path, schema: pa.Schema, languages: Sequence[str] | None, holdout: Mapping[str, Sequence[Value]]
 ) -> int | None:
-    """Rows of a Parquet file that are kept and not held out; None where Arrow can't compare a column's type."""
-    conditions = [~ds.field(column).isin(values) for column, values in holdout.items() if column in schema.names]
-    conditions += [ds.field("language").isin(languages)] if languages and "language" in schema.names else []
+    """Rows of a Parquet file that are kept and not held out; None where Arrow can't compare the values."""
     try:
+        conditions = [~_has(schema, column, values) for column, values in holdout.items()]
+        conditions += [_has(schema, "language", languages)] if languages else []
         return int(
             ds.dataset(file, format="parquet").count_rows(
                 filter=reduce(operator.and_, conditions) if conditions else None
@@ -57,6 +57,14 @@ def _count(
         return None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"can't be read as Parquet: {error}", file=file, key="source") from error
+
+
+def _has(schema: pa.Schema, column: str, values: Sequence[Value]) -> ds.Expression:
+    """Whether a row's column has one of the values; no language is ""."""
+    or_none = column == "language" and "" in values
+    if column not in schema.names:
+        return ds.scalar(or_none)
+    return ds.field(column).isin([*values, None] if or_none else values)
 
 
 def _text_bytes(metadata: pq.FileMetaData) -> int:

@@ -1,13 +1,11 @@
 """Documents out of data files, some hundred at a time; rows that can't be documents are named by file and row.
 
-- `.parquet`, `.arrow`: a row is a document.
-- `.jsonl`, `.ndjson`: a line is a document, an object with the key `text`.
-- `.json`: the same, or one array of such objects.
-- `.txt`: documents are separated by blank lines.
+A row of a file, as `cordee.data.rows` reads it, is a document if it has a `text`. Of tables, the other columns stay in
+Arrow, with their types.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,9 +14,10 @@ from typing import Any, TypeAlias, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cordee.data import rows, tables
+from cordee.data.kinds import TABLES, kind
+from cordee.data.row import NO_UTF8, Broken, Row, beginning
 from cordee.errors import UserError, nearest
-from pretrain.data import lines
-from pretrain.data.folder import TABLES, kind
 
 BYTES_PER_TOKEN = 3.0
 """Bytes of UTF-8 in a token, where only a guess is possible (before there is a tokenizer)."""
@@ -98,50 +97,80 @@ def split_file(corpus: Path, split: str) -> Path:
     return file
 
 
-def documents(file: Path, key: str = "corpus") -> Iterator[dict[str, str]]:
+def num_rows(file: Path) -> int:
+    """Rows of a corpus's split.
+
+    Raises:
+        UserError: the file can't be read, or has no column `text`.
+    """
+    return int(open_parquet(file, "corpus").metadata.num_rows)
+
+
+def texts(file: Path) -> Iterator[str]:
+    """The text of each document of a corpus's split; no other column is read.
+
+    Raises:
+        UserError: the file can't be read, or holds a row that can't be a document.
+    """
+    for chunk in _sound_chunks(file, columns=()):
+        yield from chunk.texts
+
+
+def documents(file: Path) -> Iterator[dict[str, str]]:
     """`text` and `language` of each document of a corpus's split; the language is "" where there is none.
 
     Raises:
         UserError: the file can't be read, or holds a row that can't be a document.
     """
-    for chunk in chunks(file, key):
-        for bad in chunk.bad:
-            raise UserError(f"{bad.problem}: {bad.row}", file=f"{file}, {bad.place}", key=key, hint=bad.hint)
+    for chunk in _sound_chunks(file, columns=("language",)):
         for text, language in zip(chunk.texts, words(chunk.values("language")), strict=True):
             yield {"text": text, "language": language}
 
 
-def chunks(file: Path, key: str = "source") -> Iterator[Chunk]:
+def _sound_chunks(file: Path, columns: Collection[str]) -> Iterator[Chunk]:
+    for chunk in chunks(file, "corpus", columns):
+        for bad in chunk.bad:
+            raise UserError(f"{bad.problem}: {bad.row}", file=f"{file}, {bad.place}", key="corpus", hint=bad.hint)
+        yield chunk
+
+
+def chunks(file: Path, key: str = "source", columns: Collection[str] | None = None) -> Iterator[Chunk]:
     """A file's documents in chunks of at most `ROWS_AT_ONCE` rows.
+
+    Args:
+        file: of any kind.
+        key: the key that names it, for errors.
+        columns: those to read besides `text`; None for all.
 
     Raises:
         UserError: the file can't be read, or has no column `text`.
     """
-    suffix, _ = kind(file)
-    if suffix in TABLES:
-        yield from _of_tables(file, _parquet(file, key) if suffix == ".parquet" else _arrow(file, key))
+    if kind(file)[0] not in TABLES:
+        for batch in rows.batches([file], ROWS_AT_ONCE, key):
+            yield _of_rows(batch, columns)
         return
-    try:
-        for batch in batches(lines.rows(file)):
-            yield _of_rows(file, batch)
-    except (EOFError, OSError, pa.ArrowException) as error:
-        raise UserError(f"can't be read to its end: {error}", file=file, key=key) from error
+    _require_text(tables.column_names(file, key), file, key)
+    used = None if columns is None else {"text", *columns}
+    yield from _of_tables(file, tables.record_batches(file, ROWS_AT_ONCE, key, used))
 
 
-def _of_rows(file: Path, rows: Sequence[tuple[str, lines.Row]]) -> Chunk:
-    """A chunk of rows from JSON or text, each a pair of its place and an object, or of its place and what is wrong."""
+def _of_rows(batch: Sequence[Row], columns: Collection[str] | None) -> Chunk:
+    """A chunk of rows from any file that is no table."""
     good: list[dict[str, Any]] = []
     bad: list[Bad] = []
-    for place, row in rows:
-        if isinstance(row, lines.Broken):
-            bad.append(Bad(row.problem, file, place, row.row))
-        elif "text" not in row:
-            bad.append(Bad("no 'text'", file, place, lines.beginning(json.dumps(row)), nearest("text", row)))
-        elif problem := _problem(row["text"]):
-            bad.append(Bad(problem, file, place, lines.beginning(json.dumps(row, ensure_ascii=False))))
+    for row in batch:
+        values = row.values
+        if isinstance(values, Broken):
+            bad.append(Bad(values.problem, row.file, row.place, values.row))
+        elif "text" not in values:
+            bad.append(Bad("no 'text'", row.file, row.place, beginning(json.dumps(values)), nearest("text", values)))
+        elif problem := _problem(values["text"]):
+            bad.append(Bad(problem, row.file, row.place, beginning(json.dumps(values, ensure_ascii=False))))
         else:
-            good.append(row)
-    names = dict.fromkeys(name for row in good for name in row if name != "text")
+            good.append(values)
+    names = dict.fromkeys(
+        name for values in good for name in values if name != "text" and (columns is None or name in columns)
+    )
     return Chunk([row["text"] for row in good], {name: [row.get(name) for row in good] for name in names}, bad)
 
 
@@ -160,56 +189,24 @@ def open_parquet(file: Path, key: str) -> pq.ParquetFile:
     Raises:
         UserError: it can't be read (cut off, no Parquet), or has no such column.
     """
-    try:
-        parquet = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"can't be read as Parquet: {error}", file=file, key=key) from error
-    _check_names(parquet.schema_arrow.names, file, key)
+    parquet = tables.open_parquet(file, key)
+    _require_text(parquet.schema_arrow.names, file, key)
     return parquet
 
 
-def _check_names(names: list[str], file: Path, key: str) -> None:
+def _require_text(names: list[str], file: Path, key: str) -> None:
     if "text" not in names:
         raise UserError("has no column 'text'", file=file, key=key, hint=nearest("text", names))
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"has two columns {twice!r}", file=file, key=key)
 
 
-def _parquet(file: Path, key: str) -> Iterator[pa.RecordBatch]:
-    parquet = open_parquet(file, key)
-    done = 0
-    try:
-        for batch in parquet.iter_batches(ROWS_AT_ONCE):
-            yield batch
-            done += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"can't be read as Parquet after row {done}: {error}", file=file, key=key) from error
-
-
-def _arrow(file: Path, key: str) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file, as `datasets` saves them (a stream) or in the file format."""
-    try:
-        with pa.memory_map(str(file)) as opened:
-            try:
-                reader = pa.ipc.open_stream(opened)
-            except pa.ArrowInvalid:
-                reader = pa.ipc.open_file(opened)
-            _check_names(reader.schema.names, file, key)
-            whole = reader if hasattr(reader, "__iter__") else map(reader.get_batch, range(reader.num_record_batches))
-            for batch in whole:
-                yield from (batch.slice(start, ROWS_AT_ONCE) for start in range(0, batch.num_rows, ROWS_AT_ONCE))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"can't be read as Arrow: {error}", file=file, key=key) from error
-
-
-def _of_tables(file: Path, tables: Iterable[pa.RecordBatch]) -> Iterator[Chunk]:
+def _of_tables(file: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Chunk]:
     """Chunks of Arrow's batches of rows, whose types are kept."""
     done = 0
-    for batch in tables:
-        texts, invalid = _texts(batch.column("text")), _invalid_rows(batch)
-        problems = [lines.NO_UTF8 if row in invalid else _problem(text) for row, text in enumerate(texts)]
+    for batch in batches:
+        texts, invalid = _texts(batch.column("text")), tables.invalid_rows(batch)
+        problems = [NO_UTF8 if row in invalid else _problem(text) for row, text in enumerate(texts)]
         bad = [
-            Bad(problem, file, f"row {done + row + 1}", lines.beginning(str(texts[row])))
+            Bad(problem, file, f"row {done + row + 1}", beginning(str(texts[row])))
             for row, problem in enumerate(problems)
             if problem
         ]
@@ -225,22 +222,3 @@ def _texts(column: pa.Array) -> list[Any]:
         return list(column.to_pylist())
     except UnicodeDecodeError:
         return [raw and raw.decode(errors="replace") for raw in column.cast(pa.large_binary()).to_pylist()]
-
-
-def _invalid_rows(batch: pa.RecordBatch) -> set[int]:
-    """The rows in which the text of any column is not UTF-8; pyarrow does not check this when it reads."""
-    found: set[int] = set()
-    for column in batch.columns:
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid:
-            found |= {row for row in range(len(column)) if not _is_valid(column.slice(row, 1))}
-    return found
-
-
-def _is_valid(column: pa.Array) -> bool:
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        return False
-    return True

@@ -15,7 +15,7 @@ class Selection:
     """What is kept and what is held out."""
 
     languages: Sequence[str] | None
-    """Tags of the languages to keep; None for all."""
+    """Tags of the languages to keep, "" for documents without one; None for all."""
     holdout: Mapping[str, Sequence[Value]]
     """Column → values; a document is held out if any of its columns has one of the values."""
     holdout_fraction: float
@@ -35,13 +35,19 @@ class Selection:
             return [self._is_drawn(text) for text in chunk.texts]
         found = [False] * len(chunk.texts)
         for column, wanted in self.holdout.items():
-            for row, value in enumerate(chunk.values(column)):
+            for row, value in enumerate(compared(chunk, column)):
                 found[row] = found[row] or any(is_value(value, one) for one in wanted)
         return found
 
     def _is_drawn(self, text: str) -> bool:
         digest = blake2b(text.encode(), digest_size=8, key=str(self.seed).encode()).digest()
         return int.from_bytes(digest) < self.holdout_fraction * 2**64
+
+
+def compared(chunk: Chunk, column: str) -> list[Any]:
+    """A column as `holdout` compares it: no language is ""."""
+    values = chunk.values(column)
+    return ["" if value is None else value for value in values] if column == "language" else values
 
 
 def is_value(value: Any, wanted: Value) -> bool:

@@ -14,7 +14,7 @@ from pretrain.data import columns
 from pretrain.data.columns import Types
 from pretrain.data.reading import chunks, words
 from pretrain.data.selection import Selection
-from pretrain.data.survey import Digests, Survey, are_in, require_no_stop
+from pretrain.data.survey import Digests, Survey, are_in
 
 ROW_GROUP_BYTES = 32 * 2**20
 ROW_GROUP_ROWS = 10_000
@@ -32,7 +32,7 @@ class Split:
         """Bytes of UTF-8 of each language's tag."""
         self.licences: Counter[str] = Counter()
         self.names: dict[str, tuple[str, str]] = {}
-        """Name and script of each language's tag."""
+        """Name and script of each language's tag; both "" for documents without a language, whose tag is ""."""
         self.sources = Digests()
         self.byte_counts = np.zeros(256, dtype=np.int64)
         self._schema = schema
@@ -50,7 +50,7 @@ class Split:
             self.documents[tag] += 1
             self.bytes[tag] += len(text)
             self.licences[licence or "not stated"] += 1
-            self.names.setdefault(tag, (name, script))
+            self.names.setdefault(tag, (name, script) if tag else ("", ""))
         self.byte_counts += np.bincount(np.frombuffer(b"".join(texts), dtype=np.uint8), minlength=256)
         self.sources.add(source for source in counted["source"] if source)
         self._waiting.append(documents)
@@ -106,7 +106,7 @@ def _write_as(types: Types, survey: Survey, selection: Selection, context: Conte
         heldout.add(table.filter(pa.array(selection.are_held_out(chunk), pa.bool_())))
         train.add(table.filter(pa.array(~are_in(Digests(chunk.texts).numbers(), heldout_texts))))
         done += len(chunk.texts)
-        require_no_stop(context, done)
+        context.stop_if_asked(f"document {done}")
         if (now := time.monotonic()) - told_s >= 1 or done == total:
             told_s = now
             context.progress(done, total, "documents")

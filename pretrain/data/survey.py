@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cordee.errors import Stopped
 from cordee.stage import Context
 from pretrain.data.columns import Types, widen
 from pretrain.data.reading import Bad, Chunk, chunks, words
-from pretrain.data.selection import Selection, Value, is_value
+from pretrain.data.selection import Selection, Value, compared, is_value
 
 SAMPLES = 3
 """Rows of each kind that are shown."""
@@ -107,8 +106,8 @@ class Survey:
     files: Sequence[Path]
     unmatched: set[tuple[str, Value]]
     """Pairs of `holdout` that no document has."""
-    tags: set[str] = field(default_factory=set)
-    """Languages of all documents, those that are not kept included."""
+    tags: Counter[str] = field(default_factory=Counter)
+    """Documents of each language, "" where there is none, those that are not kept included."""
     types: Types = field(default_factory=dict)
     bad: BadRows = field(default_factory=BadRows)
     texts: Digests = field(default_factory=Digests)
@@ -129,7 +128,7 @@ class Survey:
         are_held_out = selection.are_held_out(kept)
         self.heldout.add(text for text, held in zip(kept.texts, are_held_out, strict=True) if held)
         for column in {column for column, _ in self.unmatched}:
-            values = kept.values(column)
+            values = compared(kept, column)
             self.unmatched -= {
                 (name, wanted)
                 for name, wanted in self.unmatched
@@ -148,19 +147,9 @@ def take(files: Sequence[Path], selection: Selection, context: Context) -> Surve
     for file in files:
         for chunk in chunks(file):
             survey.add(chunk, selection)
-            require_no_stop(context, len(survey.texts))
+            context.stop_if_asked(f"document {len(survey.texts)}")
         survey.ends.append(len(survey.texts))
     return survey
-
-
-def require_no_stop(context: Context, done: int) -> None:
-    """Check whether the run was asked to stop.
-
-    Raises:
-        Stopped: it was.
-    """
-    if context.stop_requested():
-        raise Stopped(f"stopped at document {done}; the next run reads the corpus again")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from cordee import files
 from cordee.compute import device, resume
@@ -47,8 +49,6 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     accelerator = device.open_accelerator(
         launch,
         deterministic=settings.deterministic,
-        report_to=settings.report_to,
-        logging_dir=context.out / "logs",
     )
     mixture, heldout = _open_data(data, settings.sequence_length, context.seed)
     built = build(model, tokens, settings.sequence_length, context.seed)
@@ -68,15 +68,17 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     for remark in remarks(files_from):
         context.note(remark)
     training = Training(settings, context, accelerator, wrapped, objective, optimizer, mixture, heldout, files_from)
-    compiled, why = device.resolve_compile(
-        settings.compile, _flops(training, _planned_tokens(settings)), accelerator.device
-    )
+    compiled, why = resolve_compile(settings, objective.model, accelerator.device)
     if compiled:
         device.compile_module(objective, dynamic=False)
     context.note(f"computes in {settings.precision}; {'compiled' if compiled else 'not compiled'}: {why}")
-    if settings.report_to:
-        accelerator.init_trackers("pretrain")
+    device.open_trackers(accelerator, settings.report_to, context.out / "logs", "pretrain")
     return training
+
+
+def resolve_compile(settings: Settings, model: PreTrainedModel, where: torch.device) -> tuple[bool, str]:
+    """Whether the training of a model, of which only the shape counts, is compiled on a device, and why."""
+    return device.resolve_compile(settings.compile, _flops(model, settings, _planned_tokens(settings)), where)
 
 
 def _open_data(data: Data, sequence_length: int, seed: int) -> tuple[Mixture, Any]:
@@ -100,12 +102,12 @@ def restore(training: Training) -> State:
     point, problems = resume.newest(context.out / "resume") if main else (None, [])
     for problem in problems:
         context.note(problem)
-    step = broadcast_object_list([point.state["step"] if point else None])[0]
+    step = broadcast_object_list([point.step if point else None])[0]
     if step is None:
         context.rewind(-1)
         return State(source_tokens=[0] * len(training.mixture.splits))
     point, _ = resume.newest(context.out / "resume")
-    if point is None or point.state["step"] != step:
+    if point is None or point.step != step:
         raise Fault(f"not every process sees the state at step {step}", file=context.out / "resume")
     resume.restore(point, training.objective, training.optimizer)
     context.rewind(step)
@@ -130,8 +132,8 @@ def dry_run(training: Training) -> None:
 def metrics(training: Training, state: State) -> dict[str, Any]:
     """The metrics of a training that has ended."""
     tokens = sum(state.source_tokens)
-    flops = _flops(training, tokens)
-    settings, mixture = training.settings, training.mixture
+    settings, mixture, model = training.settings, training.mixture, training.objective.model
+    flops = _flops(model, settings, tokens)
     epochs = mixture.epochs(settings.max_steps * settings.global_batch_size)
     by_source = {
         f"data.{index}.{name}": value
@@ -142,10 +144,10 @@ def metrics(training: Training, state: State) -> dict[str, Any]:
         "tokens": tokens,
         "labels": state.labels,
         "flops": flops,
-        "parameters": _parameters(training),
+        "parameters": model.num_parameters(),
         "num_processes": training.accelerator.num_processes,
         "loss": state.loss,
-        "precision": training.objective.precision,
+        "precision": settings.precision,
         "compiled": training.objective.is_compiled,
         "tokens_per_s": tokens / state.seconds,
         "model_flops_per_s": flops / state.seconds,
@@ -154,15 +156,11 @@ def metrics(training: Training, state: State) -> dict[str, Any]:
     }
 
 
-def _parameters(training: Training) -> int:
-    return sum(weights.numel() for weights in training.objective.parameters())
-
-
 def _planned_tokens(settings: Settings) -> int:
     return settings.max_steps * settings.global_batch_size * settings.sequence_length
 
 
-def _flops(training: Training, tokens: float) -> float:
-    shape = training.objective.model.config.get_text_config()
-    context = training.settings.sequence_length
-    return training_flops(_parameters(training), tokens, shape.num_hidden_layers, shape.hidden_size, context)
+def _flops(model: PreTrainedModel, settings: Settings, tokens: float) -> float:
+    shape = model.config.get_text_config()
+    layers, width = shape.num_hidden_layers, shape.hidden_size
+    return training_flops(model.num_parameters(), tokens, layers, width, settings.sequence_length)

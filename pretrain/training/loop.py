@@ -252,6 +252,7 @@ def _is_measured(context: Context, step: int) -> bool:
 
 def save_state(training: Training, state: State) -> None:
     """Write a resume point; every process has to call this."""
+    training.context.flush()
     resume.save(
         training.context.out / "resume",
         dataclasses.asdict(state),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cordee import files, yaml12
 from cordee.compute.model import open_model
@@ -28,8 +28,6 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.settings = settings
-        self.precision: str = settings.precision
-        """What matrices are multiplied in; a training that is continued keeps to the one in which it began."""
         self.loss = getattr(losses, settings.loss)
         self._no_split_modules = model._no_split_modules  # noqa: SLF001 - accelerate shards the class named here
 
@@ -41,7 +39,7 @@ class Objective(nn.Module):
         Each `[rows, sequence_length]`; the costs and nats in float32, 0 where there is no label. Only the costs have a
         gradient.
         """
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         logits = logits.float()
         nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
@@ -86,15 +84,28 @@ def build(source: Path, tokens: Path, sequence_length: int, seed: int) -> PreTra
         if files.sha256(source / "tokenizer.json") != files.sha256(tokenizer / "tokenizer.json"):
             raise UserError(f"its tokenizer is not that of {tokens}", file=source / "tokenizer.json", key="model")
         _require_positions(model.config, source, sequence_length)
+        _require_no_loss_of_its_own(model.config, source)
         return model.train()
     config = _read_config(source, tokens)
     special = open_tokenizer(tokenizer, key="data.0.tokens")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(special, name))
     _require_positions(config, source, sequence_length)
+    _require_no_loss_of_its_own(config, source)
     _require_opens_beside(config, source, tokenizer)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def shape(source: Path, tokens: Path) -> PreTrainedModel:
+    """The model that `build` gives, without weights.
+
+    Raises:
+        UserError: a field is unknown, or the model does not fit the tokens.
+    """
+    config = AutoConfig.from_pretrained(source) if source.is_dir() else _read_config(source, tokens)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _require_positions(config: PreTrainedConfig, source: Path, sequence_length: int) -> None:
@@ -102,6 +113,14 @@ def _require_positions(config: PreTrainedConfig, source: Path, sequence_length: 
     if positions is not None and positions < sequence_length:
         problem = f"{positions} positions do not hold a sequence_length of {sequence_length}"
         raise UserError(problem, file=source, key="max_position_embeddings")
+
+
+def _require_no_loss_of_its_own(config: PreTrainedConfig, source: Path) -> None:
+    """See that a mixture of experts asks for no auxiliary loss, which this training does not add."""
+    shape = config.get_text_config()
+    if getattr(shape, "output_router_logits", False) and getattr(shape, "router_aux_loss_coef", 0.0):
+        problem = f"the auxiliary loss of the router ({shape.router_aux_loss_coef:g}) is not added in pretraining"
+        raise UserError(problem, file=source, key="output_router_logits", hint="say false")
 
 
 def _require_opens_beside(config: PreTrainedConfig, source: Path, tokenizer: Path) -> None:

@@ -51,14 +51,11 @@ class Settings(TrainingConfig):
     """Largest norm of the gradient; larger ones are scaled down to it."""
     precision: Precision = "auto"
     """What matrices are multiplied in; weights, loss and optimizer are float32. `auto`: bfloat16 where it is fast."""
-    eval_steps: int = Field(default=0, ge=0)
-    """Steps between two measurements of held-out bits per byte; 0: only at the end."""
     per_device_train_batch_size: Execution[int] = Field(default=8, ge=1)
-    """Sequences in one forward pass of one process; gradients are accumulated up to a global batch."""
+    """Sequences in one forward pass of one process; gradients are accumulated up to a global batch. If not given, the
+    largest number up to 8 that divides it."""
     logging_steps: Execution[int] = Field(default=10, ge=1)
     """Steps between two lines of `metrics.jsonl`."""
-    report_to: Execution[list[str]] = Field(default_factory=list)
-    """Trackers of accelerate that are used too, such as `tensorboard`; their files go to `logs/`."""
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> "Settings":

@@ -52,6 +52,18 @@ def test_every_change_is_noticed_by_the_hashes(published, damage, message):
     assert message in line
 
 
+def test_a_link_is_noticed_in_an_artifact_and_is_not_published(published, tmp_path):
+    store, made = published
+    (tmp_path / "elsewhere").mkdir()
+    (made.path / "deep" / "link").symlink_to(tmp_path / "elsewhere")
+    assert [line.endswith("deep/link: is not in the manifest") for line in artifact.verify(made)] == [True]
+    work = store.work_folders("brook", "pool", "f3")
+    work.out.mkdir()
+    (work.out / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Fault, match=r"link: is a link, and an artifact holds its files itself"):
+        artifact.publish(work, manifests.draft(stage="pool", fingerprint="f3"))
+
+
 def test_what_was_put_beside_an_artifacts_files_is_no_place_in_it(published):
     _, made = published
     (made.path / "deep" / "extra.txt").write_text("x")

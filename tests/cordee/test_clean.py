@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cordee import clean, lock, recipe
+from cordee import clean, lock, plan, recipe, runner
 from cordee.artifact import Store
+from cordee.errors import Fault
 
 BROOK = """
 name: brook
@@ -38,11 +39,20 @@ WINE, WATER = "brook/pool@1.partial", "brook/pool@2.partial"
 OTHER = "no stage has its fingerprint now"
 
 
+def forget(store, text):
+    """Delete the stored recipes that hold a text."""
+    for stored in (store.root / "brook/logs").glob("*.recipe.yaml"):
+        if text in stored.read_text():
+            stored.unlink()
+
+
 def test_what_can_be_resumed_is_kept_and_another_attempt_goes_with_its_log(brook, cordee):
     log = ("brook/logs/pool@1", False)
+    resumable = dict.fromkeys([(WINE, True), (WATER, True)], "can be resumed")
+    assert items(brook) == items(brook, is_given=False) == resumable, "each recipe that was run counts, with overrides"
+    forget(brook, "wine")
+    assert items(brook, "pool.text=wine") == resumable
     assert items(brook) == {(WATER, True): "can be resumed", log: "its log", (WINE, False): OTHER}
-    assert items(brook, is_given=False) == dict.fromkeys([(WINE, True), (WATER, True)], "can be resumed")
-    assert items(brook, "pool.text=wine")[WINE, True] == "can be resumed"
     told = cordee("clean", "brook.yaml")
     assert (told.returncode, "2 to delete" in told.stdout, "1 kept" in told.stdout) == (0, True, True)
     assert (brook.root / WINE).exists()
@@ -54,6 +64,13 @@ def test_what_can_be_resumed_is_kept_and_another_attempt_goes_with_its_log(brook
     assert "starts as brook/pool@2" in done.stdout
     assert items(brook) == {}
     assert cordee("verify").returncode == 0
+
+
+def test_of_two_runs_in_one_second_both_recipes_are_stored(brook):
+    before = len(list((brook.root / "brook/logs").glob("*.recipe.yaml")))
+    for override in ("pool.text=salt", "pool.text=sand"):
+        runner.keep_recipe(plan.make(recipe.load(Path("brook.yaml"), [override]), brook))
+    assert len(list((brook.root / "brook/logs").glob("*.recipe.yaml"))) == before + 2
 
 
 def test_what_was_published_meanwhile_is_not_resumed(brook, cordee):
@@ -74,8 +91,7 @@ def test_without_a_recipe_all_that_were_run_here_count(brook, monkeypatch):
     kept = items(brook, is_given=False)
     assert "a recipe that was run here can't be planned: " in kept[WATER, True]
     assert (WINE, True) in kept
-    for stored in (brook.root / "brook/logs").glob("*.recipe.yaml"):
-        stored.unlink()
+    forget(brook, "")
     assert items(brook, is_given=False)[WINE, True].startswith("no recipe was stored here")
 
 
@@ -93,6 +109,21 @@ def test_an_attempt_that_runs_is_left_alone(brook):
     assert not held.exists()
 
 
+def test_a_lock_that_was_taken_since_it_was_found_dead_is_left_alone(brook):
+    held = brook.lock_file("brook", "pool")
+    held.write_text(json.dumps({"host": os.uname().nodename, "pid": 1, "started": "never"}))
+    (item,) = (item for item in clean.find(brook, None) if item.path == held)
+    with lock.hold(held):
+        with pytest.raises(Fault, match="another run holds this stage"):
+            clean.delete(item)
+        assert json.loads(held.read_text())["pid"] == os.getpid()
+    left = held.with_name(f"{held.name}.dead.elsewhere.1")
+    left.write_text(json.dumps({"host": os.uname().nodename, "pid": 1, "started": "never"}))
+    (item,) = (item for item in clean.find(brook, None) if item.path == left)
+    clean.delete(item)
+    assert not left.exists()
+
+
 def age(path, days):
     then = time.time() - days * 86400
     os.utime(path, (then, then))
@@ -105,18 +136,21 @@ def test_leftovers_damaged_artifacts_and_old_caches(brook):
         ("logs/.b.json.1.tmp", 0),
         ("../.cache/old/x", 40),
         ("../.cache/new/x", 1),
+        ("../.cache/sequences/old/x", 40),
+        ("../.cache/sequences/new/x", 1),
     ):
         path = brook.root / "brook" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
         age(path, days)
     (brook.root / "brook/spring@1/manifest.json").write_text("{")
-    for folder in ("old", "new"):
+    for folder in ("old", "new", "sequences/old", "sequences/new", "sequences"):
         age(brook.root / ".cache" / folder, 40)
     found = items(brook, is_given=False)
     assert found["brook/logs/pool@2", False] == "log of an attempt that is gone"
     assert found["brook/.a.json.1.tmp", False] == "was not finished"
-    assert found[".cache/old", False] == "cache not used for 40 days"
+    assert found[".cache/old", False] == found[".cache/sequences/old", False] == "cache not used for 40 days"
+    assert (".cache/sequences", False) not in found
     assert "manifest.json is damaged" in found["brook/spring@1", True]
     assert not any("new" in path or ".b.json" in path for path, _ in found)
 

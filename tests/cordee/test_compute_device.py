@@ -9,6 +9,7 @@ from torch import nn
 from cordee.compute import device
 from cordee.config import Launch
 from cordee.errors import Fault, UserError
+from cordee.launchers import RUNNER
 
 ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
 CPU = torch.device("cpu")
@@ -16,8 +17,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def no_accelerator_yet():
-    """accelerate's state is one for the process, and tests of trainers leave theirs."""
+    """accelerate's state is one for the process, and tests of trainers leave theirs; so is torch's determinism."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def test_auto_compiles_a_long_training_and_not_a_short_one():
@@ -56,6 +60,23 @@ def test_what_would_give_other_bits_when_run_again_is_refused_by_torch():
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def put_twice():
+    """Writes two values into one place, which torch has no deterministic algorithm for."""
+    return torch.zeros(1).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+
+
+def test_the_key_deterministic_turns_deterministic_algorithms_on_and_off():
+    for before in (True, False):
+        torch.use_deterministic_algorithms(before)
+        device.open_accelerator(Launch(), deterministic=False)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert put_twice().item() in (1.0, 2.0)
+        torch.use_deterministic_algorithms(before)
+        device.open_accelerator(Launch(), deterministic=True)
+        with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
+            put_twice()
+
+
 def test_the_first_version_of_fsdp_is_refused(tmp_path):
     (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump({"use_cpu": True, "distributed_type": "FSDP"}))
     with pytest.raises(UserError, match=r"fsdp_config\.fsdp_version: must be 2"):
@@ -65,6 +86,22 @@ def test_the_first_version_of_fsdp_is_refused(tmp_path):
 def test_processes_that_do_not_run_are_noticed():
     with pytest.raises(Fault, match=r"launch\.num_processes: 3 processes were asked for, and 1 run"):
         device.open_accelerator(Launch(num_processes=3))
+
+
+def test_an_accelerator_that_the_launcher_did_not_see_is_no_silent_training_on_the_cpu(monkeypatch):
+    """As with ROCm or in WSL2: /proc names no NVIDIA driver, so the generated settings have use_cpu: true."""
+    several = Launch(num_processes=2)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv(RUNNER, "{}")
+    device.require_launched(several, 2, CPU)
+    monkeypatch.setattr(device, "default", lambda: torch.device("cuda"))
+    with pytest.raises(
+        Fault, match=r"launch.config_file: torch sees cuda, and 2 processes .*=configs/accelerate/gpu.yaml"
+    ):
+        device.require_launched(several, 2, CPU)
+    device.require_launched(Launch(num_processes=2, config_file=str(ACCELERATE / "cpu-2.yaml")), 2, CPU)
+    monkeypatch.delenv(RUNNER)
+    device.require_launched(several, 2, CPU)  # a person's own `accelerate launch --cpu`
 
 
 def test_a_sharding_that_was_asked_for_and_does_not_run_is_noticed(tmp_path):

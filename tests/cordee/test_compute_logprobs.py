@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from cordee.compute.logprobs import score, token_logprobs
+from cordee.compute.logprobs import Scores, compare, score, token_logprobs
 
 
 def reference(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -57,7 +59,7 @@ def model() -> torch.nn.Module:
 
 def test_padding_and_batching_change_no_score(model: torch.nn.Module) -> None:
     sequences = [[1, 5, 9, 30, 2], [1, 7], list(range(1, 40)), [1, 59, 58]]
-    together = score(model, sequences, batch_size=4, pad_token_id=3)
+    together = score(model, sequences, batch_size=4)
     alone = [score(model, [sequence], batch_size=1)[0] for sequence in sequences]
     for sequence, one, other in zip(sequences, together, alone, strict=True):
         assert one.logprobs.shape == one.top1.shape == (len(sequence) - 1,)
@@ -71,3 +73,22 @@ def test_scores_are_the_models_own(model: torch.nn.Module) -> None:
     found = score(model.float(), ids.tolist())[0]
     torch.testing.assert_close(found.logprobs.double(), reference(logits, ids)[0], atol=1e-5, rtol=0)
     assert found.top1.equal(logits[0, :-1].argmax(-1))
+
+
+def test_two_scorings_are_compared_token_by_token() -> None:
+    one = [
+        Scores(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([4, 5, 6])),
+        Scores(torch.tensor([-1.0]), torch.tensor([7])),
+    ]
+    other = [
+        Scores(torch.tensor([-1.0, -2.5, -3.0]), torch.tensor([4, 5, 0])),
+        Scores(torch.tensor([-2.5]), torch.tensor([7])),
+    ]
+    found = compare(one, other)
+    assert (found.largest, found.mean, found.top1) == (1.5, 0.5, 0.75)
+
+
+def test_a_score_that_is_nan_is_no_small_difference() -> None:
+    """Wherever it stands: Python's `max` would forget one that is not the first."""
+    told = [Scores(torch.tensor([value]), torch.tensor([1])) for value in (-1.0, float("nan"))]
+    assert math.isnan(compare([told[0], told[0]], [told[0], told[1]]).largest)

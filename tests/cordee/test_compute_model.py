@@ -115,6 +115,7 @@ STOPS = {
     ),
     "in the config": (None, {"eos_token_id": LETTER}, [1, 6], NOT_USED),
     "in the config, beside a token": (None, {"text_config": {"eos_token_id": [LETTER, 4]}}, [1, 6, 4], NOT_USED),
+    "in the language model's config": (None, {"language_config": {"eos_token_id": [LETTER, 4]}}, [1, 6, 4], NOT_USED),
     "the maker's own": ({"eos_token_id": [LETTER, 6]}, {}, [LETTER, 6], USED),
 }
 
@@ -143,6 +144,13 @@ def test_a_stop_that_no_token_is_is_said(folder: Path) -> None:
     assert remarks(folder)[0] == said
 
 
+def test_a_template_that_writes_the_date_is_told(folder: Path) -> None:
+    known = remarks(folder)
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template + "{%- if 0 %}{{ strftime_now('%d') }}{% endif %}")
+    assert remarks(folder) == ["the chat template writes the day's date: chats have other tokens tomorrow", *known]
+
+
 def test_a_training_on_chats_adds_what_ends_an_answer_and_no_other_does(folder: Path, tmp_path: Path) -> None:
     maker = {"eos_token_id": 1, "max_new_tokens": 2048}
     files.write_json(folder / "generation_config.json", maker)
@@ -167,6 +175,15 @@ def test_saving_into_a_folder_that_is_there_leaves_what_else_it_holds(folder: Pa
     assert (folder / "metrics.jsonl").exists()
     assert not (folder / ".saving").exists()
     assert not (folder / "half").exists()
+
+
+def test_templates_beside_the_default_are_saved_and_saved_again(folder: Path, tmp_path: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    for _ in range(2):
+        (tmp_path / "sft@1").mkdir(exist_ok=True)
+        save_model(tiny(), tmp_path / "sft@1", tokenizer=folder)
+        assert open_tokenizer(tmp_path / "sft@1").chat_template["tool_use"] == "{{ tools }}"
 
 
 def test_a_save_that_is_killed_before_its_end_leaves_no_model(
@@ -293,3 +310,33 @@ def test_a_damaged_config_or_tokenizer_is_a_fault(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises(Fault, match=r"config\.json: can't be read as JSON"):
         open_model(folder)
+
+
+def test_gemma_2_keeps_the_softcap_of_its_attention(tmp_path):
+    """transformers' sdpa leaves it out without a word."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, attn_logit_softcapping=0.01, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weights in made.parameters():
+            weights.mul_(20)
+    made.save_pretrained(tmp_path)
+    ids = torch.arange(32).unsqueeze(0)
+    with torch.no_grad():
+        ours, eager, sdpa = (
+            model(ids).logits
+            for model in (
+                open_model(tmp_path, dtype=torch.float32),
+                *(
+                    AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+                    for name in ("eager", "sdpa")
+                ),
+            )
+        )
+    assert torch.equal(ours, eager)
+    assert not torch.allclose(ours, sdpa, atol=1e-3)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import manifests
 import pytest
 import stock_tokenizers
 from stock_tokenizers import STOCK, Made
@@ -100,6 +101,24 @@ def test_a_copy_holds_the_same_bytes_but_for_the_class_that_was_wrong(tmp_path):
     assert (right / "copy/tokenizer_config.json").read_bytes() == (right / "tokenizer_config.json").read_bytes()
     before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (wrong, wrong / "copy"))
     assert after == before | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_class": "LlamaTokenizer"}])
+def test_templates_beside_the_default_are_copied_opened_and_hashed(tmp_path, settings):
+    folder = stock_tokenizers.write(tmp_path / "sft@1", changed("llama3", **settings))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    tool_use = folder / "additional_chat_templates/tool_use.jinja"
+    tool_use.parent.mkdir()
+    for text in ("{{ tools }}", "{{ tools }} and more"):
+        tool_use.write_text(text)
+        assert open_tokenizer(folder).chat_template == {"default": "{{ messages }}", "tool_use": text}
+    (copy := tmp_path / "copy").mkdir()
+    copy_tokenizer(folder, copy)
+    assert open_tokenizer(copy).get_chat_template(tools=[{}]) == "{{ tools }} and more"
+    manifests.seal(folder)
+    tool_use.write_text("{{ tools }} and else")
+    with pytest.raises(Fault, match=r"tool_use\.jinja: is damaged"):
+        open_tokenizer(folder)
 
 
 def test_a_tokenizer_that_can_not_be_opened_rightly_is_refused_by_name(tmp_path):

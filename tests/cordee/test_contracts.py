@@ -28,7 +28,11 @@ def lint(tmp_path):
     ("module", "line", "broken"),
     [
         ("pretrain/data/mixture.py", "from pretrain import train", "pretrain.data.mixture -> pretrain.train"),
-        ("posttrain/masks.py", "from posttrain import prove_masks", "posttrain.masks -> posttrain.prove_masks"),
+        (
+            "posttrain/training/masks.py",
+            "from posttrain import prove_masks",
+            "posttrain.training.masks -> posttrain.prove_masks",
+        ),
         ("posttrain/sft.py", "from posttrain import dpo", "posttrain.sft -> posttrain.dpo"),
         ("eval/brand_new.py", "", "eval.brand_new"),
     ],

@@ -52,6 +52,20 @@ def test_a_change_that_keeps_size_and_time_is_seen(write, hashed):
     assert len(hashed) == 2
 
 
+def test_a_linked_folder_is_a_part_of_the_content_and_a_link_upwards_is_no_end_of_it(write):
+    inside = write("elsewhere/deep/a.txt", "a")
+    folder = write("data/b.txt", "b").parent
+    (folder / "train").symlink_to("../elsewhere")
+    before = hashes.of_content(folder)
+    (folder / "up").symlink_to("../data")
+    (inside.parent / "round").symlink_to("..")
+    (folder / "gone").symlink_to("nowhere")
+    assert [path.relative_to(folder).as_posix() for path in files.walk(folder)] == ["b.txt", "train/deep/a.txt"]
+    assert hashes.of_content(folder) == before
+    inside.write_text("c")
+    assert hashes.of_content(folder) != before
+
+
 def test_the_hash_of_a_file_that_was_written_just_now_is_not_kept(write, hashed):
     path = write("a.txt", "a")
     assert hashes.of_file(path) == hashes.of_file(path)

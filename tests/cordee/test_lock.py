@@ -1,5 +1,6 @@
 """One run at a time works on a stage, and a dead one's lock does not stand in the way."""
 
+import errno
 import json
 import os
 import platform
@@ -120,6 +121,34 @@ def test_a_heart_beats_as_long_as_the_lock_is_held(tmp_path, monkeypatch):
         os.utime(path, (1, 1))
         time.sleep(0.5)
         assert path.stat().st_mtime > 1
+
+
+def test_a_heart_beats_on_after_an_error_of_the_file_system(tmp_path, monkeypatch):
+    path, touch, calls = tmp_path / "stage.lock", os.utime, []
+
+    def failing_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        touch(*arguments)
+
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    with lock.hold(path) as held:
+        touch(path, (1, 1))
+        monkeypatch.setattr(lock.os, "utime", failing_once)
+        time.sleep(0.5)
+        assert (len(calls) > 1, path.stat().st_mtime > 1) == (True, True)
+        held.require()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("someone else's")])
+def test_a_holder_is_told_that_its_lock_is_not_its_own_any_more(tmp_path, damage):
+    path = tmp_path / "stage.lock"
+    with lock.hold(path) as held:
+        held.require()
+        damage(path)
+        with pytest.raises(Fault, match=r"stage\.lock: another run took this stage over; "):
+            held.require()
 
 
 def test_a_process_that_was_killed_and_not_yet_waited_for_is_gone():

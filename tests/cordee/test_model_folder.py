@@ -82,6 +82,12 @@ def test_shards_that_the_index_names_have_to_be_there(folder):
     assert model_folder.cost(folder, "model", {}).parameters == 2 * 512 * 8 + 8 + 1 + 2 * 4
 
 
+def test_a_single_file_goes_before_an_older_index_as_in_transformers(folder):
+    (folder / "model.safetensors").write_bytes(weights({"all": [4]}))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert model_folder.weights(folder) == [folder / "model.safetensors"]
+
+
 def test_weights_of_torch_count_where_there_are_no_others(folder):
     (folder / "pytorch_model.bin").write_bytes(b"")
     assert [path.suffix for path in model_folder.weights(folder)] == [".safetensors"] * 2
@@ -90,3 +96,19 @@ def test_weights_of_torch_count_where_there_are_no_others(folder):
     assert [path.name for path in model_folder.weights(folder)] == ["pytorch_model.bin"]
     model_folder.require(folder)
     assert model_folder.cost(folder, "model", {}) == Cost(parameters=None, vocab_size=512)
+
+
+def test_whole_weights_beside_an_adapter_config_are_refused(folder):
+    """PEFT's `save_pretrained`, then `merge_and_unload().save_pretrained`: transformers puts the adapter on again."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes(weights({"lora_A": [2, 8]}))
+    message = r"model: holds whole weights and adapter_config\.json: .* can't be known; move adapter_config"
+    for check in (model_folder.require, model_folder.require_served):
+        with pytest.raises(UserError, match=message):
+            check(folder, "model")
+    with pytest.raises(UserError, match=message):
+        model_folder.cost(folder, "model", {})
+    for path in folder.glob("model-*.safetensors"):
+        path.unlink()
+    with pytest.raises(UserError, match="is an adapter, not a model"):
+        model_folder.require(folder)

@@ -117,7 +117,7 @@ def test_a_time_follows_from_the_largest_run_and_is_no_less_than_the_shortest(br
     def time(flops: float) -> str:
         return show._time(replace(spring, cost=Cost(flops=flops)), measured)
 
-    assert (time(5e11), time(2e12), time(1e6)) == ("~50 s", "~3:20", "~8.0 s")
+    assert (time(5e11), time(2e12), time(1e6)) == ("~50.0 s", "~3 min 20 s", "~8.0 s")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,13 @@ def test_an_input_that_is_not_there_is_one_line(brook, override, message):
     with pytest.raises(UserError) as caught:
         brook(override)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("target", "hint"), [("far/rock.txt", "`make far/rock.txt` makes it"), ("far", "looked in")])
+def test_what_the_makefile_makes_is_told(brook, write, target, hint):
+    write("Makefile", f"all: {target}\n\n{target}: | far\n\ttouch $@\n")
+    with pytest.raises(UserError, match=f"no file or folder 'far/rock.txt'; {hint}"):
+        brook("spring.source=far/rock.txt")
 
 
 def test_a_place_that_an_artifact_does_not_have_names_the_nearest(brook):

@@ -166,8 +166,8 @@ stages:
     ("override", "message"),
     [
         (
-            "base.launch.num_processes=4",
-            "16 rows can't be divided by 8 rows in each of 4 processes; per_device_train_batch_size=4 would do",
+            "base.per_device_train_batch_size=32",
+            "16 rows can't be divided by 32 rows in each of 1 process; per_device_train_batch_size=16 would do",
         ),
         (
             "base.per_device_train_batch_size=7",
@@ -227,7 +227,7 @@ def test_a_models_yaml_that_is_wrong_is_one_line_in_the_plan(write, cordee, tmp_
             "sft.model=tokens",
             "training.yaml: stages.sft: {}/tokens: model: is no Hugging Face model: it has no config.",
         ),
-        ("sft.data.0.path=training.yaml", "training.yaml: stages.sft: {}/training.yaml: is neither .parquet nor"),
+        ("sft.data.0.path=training.yaml", "training.yaml: stages.sft: {}/training.yaml: path: is no .parquet,"),
     ],
 )
 def test_what_a_stage_can_not_use_is_one_line_in_the_plan_before_anything_starts(

@@ -10,8 +10,10 @@ import time
 import pytest
 from rich.console import Console
 
-from cordee import events, lock, runner
+from cordee import events, lock, plan, recipe, runner
+from cordee.artifact import Store
 from cordee.display import Display
+from cordee.errors import Fault
 from cordee.launchers import RUNNER, Job
 from cordee.work import Work
 
@@ -160,9 +162,32 @@ time.sleep(60)
     job = Job((sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{code}"), {}, work.logs / "log.txt")
     closed = (tmp_path / "screen").open("w")
     closed.close()
-    with pytest.raises(ValueError, match="closed file"):
-        runner._watch(job, work, Display(Console(file=closed)))
+    with lock.hold(tmp_path / "lock") as held, pytest.raises(ValueError, match="closed file"):
+        runner._watch(job, work, Display(Console(file=closed)), held)
     assert not _lives(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize("trouble", ["wait", "none"])
+def test_a_run_whose_lock_was_taken_over_ends_its_stage_and_publishes_nothing(brook, tmp_path, monkeypatch, trouble):
+    """Noticed by the heartbeat while the stage runs, and before what a stage wrote is published."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.1 if trouble == "wait" else 1000.0)
+    monkeypatch.chdir(tmp_path)
+    begin = runner.command.of_stage
+
+    def taken(uses, config, job):
+        (tmp_path / "runs/brook/.spring.lock").write_text("someone else's")
+        return begin(uses, config, job)
+
+    monkeypatch.setattr(runner.command, "of_stage", taken)
+    planned = plan.make(recipe.load(brook, [f"spring.trouble={trouble}"]), Store(tmp_path / "runs"))
+    with pytest.raises(Fault, match="another run took this stage over"):
+        runner.run(planned, Console(quiet=True))
+    assert (tmp_path / "runs/brook/spring@1.partial").exists()
+    assert not (tmp_path / "runs/brook/spring@1").exists()
+    assert (tmp_path / "runs/brook/.spring.lock").read_text() == "someone else's"
+    before = _events(tmp_path, "brook/logs/spring@1")
+    time.sleep(0.5)
+    assert _events(tmp_path, "brook/logs/spring@1") == before, "its process has ended"
 
 
 def test_a_stage_whose_run_was_killed_before_it_began_does_nothing(tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 
 from cordee import stage
-from cordee.errors import UserError
+from cordee.errors import Stopped, UserError
+from cordee.stage import Context
 
 
 def test_loading_a_stage_reads_no_other_file(write, tmp_path, monkeypatch):
@@ -26,3 +27,11 @@ def test_a_name_of_no_module_is_one_line(uses):
 def test_a_module_that_is_no_stage_says_what_it_lacks():
     with pytest.raises(UserError, match=r"module 'json.decoder' is no stage: it needs `Config` and `run`"):
         stage.load("json.decoder")
+
+
+def test_a_stage_that_saves_no_state_ends_where_it_is_asked_to_and_says_that_it_begins_again(tmp_path):
+    context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
+    context.stop_if_asked("document 3 of 9")
+    (tmp_path / "stop").touch()
+    with pytest.raises(Stopped, match="stopped at document 3 of 9; the next run begins this stage again"):
+        context.stop_if_asked("document 3 of 9")

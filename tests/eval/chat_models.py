@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ApertusConfig, ApertusForCausalLM
 
 from cordee.chat import base
-from cordee.compute.model import save_model
+from cordee.compute.model import open_model, save_model
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|system_start|>", "<|system_end|>", "<|user_start|>", "<|user_end|>",
            "<|assistant_start|>", "<|assistant_end|>"]  # fmt: skip
@@ -52,4 +54,13 @@ def make_model(folder: Path, hidden_size: int = 64, *, tied: bool = False) -> Pa
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
     save_model(model, folder, tokenizer=tokenizer)
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, *, seed: int, **settings: Any) -> Path:
+    """A LoRA adapter as PEFT writes it, with random weights in all of its matrices unless `settings` say otherwise."""
+    torch.manual_seed(seed)
+    given = {"target_modules": "all-linear", "init_lora_weights": False, **settings}
+    adapted = get_peft_model(open_model(base), LoraConfig(**given, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(folder)
     return folder

@@ -78,3 +78,56 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows = [{"text": row["prompt"].partition("\n\n")[2], "language": row["language"]} for row in PROMPTS]
     pq.write_table(pa.Table.from_pylist(rows), root / "heldout.parquet")
     return {"language": root / "heldout.jsonl", "documents": root / "heldout.parquet"}
+
+
+ROLLING = """
+task: rolling
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: documents}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
+metadata: {version: 1.0, chat: false, chance: null, description: bits per byte in lm-eval's own windows}
+"""
+
+
+@pytest.fixture(scope="session")
+def rolling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task that lm-eval scores in windows of its own."""
+    path = tmp_path_factory.mktemp("rolling") / "rolling.yaml"
+    path.write_text(ROLLING)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapters(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters on the first checkpoint: two that move it, of different ranks, and one without effect."""
+    import os
+
+    from chat_models import make_adapter
+
+    root = tmp_path_factory.mktemp("adapters")
+    made = {
+        "small": make_adapter(root / "small", checkpoints["first"], seed=1, r=4),
+        "large": make_adapter(root / "large", checkpoints["first"], seed=2, r=16, use_rslora=True),
+        "idle": make_adapter(root / "idle", checkpoints["first"], seed=3, init_lora_weights=True),
+    }
+    config = made["small"] / "adapter_config.json"  # as posttrain writes it
+    told = json.loads(config.read_text(encoding="utf-8"))
+    told["base_model_name_or_path"] = os.path.relpath(checkpoints["first"], made["small"])
+    config.write_text(json.dumps(told), encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints, adapters):
+    """lm-eval around one vLLM for the checkpoints and the adapters."""
+    from cordee.compute.engine import Settings
+    from eval.measuring import backends
+
+    served = [*checkpoints.values(), *adapters.values()]
+    opened = backends.Models(Settings("vllm", 256, "float32", enforce_eager=True), served)
+    yield opened
+    opened.close()  # before another test, as training does, ends the process group

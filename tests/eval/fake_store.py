@@ -9,7 +9,7 @@ from typing import Any
 
 import manifests
 
-from eval import statistics
+from eval.measuring import statistics
 
 MODELS = ("base-100", "base-200", "base", "sft", "dpo")
 BITS = (4.62, 3.41, 2.94, 3.02, 3.11)
@@ -40,6 +40,18 @@ TASKS = {
         "description": "How many bits the model needs for each byte of held-out articles",
     },
 }  # fmt: skip
+SOURCES = [
+    {
+        "path": "/data/chats.jsonl", "rows": 7473, "sequences": 7470, "tokens": 1_620_444, "loss_tokens": 938_237,
+        "left_out": [{"problem": f"messages is empty {HOSTILE}", "rows": 3, "first": [
+            {"file": "chats.jsonl", "row": row, "shown_by": "message 2", "text": f'{{"messages": "{HOSTILE}"}}'}
+            for row in (4, 9, 12)
+        ]}],
+        "notes": [], "digest": "0",
+    },
+    {"path": "/data/pairs", "rows": 20, "sequences": 20, "tokens": 999, "left_out": [], "notes": [], "digest": "0"},
+]  # fmt: skip
+"""What a training has read: chats, of which some were left out, and pairs."""
 PROMPTS = {
     "ar": ("لكل فرد حق في الحياة والحرية والأمان على شخصه.", "Arabic"),
     "rm-sursilv": ("Mintga uman ha il dretg da viver en libertad e segirezza.", "Romansh"),
@@ -230,7 +242,8 @@ def make(root: Path) -> dict[str, Path]:
                     "learning_rate": 1e-3}, "steps": 300},
             metrics={"tokens": 614_400, "flops": 2.1e13, "parameters": 5_408_768, "loss": 4.1})  # fmt: skip
     publish("chats", "udhr.chats", {"heldout.jsonl": "{}\n"}, inputs={"corpus": "corpus"}, metrics={"rows": 5200})
-    publish("sft", "posttrain.sft", {"config.json": "{}", "metrics.jsonl": store.curve(80, 4.0, 1.2, heldout=False)},
+    publish("sft", "posttrain.sft", {"config.json": "{}", "metrics.jsonl": store.curve(80, 4.0, 1.2, heldout=False),
+                                     "rows.json": json.dumps({"sources": SOURCES})},
             inputs={"model": "base", "data": "chats"}, seconds=96, memory=2_400_000_000,
             metrics={"tokens": 163_840, "flops": 5.6e12, "parameters": 5_408_768})  # fmt: skip
     publish("dpo", "posttrain.dpo", {"adapter_config.json": "{}",
@@ -268,7 +281,7 @@ def make(root: Path) -> dict[str, Path]:
     ):
         checks = [{"name": "prompt tokens with loss", "value": 0, "limit": 0, "passed": True},
                   {"name": "largest difference", "value": 2.4e-7, "limit": 1e-5, "passed": True}]  # fmt: skip
-        document = {"proof": proof, "of": f"quickstart/{of}@1", "claim": claim, "passed": True, "checks": checks}
+        document = {"proof": proof, "of": f"quickstart/{of}@1", "claim": claim, "checks": checks}
         publish(f"prove-{proof}", f"pretrain.prove_{proof}", {"certificate.json": {**document, "evidence": []}},
                 inputs={"tokens": "tokens"}, seconds=9.8)  # fmt: skip
     return made

@@ -1,15 +1,19 @@
 """What benchmarks and samples are told, and what they do when they are killed; transformers measures here."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cordee.errors import Stopped, UserError
 from cordee.stage import Context
 from eval import benchmark, generate
 
-TASKS = Path(__file__).resolve().parents[2] / "examples" / "udhr" / "tasks"
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ROOT / "examples" / "udhr" / "tasks"
 
 
 @pytest.fixture
@@ -76,6 +80,14 @@ def test_a_task_file_that_is_wrong_is_one_line(text, message, checkpoints, held_
     assert "task.yaml" in str(caught.value)
 
 
+def test_two_tasks_of_one_name_are_an_error_that_names_both_files(checkpoints, held_out, context, tmp_path):
+    paths = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    for path in paths:
+        path.write_text((TASKS / "language_choice.yaml").read_text())
+    with pytest.raises(UserError, match=r"two\.yaml: tasks: its name 'language_choice' is that of \S+one\.yaml too"):
+        benchmark.run(settings(checkpoints, held_out, tasks=list(map(str, paths))), context)
+
+
 def sampling(checkpoints, held_out, **changes):
     return generate.Config.model_validate(
         {
@@ -98,15 +110,65 @@ def test_all_models_answer_the_same_prompts_spread_over_the_file(checkpoints, he
     assert json.loads((context.out / "engine.json").read_text())["name"] == "transformers"
 
 
+def test_each_model_is_asked_in_its_own_template_and_tokens(checkpoints, held_out, context, tmp_path):
+    """Its answers are those that it gives alone, whatever the first model's template and ids are."""
+    other = shutil.copytree(checkpoints["second"], tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }} Answer:")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["e"], ids["n"] = ids["n"], ids["e"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    answers = {}
+    for models in ({"other": other}, {**checkpoints, "other": other}):
+        generate.run(sampling(models, held_out), context)
+        rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
+        answers[len(models)] = [row["outputs"]["other"] for row in rows]
+    assert answers[1] == answers[3]
+
+
+def test_greedy_is_greedy_whatever_the_models_generation_config_says(checkpoints, held_out, context, tmp_path):
+    """vLLM is given none of it either."""
+    other = shutil.copytree(checkpoints["first"], tmp_path / "other")
+    own = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**own, "repetition_penalty": 5.0}))
+    generate.run(sampling({"first": checkpoints["first"], "other": other}, held_out), context)
+    rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
+    assert all(row["outputs"]["first"] == row["outputs"]["other"] for row in rows)
+
+
+def test_a_models_stop_tokens_are_read_once(checkpoints, monkeypatch):
+    from cordee.compute.model import open_model
+    from eval.measuring import prompts
+
+    folder, read = checkpoints["first"], []
+    monkeypatch.setattr(prompts, "stop_token_ids", lambda path: read.append(path) or [1])
+    prompts.generate(open_model(folder), folder, [[0, 40], [0, 41], [0, 42]], 2, 0.0, 0, 1)
+    assert read == [folder]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1 is no JSON"), ('{"prompt": "x"}', "row 1 has no 'answer'"), ("", "holds no prompt")],
+    [
+        ("{", "line 1: no JSON object"),
+        ('{"question": "x", "answer": "y"}', "line 1: can't be told what it is: its columns are 'question', 'answer'"),
+        ('{"prompt": 5}', "line 1: prompt is no text and no list of messages"),
+        ('{"prompt": "x", "answer": ["y"]}', "the answer in line 1 is no text; `columns: {answer: other}`"),
+        ("", "holds no prompt"),
+    ],
 )
 def test_prompts_that_are_none_are_one_line(line, message, checkpoints, context, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(line)
     with pytest.raises(UserError, match=message):
         generate.run(sampling(checkpoints, {"language": path}), context)
+
+
+def test_prompts_need_no_answer(checkpoints, context, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "deu"}\n{"prompt": "fra", "answer": 5}\n')
+    assert generate.run(sampling({"first": checkpoints["first"]}, {"language": path}), context)["rows"] == 2
+    rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
+    assert [row["reference"] for row in rows] == [None, "5"]
 
 
 def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(checkpoints, held_out, context):
@@ -123,17 +185,49 @@ def test_a_prompt_that_spells_out_a_special_token_is_an_error(checkpoints, held_
 
 
 def test_a_line_separator_in_a_text_ends_no_line(tmp_path):
-    from eval import prompts
+    from eval.measuring import prompts
 
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "one\u2028two\u0085three", "answer": "a"}, {"prompt": "x", "answer": "b"}]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert prompts.read(path) == rows
+    assert [{key: row[key] for key in ("prompt", "answer")} for row in prompts.read(path, {})] == rows
+
+
+def test_prompts_are_read_from_any_data_file_with_their_columns_renamed(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from eval.measuring import prompts
+
+    path = tmp_path / "test.parquet"
+    pq.write_table(pa.table({"question": ["2 + 2?"], "answer": ["4"], "kind": ["sum"], "note": [None]}), path)
+    (row,) = prompts.read(path, {"question": "prompt"})
+    assert row.pop("messages") == [{"role": "user", "content": "2 + 2?"}]
+    assert row == {"prompt": "2 + 2?", "answer": "4", "kind": "sum"}
+    with pytest.raises(UserError, match=r"row 1: has no column 'questoin', .*; did you mean 'question'\?"):
+        prompts.read(path, {"questoin": "prompt"})
+    with pytest.raises(UserError, match="is a folder: name one of its files"):
+        prompts.read(tmp_path, {})
+
+
+def test_a_base_model_without_a_chat_template_continues_the_prompt(checkpoints, tmp_path):
+    import shutil
+
+    from eval.measuring import prompts
+
+    bare, said = tmp_path / "bare", []
+    shutil.copytree(checkpoints["first"], bare, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    asked = [[{"role": "user", "content": "Alle Menschen"}]]
+    (ids,) = prompts.encode(bare, asked, 64, tmp_path, said.append)
+    from cordee.compute.tokenizer import open_tokenizer
+
+    assert ids == open_tokenizer(bare)("Alle Menschen")["input_ids"]
+    assert said == ["bare has no chat template: it continues each prompt as it stands"]
 
 
 def test_a_sampled_text_does_not_depend_on_the_batch(checkpoints):
     from cordee.compute.model import open_model
-    from eval import prompts
+    from eval.measuring import prompts
 
     folder = checkpoints["first"]
     model = open_model(folder)
@@ -144,19 +238,19 @@ def test_a_sampled_text_does_not_depend_on_the_batch(checkpoints):
 
 
 def test_a_proof_of_chats_drops_none_in_silence(checkpoints, tmp_path):
-    from eval import parity
+    from eval.measuring import parity
 
     chat = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     path = tmp_path / "chats.jsonl"
     path.write_text(f"{json.dumps(chat)}\n{{\n{json.dumps(chat)}")
-    with pytest.raises(UserError, match="line 2 is no JSON"):
+    with pytest.raises(UserError, match="row 2: no JSON object"):
         parity.read(path, 8, checkpoints["first"], 64)
     path.write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}")
     assert len(parity.read(path, 8, checkpoints["first"], 64)[0]) == 2
 
 
 def test_a_models_figures_are_said_in_one_line():
-    from eval import harness
+    from eval.measuring import harness
 
     results = {
         "choice": {"acc": 0.25, "acc_stderr": 0.125},
@@ -167,7 +261,7 @@ def test_a_models_figures_are_said_in_one_line():
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 20])
 def test_prompts_are_spread_over_languages_and_passages_whatever_their_order(count):
-    from eval import prompts
+    from eval.measuring import prompts
 
     by_article = [{"language": tag, "article": article} for article in range(4) for tag in ("de", "fr", "it")]
     by_language = sorted(by_article, key=lambda row: row["language"])
@@ -180,6 +274,20 @@ def test_prompts_are_spread_over_languages_and_passages_whatever_their_order(cou
         if count == 5:
             assert len({row["article"] for row in chosen}) > 2
     assert prompts.spread(by_article, count) == prompts.spread(by_article, count)
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_documents_without_a_language_are_a_group_of_their_own(checkpoints, context, tmp_path, limit):
+    documents = [{"text": f"Menschen {n} hommes", "language": tag} for n in range(3) for tag in ("de", None, "")]
+    pq.write_table(pa.Table.from_pylist(documents), tmp_path / "heldout.parquet")
+    task, data = (
+        str(ROOT / "eval" / "tasks" / "heldout_bits_per_byte.yaml"),
+        {"documents": tmp_path / "heldout.parquet"},
+    )
+    only_first = {"first": checkpoints["first"]}
+    benchmark.run(settings(only_first, data, tasks=[task], limit=limit), context)
+    row = json.loads((context.out / "results.json").read_text())["models"][0]
+    assert list(row["by_language"]["heldout_bits_per_byte"]) == ["", "de"]
 
 
 def test_a_limit_is_spread_over_the_languages(checkpoints, held_out, context, tmp_path):
@@ -199,8 +307,6 @@ def test_a_name_that_is_no_folders_is_refused(checkpoints, held_out):
 
 
 def test_a_model_whose_files_of_lm_eval_are_gone_is_measured_again(checkpoints, held_out, context):
-    import shutil
-
     only_first = settings({"first": checkpoints["first"]}, held_out)
     benchmark.run(only_first, context)
     shutil.rmtree(context.out / "lm_eval" / "first")
@@ -209,8 +315,6 @@ def test_a_model_whose_files_of_lm_eval_are_gone_is_measured_again(checkpoints, 
 
 
 def test_a_chat_task_on_a_model_without_a_template_is_one_line(checkpoints, held_out, context, tmp_path):
-    import shutil
-
     bare = shutil.copytree(checkpoints["first"], tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"models\.bare: has no chat template, and language_choice asks in chats"):
@@ -218,8 +322,8 @@ def test_a_chat_task_on_a_model_without_a_template_is_one_line(checkpoints, held
 
 
 def test_vllm_where_there_is_none_is_an_error(monkeypatch):
-    from cordee.compute import engine
+    from cordee.compute import engine, serving
 
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"^vLLM is not installed; pip install '[^:]*$"):  # no key of one caller
-        engine.choose("vllm")
+        serving.require_served({}, engine.Settings("vllm"))

@@ -14,43 +14,24 @@ from cordee.stage import Context
 
 pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = [str(path) for pattern in ("eval/tasks/*.yaml", "examples/*/tasks/*.yaml") for path in ROOT.glob(pattern)]
+TASKS = [
+    str(ROOT / path)
+    for path in ("eval/tasks/heldout_bits_per_byte.yaml", *sorted(ROOT.glob("examples/udhr/tasks/*.yaml")))
+]
 LENGTH = 256
-ROLLING = """
-task: rolling
-dataset_path: parquet
-dataset_kwargs: {data_files: {test: documents}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: text
-metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
-metadata: {version: 1.0, chat: false, chance: null, description: bits per byte in lm-eval's own windows}
-"""
-
-
-@pytest.fixture(scope="module")
-def models(checkpoints):
-    """lm-eval around the one engine, opened on the first checkpoint."""
-    from cordee.compute.engine import Settings
-    from eval import backends
-
-    opened = backends.Models(Settings("vllm", LENGTH, "float32"), list(checkpoints.values()))
-    opened.open(checkpoints["first"])
-    yield opened
-    opened.served[1].llm.llm_engine.engine_core.shutdown()  # at the process's end its process group is gone
 
 
 @pytest.fixture
 def tasks(held_out, tmp_path):
-    from eval import harness
+    from eval.measuring import harness
 
     return [harness.read_task(Path(path), held_out, tmp_path, tmp_path / "cache") for path in TASKS]
 
 
-@pytest.fixture(scope="module")
-def engine(models):
-    return models.served[1]
+@pytest.fixture
+def engine(models, checkpoints):
+    models.open(checkpoints["first"])
+    return models.engines.running
 
 
 def test_after_a_reload_it_gives_the_new_checkpoints_logprobs(engine, checkpoints):
@@ -93,23 +74,39 @@ def test_weights_that_were_not_replaced_are_a_fault(engine, checkpoints, monkeyp
     engine.load(checkpoints["first"])
 
 
-def test_one_matrix_that_was_not_replaced_is_a_fault(engine, checkpoints, monkeypatch, tmp_path):
-    """vLLM packs it away on a CPU, so that only what the model says can show it."""
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (1.5, r"differ by up to .* it holds other weights"),
+        (1.0004, r"nearer to those of .*first: it holds other weights"),
+    ],
+)
+def test_one_matrix_that_was_not_replaced_is_a_fault(factor, message, engine, checkpoints, monkeypatch, tmp_path):
+    """vLLM packs it away on a CPU, so that only what the model says can show it; a little, it is within the limit."""
     from safetensors.torch import load_file, save_file
 
     from cordee.compute.engine import probes
 
     changed = shutil.copytree(checkpoints["first"], tmp_path / "changed")
     weights = load_file(changed / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    weights["model.layers.1.mlp.down_proj.weight"] *= factor
     save_file(weights, changed / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(engine, "probes", {**engine.probes, **probes([changed])})
     engine.load(checkpoints["first"])
     with monkeypatch.context() as planted:
         planted.setattr(engine.llm, "collective_rpc", lambda *_arguments, **_options: None)
-        with pytest.raises(Fault, match=r"it holds other weights|vLLM holds another"):
+        with pytest.raises(Fault, match=rf"{message}|vLLM holds another"):
             engine.load(changed)
     engine.load(changed)
+    engine.load(checkpoints["first"])
+
+
+def test_a_copy_of_a_model_is_as_near_and_no_fault(engine, checkpoints, monkeypatch, tmp_path):
+    from cordee.compute.engine import probes
+
+    copy = shutil.copytree(checkpoints["first"], tmp_path / "copy")
+    monkeypatch.setattr(engine, "probes", {**engine.probes, **probes([copy])})
+    engine.load(copy)
     engine.load(checkpoints["first"])
 
 
@@ -124,17 +121,18 @@ def test_a_prefix_cache_of_other_weights_is_a_fault(engine, checkpoints, monkeyp
 
 def test_it_generates_what_transformers_generates(engine, checkpoints):
     from cordee.compute.model import open_model
-    from eval import prompts
+    from eval.measuring import prompts
 
     folder = checkpoints["second"]
     engine.load(folder)
-    ids = prompts.encode(checkpoints["second"], ["Alle Menschen sind frei", "Tous"], LENGTH, Path("p"))
+    asked = [[{"role": "user", "content": text}] for text in ("Alle Menschen sind frei", "Tous")]
+    ids = prompts.encode(checkpoints["second"], asked, LENGTH, Path("p"), print)
     assert engine.generate(ids, 12, 0.0, 0) == prompts.generate(open_model(folder), folder, ids, 12, 0.0, 0, 2)
 
 
 def test_lm_eval_measures_with_vllm_what_it_measures_with_transformers(models, checkpoints, tasks, tmp_path):
     from cordee.compute.engine import Settings
-    from eval import backends, harness
+    from eval.measuring import backends, harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     by_engine = {}
@@ -157,7 +155,7 @@ def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_ou
     from cordee.compute.logprobs import score
     from cordee.compute.model import open_model
     from cordee.compute.tokenizer import open_tokenizer
-    from eval import harness
+    from eval.measuring import harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     task = next(task for task in tasks if not task.is_chat)
@@ -184,7 +182,7 @@ def with_prompt(text, held_out, folder):
 
 @pytest.mark.parametrize("name", ["language_choice", "language_answer"])
 def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints, held_out, tmp_path):
-    from eval import harness
+    from eval.measuring import harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     path = next(path for path in TASKS if name in path)
@@ -199,7 +197,7 @@ def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints,
 
 @pytest.mark.parametrize("path", TASKS)
 def test_documents_that_spell_out_a_special_token_are_counted(path, models, checkpoints, held_out, tmp_path):
-    from eval import harness
+    from eval.measuring import harness
 
     pq.write_table(pa.table({"text": ["frei", "</s> frei"], "language": ["de", "de"]}), tmp_path / "documents.parquet")
     data = {**with_prompt("frei</s>", held_out, tmp_path), "documents": tmp_path / "documents.parquet"}
@@ -209,19 +207,17 @@ def test_documents_that_spell_out_a_special_token_are_counted(path, models, chec
     assert re.search(r"1 of \d documents spell out a special token such as '</s>', which lm-eval encodes", note)
 
 
-def test_rolling_windows_that_begin_twice_are_said(models, checkpoints, held_out, tmp_path):
-    from eval import harness
+def test_rolling_windows_that_begin_twice_are_said(models, checkpoints, held_out, rolling, tmp_path):
+    from eval.measuring import harness
 
-    path = tmp_path / "rolling.yaml"
-    path.write_text(ROLLING)
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    task = harness.read_task(path, held_out, tmp_path, tmp_path / "cache")
+    task = harness.read_task(rolling, held_out, tmp_path, tmp_path / "cache")
     (note,) = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)["notes"]["rolling"]
     assert note.startswith("lm-eval's windows begin with '<s>' twice")
 
 
 def test_long_documents_are_read_in_windows_and_every_token_counts(models, checkpoints, held_out, tmp_path):
-    from eval import harness
+    from eval.measuring import harness
 
     text = "Alle Menschen sind frei. " * 40
     pq.write_table(pa.Table.from_pylist([{"text": text, "language": "de"}]), tmp_path / "long.parquet")
@@ -236,7 +232,7 @@ def test_long_documents_are_read_in_windows_and_every_token_counts(models, check
 
 
 def test_a_stop_is_heard_between_requests(models, checkpoints, tasks, tmp_path):
-    from eval import harness
+    from eval.measuring import harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     lm = models.open(checkpoints["first"])
@@ -250,7 +246,7 @@ def test_a_stop_is_heard_between_requests(models, checkpoints, tasks, tmp_path):
 
 
 def test_results_that_lm_eval_could_not_write_are_a_fault(models, checkpoints, tasks, tmp_path):
-    from eval import harness
+    from eval.measuring import harness
 
     (tmp_path / "lm_eval").write_text("a file where a folder should be")
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
@@ -267,7 +263,7 @@ def test_a_template_that_lm_eval_would_send_otherwise_is_a_fault(models, checkpo
 
 def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monkeypatch, tmp_path):
     from cordee.compute.model import stop_token_ids
-    from eval import parity
+    from eval.measuring import parity
 
     lm = models.open(checkpoints["first"])
     chats = [
@@ -278,49 +274,58 @@ def test_chats_that_are_encoded_otherwise_are_counted(models, checkpoints, monke
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     chats, ids = parity.read(path, 8, checkpoints["first"], LENGTH)
     ends = stop_token_ids(checkpoints["first"])
-    assert parity.otherwise_in_vllm(lm.model, chats, ids) == 0
-    assert parity.otherwise_in_lm_eval(lm, chats, ids, ends) == 0
+    assert parity.encoded_differently_by_vllm(lm.model, chats, ids) == 0
+    assert parity.encoded_differently_by_lm_eval(lm, chats, ids, ends) == 0
     changed = [ids[0], [ids[1][0], *ids[1]]]
-    assert parity.otherwise_in_vllm(lm.model, chats, changed) == 1
-    assert parity.otherwise_in_lm_eval(lm, chats, changed, ends) == 1
+    assert parity.encoded_differently_by_vllm(lm.model, chats, changed) == 1
+    assert parity.encoded_differently_by_lm_eval(lm, chats, changed, ends) == 1
     monkeypatch.setattr(lm, "apply_chat_template", lambda turns: turns[0]["content"])
-    assert parity.otherwise_in_lm_eval(lm, chats, ids, ends) == 2
+    assert parity.encoded_differently_by_lm_eval(lm, chats, ids, ends) == 2
 
 
-def test_two_shapes_are_refused(checkpoints, tmp_path):
+EAGER = {"max_length": LENGTH, "dtype": "float32", "enforce_eager": True}
+
+
+def test_two_shapes_have_an_engine_each(checkpoints, tmp_path):
     from chat_models import make_model
 
-    from cordee.compute import engine
+    from cordee.compute import serving
+    from cordee.compute.engine import Settings
 
-    with pytest.raises(UserError, match=r"models\.wide: has another shape than first: hidden_size 128 instead of 64"):
-        engine.require_one_engine({"first": checkpoints["first"], "wide": make_model(tmp_path / "wide", 128)})
+    wide = make_model(tmp_path / "wide", 128)
+    given = [checkpoints["first"], wide, checkpoints["second"]]
+    assert serving.groups(given, Settings("vllm", **EAGER)) == [given[::2], [wide]]
 
 
 def test_a_bfloat16_base_and_its_sft_of_another_dtype_template_and_tokenizer_file_are_one_shape(checkpoints, tmp_path):
     """What encodes and stops the same, or is each model's own, is no other shape."""
-    from cordee.compute import engine
+    from cordee.compute import serving
+    from cordee.compute.engine import Settings
 
     other = shutil.copytree(checkpoints["second"], tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "eos_token_id": 5}))
     (other / "chat_template.jinja").write_text("{{ bos_token }}")
     (other / "tokenizer.json").write_text(json.dumps(json.loads((other / "tokenizer.json").read_text())))
-    engine.require_one_engine({"first": checkpoints["first"], "other": other})
+    both = [checkpoints["first"], other]
+    assert serving.groups(both, Settings("vllm", **EAGER)) == [both]
+    assert serving.groups(both, Settings("vllm")) == [both]  # both in bfloat16
+    (other / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    assert serving.groups(both, Settings("vllm")) == [[checkpoints["first"]], [other]]
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     last = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     tokenizer["model"]["vocab"]["zz"] = tokenizer["model"]["vocab"].pop(last)
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match=r"models\.other: has other tokens than first"):
-        engine.require_one_engine({"first": checkpoints["first"], "other": other})
+    assert serving.groups(both, Settings("vllm", **EAGER)) == [[checkpoints["first"]], [other]]
 
 
 def test_what_is_no_model_is_named_before_anything_starts(checkpoints, tmp_path):
-    from cordee.compute import engine
+    from cordee.compute import serving
+    from cordee.compute.engine import Settings
 
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"models\.dpo: is an adapter, not a model"):
-        engine.require_one_engine({"first": checkpoints["first"], "dpo": tmp_path})
+    with pytest.raises(UserError, match=r"models\.dpo: is no Hugging Face model"):
+        serving.require_served({"first": checkpoints["first"], "dpo": tmp_path}, Settings("vllm"))
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints):
@@ -332,7 +337,10 @@ def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints):
         engine.longest_request(checkpoints["first"], 1024)
 
 
-def test_tied_embeddings_are_replaced_in_the_head_too(held_out, tmp_path):
+SIZES = {"one": 64, "wide": 128, "two": 64}
+
+
+def test_models_of_two_shapes_are_measured_and_tied_embeddings_are_replaced_in_the_head_too(held_out, tmp_path):
     """By the stage's own entry point: vLLM measures of each model what transformers measures."""
     import subprocess
     import sys
@@ -341,7 +349,7 @@ def test_tied_embeddings_are_replaced_in_the_head_too(held_out, tmp_path):
     from chat_models import make_model
 
     torch.manual_seed(5)
-    models = {name: str(make_model(tmp_path / name, tied=True)) for name in ("one", "two")}
+    models = {name: str(make_model(tmp_path / name, size, tied=True)) for name, size in SIZES.items()}
     bits = {}
     for name in ("vllm", "transformers"):
         config = {
@@ -349,6 +357,7 @@ def test_tied_embeddings_are_replaced_in_the_head_too(held_out, tmp_path):
             "tasks": [next(path for path in TASKS if "bits_per_byte" in path)],
             "data": {"documents": str(held_out["documents"])},
             "engine": name,
+            "enforce_eager": True,
         }
         (tmp_path / f"{name}.yaml").write_text(json.dumps(config))
         command = ["-m", "eval.benchmark", "--config", str(tmp_path / f"{name}.yaml"), "--runs", str(tmp_path / name)]
@@ -356,6 +365,7 @@ def test_tied_embeddings_are_replaced_in_the_head_too(held_out, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         (file,) = (tmp_path / name).rglob("results.json")
         rows = json.loads(file.read_text())["models"]
+        assert [row["name"] for row in rows] == list(models)
         bits[name] = [row["results"]["heldout_bits_per_byte"]["bits_per_byte"] for row in rows]
     assert bits["vllm"] == pytest.approx(bits["transformers"], rel=1e-3)
-    assert abs(bits["vllm"][0] - bits["vllm"][1]) > 0.01 * bits["vllm"][0]
+    assert abs(bits["vllm"][0] - bits["vllm"][2]) > 0.01 * bits["vllm"][0]

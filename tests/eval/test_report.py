@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import manifests
 import pytest
 
 from cordee.errors import Fault
-from eval import statistics
+from eval.measuring import statistics
 from eval.reporting import comparison, sections
 from eval.reporting.records import Corpus, open_record
 
@@ -52,7 +53,7 @@ def test_the_figures_are_those_of_the_artifacts(report, store):
     assert heldout["byte_entropy"] == 4.93
     page = (report() / "index.html").read_text(encoding="utf-8")
     assert f"{100 * first['after']:.1f}%" in page
-    assert "5.41\N{NO-BREAK SPACE}M" in page
+    assert "5.41 M" in page
 
 
 def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, store):
@@ -67,6 +68,26 @@ def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, 
 def test_a_corpus_of_one_language_is_in_one_language(report, store):
     change_json(store["corpus"], "corpus.json", lambda told: told.update(languages={"de": told["languages"]["de"]}))
     assert figures(report(("corpus",)))["pipeline"][0]["output"] == "a corpus in 1 language"
+
+
+def test_documents_without_a_language_have_a_row_and_are_no_language(report, store):
+    nameless = {"name": "", "script": ""}
+    change_json(store["corpus"], "corpus.json", lambda told: told.update(languages={"": nameless, "de": nameless}))
+
+    def rename(told):
+        for model in told["models"]:
+            for values in model["by_language"].values():
+                values[""] = values.pop("fr")
+
+    change_json(store["benchmark"], "results.json", rename)
+    shown = figures(report())
+    assert (
+        next(stage for stage in shown["pipeline"] if stage["stage"] == "corpus")["output"] == "a corpus in 1 language"
+    )
+    names = {row["tag"]: row["name"] for group in shown["languages"][0]["groups"] for row in group["languages"]}
+    assert (names[""], names["de"], names["it"]) == ("no language", "de", "it")
+    change_json(store["corpus"], "corpus.json", lambda told: told.update(languages={"": nameless}))
+    assert figures(report(("corpus",)))["pipeline"][0]["output"] == "a corpus"
 
 
 def test_changes_are_paired_document_by_document(report, store):
@@ -87,6 +108,38 @@ def test_changes_are_paired_document_by_document(report, store):
     assert change["value"] == pytest.approx(expected.value)
     assert change["standard_error"] == pytest.approx(expected.standard_error)
     assert change["value"] == pytest.approx(table["rows"][3]["value"] - table["rows"][2]["value"])
+
+
+def test_a_change_is_against_what_the_checkpoint_was_trained_from(report, store):
+    """`dpo` from `base`, as `sft` beside it; what no manifest tells is against the row above."""
+
+    def read(key, name):
+        return {"key": key, "artifact": f"quickstart/{name}@1", "fingerprint": fake_store.digest(name)}
+
+    def against():
+        table = figures(report())["benchmarks"][0]
+        values = {row["model"]: row["value"] for row in table["rows"]}
+        changes = [row["change"] for row in table["rows"] if row["change"]]
+        for row, change in zip(table["rows"][1:], changes, strict=True):
+            assert change["value"] == pytest.approx(row["value"] - values[change["against"]])
+        return [change["against"] for change in changes]
+
+    above = list(fake_store.MODELS[:-1])
+    assert against() == above
+    manifests.change(store["benchmark"], inputs=[read(f"models.{name}", name) for name in ("base", "sft", "dpo")])
+    assert against() == above
+    manifests.change(store["dpo"], inputs=[read("model", "base")])
+    assert against() == [*above[:-1], "base"]
+    assert "paired, against base" in (report() / "index.html").read_text()
+
+
+def test_without_languages_there_is_no_section_of_them(report, store):
+    def forget(told):
+        for model in told["models"]:
+            model["by_language"] = {task: {"": 0.5} for task in model["by_language"]}
+
+    change_json(store["benchmark"], "results.json", forget)
+    assert figures(report())["languages"] == []
 
 
 def test_without_sample_rows_a_change_is_unpaired_and_the_report_says_so(report, store):
@@ -130,6 +183,16 @@ def test_a_line_separator_in_a_text_ends_no_line(report, store):
     shown = figures(report())
     assert [row["prompt"] for row in shown["samples"][0]["shown"]] == [text, "x"]
     assert all(row["change"]["paired"] for table in shown["benchmarks"] for row in table["rows"][1:])
+
+
+def test_answers_without_a_reference_have_no_empty_labels(report, store):
+    (store["samples"] / "samples.jsonl").write_text(fake_store.lines([{"prompt": "x", "outputs": {"sft": "y"}}]))
+    fake_store.rehash(store["samples"])
+    page = (report() / "index.html").read_text(encoding="utf-8")
+    (section,) = re.findall(r'<article class="sample">\s*<[^h].*?</article>', page, re.DOTALL)
+    assert "<dt>Reference" not in section
+    assert not re.search(r"<(p|dt|dd)[^>]*>\s*</", section)
+    assert "An answer is correct if" not in page
 
 
 def test_the_corpuss_licences_stand_on_the_page(report):
@@ -286,8 +349,21 @@ run(Config(artifacts=[{str(store["benchmark"])!r}]), Context(Path(sys.argv[1]), 
 def test_checkpoints_name_their_best_and_worst_languages(store):
     record = open_record(store["benchmark"])
     by_language = comparison.languages([record], open_record(store["corpus"]).read("corpus.json", Corpus))
-    card = comparison.checkpoints(comparison.benchmarks([record]), by_language)[2]
+    card = comparison.checkpoints(comparison.benchmarks([record], []), by_language)[2]
     names = {row["name"]: row["values"][2] for group in by_language[1]["groups"] for row in group["languages"]}
     ranked = sorted(names, key=names.__getitem__)
     assert card["best_languages"] == ranked[:3], "fewest bits per byte"
     assert card["worst_languages"] == ranked[:-4:-1]
+
+
+def test_what_was_read_and_left_out_is_told_with_samples(report):
+    """Counts, share of loss, and the first rows; what data holds is escaped."""
+    folder = report()
+    (stage,) = json.loads((folder / "report.json").read_text())["training_data"]
+    chats, pairs = stage["sources"]
+    assert (chats["name"], chats["num_left_out"], round(chats["loss_share"], 3)) == ("chats.jsonl", 3, 0.579)
+    assert (pairs["name"], pairs["num_left_out"], pairs["loss_share"]) == ("pairs", 0, None)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "3 rows of chats.jsonl left out" in page
+    assert "chats.jsonl, row 12: message 2" in page
+    assert fake_store.HOSTILE not in page

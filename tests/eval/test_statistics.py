@@ -3,7 +3,16 @@ import random
 
 import pytest
 
-from eval.statistics import Change, holm, paired_change, ratio_mean, smooth, unpaired_change
+from eval.measuring.statistics import (
+    Change,
+    answer_bits,
+    document_bits,
+    holm,
+    paired_change,
+    ratio_mean,
+    smooth,
+    unpaired_change,
+)
 
 
 def test_with_weights_of_one_the_error_is_the_sample_deviation_over_the_root_of_the_count():
@@ -15,6 +24,12 @@ def test_bits_per_byte_divides_all_bits_by_all_bytes():
     """30 bits over 10 bytes and 10 over 10: 40 / 20 = 2; residuals +10 and -10; error = sqrt(2 · 200) / 20 = 1."""
     assert ratio_mean([30, 10], [10, 10]) == (2.0, pytest.approx(1.0))
     assert ratio_mean([30, 5], [10, 25])[0] == 1.0, "long documents weigh more: not the mean of 3 and 0.2"
+
+
+def test_the_bytes_are_those_of_the_text_that_is_scored():
+    """Two characters of two bytes each; the question beside an answer does not count."""
+    assert document_bits({"text": "éé"}, [(-3.0, False)]) == {"bits_per_byte": (-3.0, 4)}
+    assert answer_bits({"question": "Which?", "answer": "éé"}, [(-3.0, True)]) == {"bits_per_byte": (-3.0, 4)}
 
 
 def test_one_document_has_no_error_and_none_is_refused():

@@ -1,6 +1,7 @@
 """A file fits in the head and a function on a screen; what doesn't says why, beside its first line."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,3 +32,20 @@ def test_files_and_functions_keep_their_budget(path):
 def test_the_budget_sees_what_is_over_it():
     long = "def f():\n" + "    x = 1\n" * FUNCTION_LINES
     assert [(node.end_lineno or 0) - node.lineno + 1 for node in functions(ast.parse(long))] == [FUNCTION_LINES + 1]
+
+
+def test_mypy_and_the_import_contracts_see_every_package():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"udhr"}
+    assert packages == set(tools["mypy"]["packages"]) == set(tools["importlinter"]["root_packages"])
+
+
+def test_no_test_module_imports_another() -> None:
+    """Two folders have modules of one name: which one is found depends on what was collected before."""
+    found = [
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip().startswith(("from test_", "import test_"))
+    ]
+    assert found == []

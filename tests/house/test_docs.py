@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cordee import alone, prove, recipe, yaml12
+from cordee import alone, files, prove, recipe, yaml12
 from cordee.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,12 +59,12 @@ def test_the_readmes_recipe_is_the_one_that_is_shipped():
 
 def test_the_readmes_other_recipes_are_right(tmp_path, monkeypatch):
     (tmp_path / "models/my-model").mkdir(parents=True)
-    for name in ("my-corpus.parquet", "my-chats.parquet"):
+    for name in ("my-corpus.parquet", "my-chats.jsonl", "my-questions.jsonl"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    _, own, mine = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    for text, last in ((own, "pretrain.train"), (mine, "posttrain.sft")):
+    mine, _, own = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    for text, last in ((mine, "eval.report"), (own, "pretrain.train")):
         (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
         assert recipe.load(tmp_path / "recipe.yaml").stages[-1].stage.uses == last
 
@@ -114,7 +114,7 @@ def test_what_a_readme_command_names_is_there(command, monkeypatch):
 def my_sft(tmp_path, write, monkeypatch):
     """The keys of the README's own SFT stage in a file of their own."""
     monkeypatch.chdir(tmp_path)
-    *_, mine = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    mine, *_ = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     keys = {name: value for name, value in yaml12.parse(mine)["stages"]["sft"].items() if name != "uses"}
     return write("my-sft.yaml", json.dumps(keys))
 
@@ -152,6 +152,11 @@ def test_a_readme_command_that_only_reads_runs(command, cordee, tmp_path):
     store = ("--runs", str(tmp_path / "runs")) if "plan" in command else ()
     done = cordee(*command.split()[1:], *store, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_data_that_are_shipped_are_those_that_their_readme_names():
+    told = dict(re.findall(r"`(\w[\w.]*\.parquet)`.*`([0-9a-f]{64})`", (ROOT / "data/README.md").read_text("utf-8")))
+    assert told == {path.name: files.sha256(path) for path in (ROOT / "data").glob("*.parquet")}
 
 
 def test_every_pinned_package_has_one_exact_version():

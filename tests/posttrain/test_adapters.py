@@ -4,25 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import get_peft_model
+from architectures import trained_adapter
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from cordee.compute.adapter import PLAIN_STARTS
 from cordee.compute.model import open_model
 from cordee.errors import Fault, UserError
-from posttrain import adapters
-
-
-def make_adapter(base: Path, folder: Path, **lora: Any) -> Path:
-    """An adapter with an effect, saved beside its base."""
-    model = open_model(base)
-    adapted = get_peft_model(model, adapters.lora_config({"r": 4, **lora}, model))
-    generator = torch.Generator().manual_seed(2)
-    for name, weights in adapted.named_parameters():
-        if "lora_B" in name:
-            weights.data = torch.randn(weights.shape, generator=generator) * 0.2
-    adapters.save(adapted, folder, base=base)
-    return folder
+from posttrain.training import adapter_settings, adapter_sums, adapters
 
 
 @pytest.fixture
@@ -32,7 +21,7 @@ def base(model_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(base: Path) -> Path:
-    return make_adapter(base, base.parent / "dpo@1.partial")
+    return trained_adapter(base, base.parent / "dpo@1.partial")
 
 
 @pytest.mark.parametrize(
@@ -49,12 +38,28 @@ def test_a_name_that_peft_would_leave_out_without_a_word_is_refused(
     model_folder: Path, lora: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        adapters.lora_config(lora, open_model(model_folder))
+        adapter_settings.lora_config(lora, open_model(model_folder))
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "eva"])
+def test_a_start_that_is_drawn_anew_when_it_is_opened_is_refused(model_folder: Path, start: str) -> None:
+    with pytest.raises(UserError, match=rf"lora\.init_lora_weights: '{start}' draws at random"):
+        adapter_settings.lora_config({"r": 4, "init_lora_weights": start}, open_model(model_folder))
+
+
+@pytest.mark.parametrize("start", [*PLAIN_STARTS, "pissa", "olora"])
+def test_a_start_that_changes_the_base_alone_keeps_an_adapter_from_being_added_to(start: Any) -> None:
+    earlier = LoraConfig(init_lora_weights=start)
+    if start in PLAIN_STARTS:
+        adapter_sums.require_addable(earlier, LoraConfig(), Path("sft@1"))
+        return
+    with pytest.raises(UserError, match="adapter: sft@1 sets init_lora_weights"):
+        adapter_sums.require_addable(earlier, LoraConfig(), Path("sft@1"))
 
 
 def test_without_target_modules_all_linear_layers_but_the_head_are_adapted(model_folder: Path) -> None:
     model = open_model(model_folder)
-    adapted = get_peft_model(model, adapters.lora_config({"r": 2}, model))
+    adapted = get_peft_model(model, adapter_settings.lora_config({"r": 2}, model))
     names = {
         name.partition(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name
     }
@@ -64,10 +69,10 @@ def test_without_target_modules_all_linear_layers_but_the_head_are_adapted(model
 @pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens", "q_proj"]}])
 def test_training_one_of_two_tied_tables_is_refused(model_folder: Path, lora: dict[str, Any]) -> None:
     model = open_model(model_folder)
-    adapters.lora_config(lora, model)
-    model.config.tie_word_embeddings = True
+    adapter_settings.lora_config(lora, model)
+    model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(UserError, match="ties its embedding and its head"):
-        adapters.lora_config(lora, model)
+        adapter_settings.lora_config(lora, model)
 
 
 def test_a_saved_adapter_names_its_base_by_place_and_by_content_and_no_machine(adapter: Path, base: Path) -> None:

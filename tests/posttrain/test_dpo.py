@@ -1,3 +1,5 @@
+"""DPO trains, goes on after a stop or a kill, computes the loss that was asked for, and knows its cost."""
+
 import json
 import math
 import os
@@ -5,76 +7,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trl
+from dpo_samples import config, metrics_of
 
-from cordee.chat import formats
 from cordee.cost import Cost
-from cordee.errors import Fault, Stopped, UserError
+from cordee.data import rows as data
+from cordee.errors import Stopped
 from cordee.stage import Context
-from posttrain import adapters, dpo
-from posttrain.settings import BYTES_PER_TOKEN
+from posttrain import dpo
+from posttrain.training import adapters, skeleton
+from posttrain.training.settings import BYTES_PER_TOKEN, EPOCHS, MAX_LENGTH
 
-ANSWERS = ("German", "French", "Italian", "Romansh")
 ROOT = Path(__file__).parents[2]
-
-
-def pair(number: int) -> dict[str, Any]:
-    """A question with a right and a wrong answer."""
-    question = f"Which language is this? {'Tuots umans naschan libers. ' * (1 + number % 3)}{number}"
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "chosen": [{"role": "assistant", "content": ANSWERS[number % 2]}],
-        "rejected": [{"role": "assistant", "content": ANSWERS[2 + number % 2]}],
-    }
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [pair(number) for number in range(24)]
-    file = tmp_path_factory.mktemp("pairs") / "preferences.parquet"
-    pq.write_table(pa.table({name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}), file)
-    return file
-
-
-@pytest.fixture
-def new_context(tmp_path: Path) -> Callable[[str], Context]:
-    """A context by name, in a folder as a recipe's run has it."""
-
-    def make(name: str) -> Context:
-        out, logs = tmp_path / f"{name}@1.partial", tmp_path / "logs" / name
-        out.mkdir(exist_ok=True)
-        logs.mkdir(parents=True, exist_ok=True)
-        return Context(out=out, seed=3, events=logs / "events.jsonl")
-
-    return make
-
-
-def config(model: Path, data: Path, **changes: Any) -> dpo.Config:
-    """Six steps of eight pairs."""
-    trainer = {"learning_rate": 5e-3, "num_train_epochs": 2, "max_length": 128, "bf16": False}
-    values = {
-        "model": str(model),
-        "data": [{"path": str(data)}],
-        "global_batch_size": 8,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_steps": [3, 5],
-        "resume_steps": 2,
-        "lora": {"r": 4, "lora_alpha": 8},
-        **changes,
-        "trainer": {**trainer, **changes.get("trainer", {})},
-    }
-    return dpo.Config.model_validate(values)
-
-
-def metrics_of(context: Context) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (context.out / "metrics.jsonl").read_text().splitlines()]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -101,7 +51,7 @@ def test_an_adapter_starts_at_its_reference_and_learns_to_prefer(
     assert metrics["tokens"] == rows[-1]["tokens"]
     assert sorted(path.name for path in context.out.iterdir()) == [
         *("adapter_config.json", "adapter_model.safetensors", "base_model.json", "chat_template.jinja", "checkpoints"),
-        *("metrics.jsonl", "tokenizer.json", "tokenizer_config.json", "training.json"),
+        *("metrics.jsonl", "rows.json", "tokenizer.json", "tokenizer_config.json", "training.json"),
     ]
     weights = load_file(context.out / "adapter_model.safetensors")
     assert all(weights[name].abs().max() > 0 for name in weights if "lora_B" in name)
@@ -150,7 +100,7 @@ def test_a_run_killed_after_its_last_save_ends_with_the_same_files(
             raise KeyboardInterrupt
         save(model, folder, **rest)
 
-    monkeypatch.setattr("posttrain.adapters.save", kill)
+    monkeypatch.setattr("posttrain.training.adapters.save", kill)
     with pytest.raises(KeyboardInterrupt):
         dpo.run(config(model_folder, pairs_file), broken)
     monkeypatch.undo()
@@ -190,6 +140,37 @@ def test_reference_log_probabilities_computed_beforehand_give_the_same_training(
     for one, two in zip(metrics_of(plain), metrics_of(before), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
     assert not (before.out / "resume").exists()
+
+
+def test_a_start_that_was_killed_while_it_wrote_its_pairs_is_begun_again(
+    model_folder: Path, pairs_file: Path, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` writes `state.json` before `dataset_info.json`. Pairs of another day's template are not taken."""
+    from datasets import Dataset
+
+    trainer = {"precompute_ref_log_probs": True, "max_steps": 1, "num_train_epochs": 1}
+    asked = config(model_folder, pairs_file, lora=None, save_steps=[], trainer=trainer)
+    save, resume = Dataset.save_to_disk, context.out / "resume"
+
+    def dying(self: Dataset, folder: Path) -> None:
+        save(self, folder)
+        (folder / "dataset_info.json").unlink()
+        raise KeyboardInterrupt
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place, fault in ((Dataset, dying), (skeleton, killed)):
+        assert not list(resume.glob("pairs-*"))
+        with monkeypatch.context() as planted:
+            planted.setattr(place, "save_to_disk" if place is Dataset else "_train", fault)
+            with pytest.raises(KeyboardInterrupt):
+                dpo.run(asked, context)
+    assert len(list(resume.glob("pairs-*/dataset_info.json"))) == 1
+    other = shutil.copytree(model_folder, context.out.parent / "model")
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template.replace("{{- bos_token }}", "{{- bos_token + '26' }}"))
+    assert dpo.run(asked.model_copy(update={"model": type(asked.model)(other)}), context)["steps"] == 1
 
 
 @pytest.mark.parametrize(
@@ -243,131 +224,15 @@ def test_trl_computes_the_loss_that_was_asked_for(
     assert loss == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
-def test_an_adapter_that_does_not_start_without_effect_is_a_fault(
-    model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context]
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_key_deterministic_reaches_torch(
+    model_folder: Path, pairs_file: Path, context: Context, deterministic: bool
 ) -> None:
-    context = new_context("random")
-    asked = config(model_folder, pairs_file, lora={"r": 4, "init_lora_weights": False})
-    with pytest.raises(Fault, match="does not start as its reference"):
-        dpo.run(asked, context)
-    assert not (context.out / "adapter_config.json").exists()
-
-
-def test_a_dropout_that_trl_would_switch_off_is_refused(model_folder: Path, pairs_file: Path, context: Context) -> None:
-    with pytest.raises(UserError, match=r"lora\.lora_dropout: .*disable_dropout"):
-        dpo.run(config(model_folder, pairs_file, lora={"r": 4, "lora_dropout": 0.1}), context)
-
-
-def test_biases_that_would_stay_trained_in_the_reference_are_refused(
-    model_folder: Path, pairs_file: Path, context: Context
-) -> None:
-    with pytest.raises(UserError, match=r"lora\.bias: with 'all' biases stay trained"):
-        dpo.run(config(model_folder, pairs_file, lora={"r": 4, "bias": "all"}), context)
-
-
-def test_a_loss_that_trl_does_not_have_is_refused_by_its_nearest_name(
-    model_folder: Path, pairs_file: Path, context: Context
-) -> None:
-    with pytest.raises(UserError, match=r"trainer\.loss_type: .*did you mean 'sigmoid'"):
-        dpo.run(config(model_folder, pairs_file, trainer={"loss_type": ["sigmod"]}), context)
-
-
-def test_an_adapter_of_rank_0_is_refused(model_folder: Path, pairs_file: Path, context: Context) -> None:
-    with pytest.raises(UserError, match="lora: TRL refuses it"):
-        dpo.run(config(model_folder, pairs_file, lora={"r": 0}), context)
-
-
-def test_a_model_with_nothing_to_train_is_refused() -> None:
     import torch
 
-    from posttrain.training import trainable_parameters
-
-    model = torch.nn.Linear(2, 3)
-    assert trainable_parameters(model) == 9
-    with pytest.raises(UserError, match="nothing to train"):
-        trainable_parameters(model.requires_grad_(False))
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused(
-    model_folder: Path, pairs_file: Path, context: Context
-) -> None:
-    with pytest.raises(UserError, match="global_batch_size"):
-        dpo.run(config(model_folder, pairs_file, global_batch_size=6), context)
-
-
-def broken(column: str, content: str) -> dict[str, Any]:
-    row = pair(1)
-    return {**row, column: [{**row[column][0], "content": content}]}
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({**pair(1), "rejected": pair(1)["chosen"]}, "are equal"),
-        ({**pair(1), "chosen": []}, "chosen is empty"),
-        (broken("rejected", "  "), r"an answer has no content \(rejected, message 1\)"),
-        ({name: value for name, value in pair(1).items() if name != "rejected"} | {"rejectd": 1}, "mean 'rejectd'"),
-        (broken("prompt", "word " * 300), "longer than max_length=128 tokens"),
-        (broken("chosen", "German<|assistant_end|>"), "spells out the special token"),
-        ({**pair(1), "prompt": [*pair(1)["prompt"], *pair(1)["chosen"]]}, "nothing to answer"),
-        ({**pair(1), "chosen": pair(1)["prompt"]}, "ends with 'user'"),
-        ({**pair(1), "tools": [{"name": "add"}]}, "has tools, which the chat template does not read"),
-        ({**pair(1), "prompt": "What?"}, "no list of messages"),
-    ],
-)
-def test_a_pair_that_would_train_the_wrong_thing_stops_the_run_by_file_and_row(
-    model_folder: Path, tmp_path: Path, context: Context, row: dict[str, Any], message: str
-) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps(pair(0)) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=message) as error:
-        dpo.run(config(model_folder, file), context)
-    assert f"{file}: row 2" in str(error.value)
-    assert not (context.out / "metrics.jsonl").exists()
-
-
-def test_a_collator_that_makes_other_batches_than_the_pairs_is_a_fault(
-    model_folder: Path, pairs_file: Path, context: Context
-) -> None:
-    from cordee.chat import pairs
-    from cordee.chat.formats import Limits
-    from cordee.chat.templates import Template
-    from posttrain.dpo_trainer import check_batches
-
-    trainer, _ = dpo.build(config(model_folder, pairs_file), context)
-    found = pairs.tokenize(pairs_file, Template(trainer.processing_class), Limits(128, None, 1000), print)
-    check_batches(trainer, found)
-    sound = trainer.data_collator
-
-    def with_mask(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = sound(examples)
-        return {**batch, "completion_mask": batch["attention_mask"]}
-
-    trainer.data_collator = with_mask
-    with pytest.raises(Fault, match="row 1: the trainer's batches are not the pairs"):
-        check_batches(trainer, found)
-    trainer.data_collator = lambda examples: sound([{**row, "chosen_ids": row["chosen_ids"][:-1]} for row in examples])
-    with pytest.raises(Fault, match="row 1: the trainer's batches are not the pairs"):
-        check_batches(trainer, found)
-    trainer.data_collator = sound
-    with pytest.raises(Fault, match="the trainer holds 24 of 23 pairs"):
-        check_batches(trainer, found[:-1])
-
-
-def test_pairs_reach_the_trainer_with_their_tools(model_folder: Path, tmp_path: Path, context: Context) -> None:
-    """TRL's columns hold what was checked: nothing is rendered a second time."""
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
-    template = folder / "chat_template.jinja"
-    text = template.read_text().replace("{{- bos_token }}", "{{- bos_token }}{{- tools | tojson if tools else '' }}")
-    template.write_text(text)
-    tools = [{"type": "function", "function": {"name": "add", "description": "Adds two numbers"}}]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps({**pair(n), "tools": tools}) + "\n" for n in range(8)))
-    trainer, _ = dpo.build(config(folder, file), context)
-    assert trainer.train_dataset.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
-    prompts = trainer.processing_class.batch_decode(list(trainer.train_dataset["prompt_ids"]))
-    assert all("Adds two numbers" in prompt for prompt in prompts)
+    torch.use_deterministic_algorithms(not deterministic)
+    dpo.build(config(model_folder, pairs_file, deterministic=deterministic), context)
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
 
 
 def test_the_cost_counts_two_sequences_a_pair_and_less_memory_for_an_adapter(
@@ -378,13 +243,34 @@ def test_the_cost_counts_two_sequences_a_pair_and_less_memory_for_an_adapter(
     adapter = dpo.cost(config(model_folder, not_made), given)
     full = dpo.cost(config(model_folder, not_made, lora=None), given)
     assert adapter.tokens == full.tokens == 2 * 100 * 2 * 128
-    rows, text_bytes = formats.estimate(pairs_file, ["prompt", "chosen", "rejected"])
+    rows, text_bytes = data.estimate([pairs_file])
     assert rows == pq.read_metadata(pairs_file).num_rows
     own = dpo.cost(config(model_folder, pairs_file), {})
     assert own.parameters > 0
     assert own.tokens == pytest.approx(2 * rows * 2 * min(128, text_bytes / BYTES_PER_TOKEN / rows))
     assert full.flops == pytest.approx(adapter.flops * 8 / 6)
     assert full.memory_bytes - adapter.memory_bytes == pytest.approx(12e6)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "seen"), [({"num_train_epochs": 2}, 2 * (3 * 100 + 20)), ({"max_steps": 5}, 5 * 8)]
+)
+def test_the_cost_counts_each_source_as_often_as_its_weight_says(
+    model_folder: Path, pairs_file: Path, trainer: dict[str, Any], seen: float
+) -> None:
+    data = [{"path": str(pairs_file.with_name("a.jsonl")), "weight": 3}, {"path": str(pairs_file.with_name("b.jsonl"))}]
+    given = {"model": Cost(parameters=1e6, vocab_size=400), "data.1.path": Cost(rows=20, tokens=800.0)}
+    asked = dpo.Config.model_validate(config(model_folder, pairs_file, trainer=trainer).model_dump() | {"data": data})
+    known = given | {"data.0.path": Cost(rows=100, tokens=2000.0)}
+    assert dpo.cost(asked, known).tokens == pytest.approx(2 * seen * (3 * 2000 + 800) / (3 * 100 + 20))
+    if "max_steps" not in trainer:
+        assert dpo.cost(asked, given).tokens is None
+
+
+@pytest.mark.parametrize("kind", [trl.SFTConfig, trl.DPOConfig])
+def test_what_a_cost_takes_for_trls_defaults_are_trls(kind: Any) -> None:
+    defaults = {known.name: known.default for known in fields(kind)}
+    assert (defaults["max_length"], defaults["num_train_epochs"]) == (MAX_LENGTH, EPOCHS)
 
 
 def test_two_processes_train_as_one(

@@ -9,12 +9,14 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
+from cordee.compute.logprobs import MERGE_LIMIT, Difference
 from cordee.compute.model import open_model, stop_token_ids
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from posttrain import adapters, merge
+from posttrain import merge
+from posttrain.training import adapter_settings, adapters
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def merged(base: Path, prompts: Path, context: Context) -> Callable[..., dict[st
         folder = base.parent / "dpo@1"
         torch.manual_seed(1)
         model = open_model(base)
-        adapted = get_peft_model(model, adapters.lora_config({"r": 4, **(lora or {})}, model))
+        adapted = get_peft_model(model, adapter_settings.lora_config({"r": 4, **(lora or {})}, model))
         generator = torch.Generator().manual_seed(2)
         for name, weights in adapted.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
@@ -51,6 +53,25 @@ def merged(base: Path, prompts: Path, context: Context) -> Callable[..., dict[st
         return merge.run(merge.Config.model_validate(values), context)
 
     return call
+
+
+def test_an_adapters_own_chat_template_is_what_it_was_trained_with(
+    merged: Callable[..., dict[str, Any]], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in `tokenizer_config.json`, where transformers 4 wrote it."""
+    save, template = adapters.save, "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def planted(model: Any, folder: Path, **rest: Any) -> None:
+        save(model, folder, **rest)
+        (folder / "chat_template.jinja").unlink()
+        named = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**named, "chat_template": template}))
+
+    monkeypatch.setattr(adapters, "save", planted)
+    merged()
+    assert open_tokenizer(context.out).chat_template == template
+    assert "trained with another tokenizer" in context.events.read_text()
+    assert "its chat_template" in context.events.read_text()
 
 
 def test_a_merged_model_stops_where_its_base_does(
@@ -85,6 +106,15 @@ def test_a_merged_model_is_the_base_with_its_adapter(
     assert (context.out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+def test_a_tokenizer_needs_no_padding_token(merged: Callable[..., dict[str, Any]], base: Path) -> None:
+    """Those of Llama 3, Mistral and GPT-2 have none; the chats are of unequal lengths."""
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert open_tokenizer(base).pad_token_id is None
+    assert merged()["saved_max_abs_delta_logprob"] < 1e-4
+
+
 def test_saved_modules_are_merged_too(merged: Callable[..., dict[str, Any]], base: Path, context: Context) -> None:
     metrics = merged(lora={"modules_to_save": ["lm_head"]})
     assert metrics["saved_max_abs_delta_logprob"] < 1e-4
@@ -100,6 +130,12 @@ def test_a_bfloat16_base_stays_bfloat16_and_its_rounding_is_measured(
     assert metrics["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in load_file(context.out / "model.safetensors").values()} == {torch.bfloat16}
     assert metrics["merged_max_abs_delta_logprob"] < 1e-4 < metrics["saved_max_abs_delta_logprob"] < 0.2
+
+
+def test_one_improbable_token_does_not_decide_on_a_rounded_merge() -> None:
+    found = Difference(largest=4.8, mean=0.05, top1=0.98)
+    assert (found.merged("bfloat16"), found.merged("float32")) == (0.05, 4.8)
+    assert found.merged("bfloat16") < MERGE_LIMIT["bfloat16"]
 
 
 def test_a_difference_over_the_tolerance_is_a_fault(merged: Callable[..., dict[str, Any]], base: Path) -> None:
@@ -127,19 +163,34 @@ def test_an_adapter_without_effect_is_said(merged: Callable[..., dict[str, Any]]
 
 
 def test_an_adapter_of_another_tokenizer_is_refused(
-    merged: Callable[..., dict[str, Any]], base: Path, prompts: Path, context: Context
+    merged: Callable[..., dict[str, Any]], base: Path, context: Context
 ) -> None:
     merged()
     folder = base.parent / "dpo@1"
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    values = {"adapter": str(folder), "model": str(base), "prompts": str(prompts)}
-    with pytest.raises(UserError, match="adapter: differs from"):
-        merge.run(merge.Config.model_validate(values), context)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["model"]["merges"] = told["model"]["merges"][:20]
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="adapter: encodes differently from"):
+        merge.run(merge.Config.model_validate({"adapter": str(folder)}), context)
+
+
+def test_a_tokenizer_that_was_saved_again_is_the_same(
+    merged: Callable[..., dict[str, Any]], base: Path, context: Context
+) -> None:
+    """Its bytes differ, and it encodes alike: the base's files are kept."""
+    merged()
+    folder = base.parent / "dpo@1"
+    open_tokenizer(folder).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text())))
+    assert (folder / "tokenizer.json").read_bytes() != (base / "tokenizer.json").read_bytes()
+    merge.run(merge.Config.model_validate({"adapter": str(folder)}), context)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (context.out / name).read_bytes() == (base / name).read_bytes()
 
 
 def test_prompts_without_conversations_are_refused(merged: Callable[..., dict[str, Any]], prompts: Path) -> None:
     prompts.write_text('{"text": "no chat"}\n')
-    with pytest.raises(UserError, match="has neither `messages` nor"):
+    with pytest.raises(UserError, match="row 1: is a text, and a chat is needed"):
         merged()
 
 

@@ -36,3 +36,11 @@ def test_a_recipe_that_no_proof_speaks_of_is_a_mistake(cordee, write):
     proven = cordee("prove", "brook.yaml")
     assert (proven.returncode, proven.stderr.count("\n")) == (2, 1)
     assert "brook.yaml: stages: has no stage that a proof applies to; they apply to " in proven.stderr
+
+
+def test_a_merge_that_names_its_adapter_alone_can_be_proven_and_cleaned_after(cordee, write, model_folder, tmp_path):
+    write_parquet(tmp_path / "chats.parquet", some_chats(8))
+    merged = "  merged: {uses: posttrain.merge, adapter: $sft}\n"
+    write("mine.yaml", MINE.format(model=model_folder).replace("global_batch", "lora: {r: 2}, global_batch") + merged)
+    cleaned = cordee("clean", "mine.yaml")
+    assert (cleaned.returncode, cleaned.stderr) == (0, "")

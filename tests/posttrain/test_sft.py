@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import encoding
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,17 +15,16 @@ import torch
 from chat_samples import some_chats, write_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cordee.chat import conversations, formats
-from cordee.chat.templates import Template
 from cordee.compute.model import sequence_limits
 from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.files import read_json, read_json_lines
 from cordee.stage import Context
-from posttrain import sft, training
-from posttrain.settings import BYTES_PER_TOKEN
+from posttrain import sft
+from posttrain.training import skeleton
+from posttrain.training.settings import BYTES_PER_TOKEN
 
-ROWS = 8
+ROWS, PACKED_ROWS = 8, 3
 
 
 def keys(model_folder: Path, data: Path, **trainer: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def reference(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float64")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for row in conversations.tokenize(data, Template(tokenizer), sequence_limits(model, 128), print):
+    for row in encoding.chats(data, tokenizer, sequence_limits(model, 128)):
         ids = torch.tensor(row.ids, dtype=torch.long)
         logprobs = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
         for place in range(row.answers[0].first, row.answers[0].until):
@@ -90,13 +90,15 @@ def assert_is_reference(model_folder: Path, made: Path, reference: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("per_device", "packing"), [(8, False), (2, False), (1, False), (8, True), (1, True)]
+    ("per_device", "packing"), [(8, False), (2, False), (1, False), (PACKED_ROWS, True), (1, True)]
 )  # one global batch gives one gradient, however it is split
 def test_a_global_batch_gives_the_reference_gradient(
     model_folder: Path, reference: dict[str, Any], context: Context, per_device: int, packing: bool
 ) -> None:
-    given = keys(model_folder, reference["data"], packing=packing)
-    metrics = sft.run(sft.Config.model_validate({**given, "per_device_train_batch_size": per_device}), context)
+    given = keys(model_folder, reference["data"], packing=packing) | {"per_device_train_batch_size": per_device}
+    given |= {"global_batch_size": PACKED_ROWS} if packing else {}
+    metrics = sft.run(sft.Config.model_validate(given), context)
+    assert metrics["packed_rows"] == given["global_batch_size"]
     assert metrics["steps"] == 1
     assert metrics["rows"] == ROWS
     assert metrics["loss_tokens"] == reference["loss_tokens"]
@@ -135,13 +137,14 @@ def test_only_positions_with_loss_go_through_the_output_head(
 
     monkeypatch.setattr(_ChunkedLogProbFunction, "forward", counting)
     sft.run(sft.Config.model_validate(keys(model_folder, reference["data"])), context)
-    assert seen == [reference["loss_tokens"]]
+    _compared_with_own_logits, *trained = seen
+    assert trained == [reference["loss_tokens"]]
 
 
 def test_it_learns_the_answers_and_leaves_a_plain_model(model_folder: Path, tmp_path: Path, context: Context) -> None:
     data = write_parquet(tmp_path / "messages.parquet", some_chats(60))
     given = keys(model_folder, data)
-    given["trainer"] = {"packing": True, "max_length": 256, "learning_rate": 1e-2, "num_train_epochs": 30}
+    given["trainer"] = {"packing": True, "max_length": 256, "learning_rate": 1e-2, "num_train_epochs": 80}
     metrics = sft.run(sft.Config.model_validate(given), context)
     assert metrics["mean_token_accuracy"] > 0.9
     assert metrics["packed_rows"] < metrics["rows"] == 60
@@ -152,6 +155,7 @@ def test_it_learns_the_answers_and_leaves_a_plain_model(model_folder: Path, tmp_
         "metrics.jsonl",
         "model.safetensors",
         "probe.json",
+        "rows.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "training.json",
@@ -174,17 +178,17 @@ def test_it_learns_the_answers_and_leaves_a_plain_model(model_folder: Path, tmp_
 def test_an_adapter_is_trained_and_saved_as_in_the_other_stages(
     model_folder: Path, reference: dict[str, Any], context: Context
 ) -> None:
-    from posttrain import adapters
+    from posttrain.training import adapters
 
     trainer = {"packing": True, "num_train_epochs": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
     given = keys(model_folder, reference["data"], **trainer)
     config = sft.Config.model_validate({**given, "lora": {"r": 4}, "save_steps": 2})
     metrics = sft.run(config, context)
     assert metrics["trainable_parameters"] < metrics["parameters"] / 4
-    base, _ = training.open_model(config)
+    base, _ = skeleton.open_model(config)
     before = base.get_parameter("lm_head.weight").clone()
     for place in (context.out, context.out / "checkpoints" / "2"):
-        opened = adapters.open_adapter(place, training.open_model(config)[0], model_folder)
+        opened = adapters.open_adapter(place, skeleton.open_model(config)[0], model_folder)
         merged = opened.merge_and_unload()
         assert merged.get_parameter("lm_head.weight").equal(before)
         changed = merged.get_parameter("model.layers.0.self_attn.q_proj.weight")
@@ -230,7 +234,7 @@ def test_a_folder_without_model_or_chat_template_is_named(
         sft.run(sft.Config.model_validate(keys(tmp_path, reference["data"])), context)
     shutil.copytree(model_folder, bare)
     (bare / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+    with pytest.raises(UserError, match=r"8 of 8 rows .*is a chat, and the tokenizer has no chat template"):
         sft.run(sft.Config.model_validate(keys(bare, reference["data"])), context)
 
 
@@ -278,10 +282,9 @@ def test_the_cost_of_a_users_own_model_and_chats_is_near_what_is_trained(
     else:
         file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     found = sft.cost(sft.Config.model_validate(keys(model_folder, file)), {})
-    model, _ = training.open_model(sft.Config.model_validate(keys(model_folder, file)))
+    model, _ = skeleton.open_model(sft.Config.model_validate(keys(model_folder, file)))
     assert found.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
     assert found.vocab_size == model.config.vocab_size
-    assert formats.estimate(file, ["messages"])[0] == pytest.approx(400, rel=0.01)
     content = sum(len(text) + len("German") for text in texts)
     assert content / 2 <= found.tokens * BYTES_PER_TOKEN <= content * 2
 
@@ -290,10 +293,10 @@ def test_the_cost_of_a_users_own_model_and_chats_is_near_what_is_trained(
     ("name", "content", "problem"),
     [
         ("chats.jsonl", b"", "holds no rows"),
-        ("chats.jsonl", b'{"message": []}\n', "row 1: has no column 'messages'; did you mean 'message'?"),
-        ("chats.jsonl", b'{"messages": [\n', "line 1 is no JSON"),
-        ("chats.parquet", b"PAR1", "can't be read as Parquet"),
-        ("chats.csv", b"messages\n", "is neither .parquet nor .jsonl"),
+        ("chats.jsonl", b'{"message": []}\n', "row 1: can't be told what it is: its columns are 'message'"),
+        ("chats.jsonl", b'{"messages": [\n', "data.0.path: can't be read to its end: no JSON in line 2"),
+        ("chats.parquet", b"PAR1", "data.0.path: can't be read as Parquet"),
+        ("chats.csv", b"messages\n", "holds no rows"),
     ],
 )
 def test_chats_whose_beginning_is_wrong_stop_the_plan(
@@ -305,6 +308,15 @@ def test_chats_whose_beginning_is_wrong_stop_the_plan(
     assert str(caught.value).startswith(f"{tmp_path / name}: {problem}")
 
 
+def test_rows_of_no_known_shape_stop_no_plan_where_bad_rows_are_dropped(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"x": 1}\n' * 30 + '{"text": "hello"}\n' * 30)
+    given = keys(model_folder, file)
+    with pytest.raises(UserError, match="can't be told what it is"):
+        sft.cost(sft.Config.model_validate(given), {})
+    assert sft.cost(sft.Config.model_validate(given | {"bad_rows": "drop"}), {}).tokens
+
+
 def test_the_stages_can_be_imported_without_torch() -> None:
     code = "import sys, posttrain.sft, posttrain.prove_masks; assert 'torch' not in sys.modules"
     subprocess.run(
@@ -314,9 +326,9 @@ def test_the_stages_can_be_imported_without_torch() -> None:
 
 def test_float32_is_the_default_and_model_init_kwargs_are_heard(model_folder: Path) -> None:
     config = sft.Config.model_validate(keys(model_folder, model_folder))
-    assert training.open_model(config)[0].dtype == torch.float32
+    assert skeleton.open_model(config)[0].dtype == torch.float32
     chosen = {"dtype": "bfloat16", "attn_implementation": "eager"}
     config = sft.Config.model_validate(keys(model_folder, model_folder, model_init_kwargs=chosen))
-    model, _ = training.open_model(config)
+    model, _ = skeleton.open_model(config)
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"

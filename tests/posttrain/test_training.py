@@ -16,9 +16,11 @@ from chat_samples import some_chats, write_parquet
 from transformers import AutoModelForCausalLM
 
 from cordee import files
+from cordee.compute import resume
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
-from posttrain import sft, training, watch
+from posttrain import sft
+from posttrain.training import skeleton, watch
 
 STEPS = 9
 
@@ -93,6 +95,19 @@ def test_a_run_that_was_killed_ends_in_the_same_files_and_metrics(
     assert resumed == ([step // 3 * 3] if step >= 3 else [])
 
 
+def test_a_run_that_goes_on_marks_resume_points_as_often_as_it_is_told_now(
+    model_folder: Path, data: Path, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, context = keys(model_folder, data), at(tmp_path)
+    kill_at(monkeypatch, 5, sft.Config.model_validate(given | {"resume_steps": 4}), context)
+    often = sft.Config.model_validate(given | {"resume_steps": 1})
+    kill_at(monkeypatch, 7, often, context)
+    point, problems = resume.newest(context.out / "resume")
+    assert (point and point.step, problems) == (6, [])
+    metrics = sft.run(often, context)
+    assert (content(context.out), metrics) == whole
+
+
 def test_steps_that_are_asked_for_are_published_as_models(whole) -> None:
     published = {name.rpartition("/")[0] for name in whole[0] if name.endswith("model.safetensors")}
     assert published == {"", "checkpoints/2", "checkpoints/5"}
@@ -116,11 +131,11 @@ def test_a_damaged_resume_point_is_deleted_and_the_one_before_is_used(
     config, context = sft.Config.model_validate(keys(model_folder, data)), at(tmp_path)
     kill_at(monkeypatch, 7, config, context)
     newest = context.out / "resume" / "checkpoint-6"
-    assert (newest / watch.MARK).exists()
+    assert (newest / resume.STATE).exists()
     if damage == "no mark":
-        (newest / watch.MARK).unlink()
+        (newest / resume.STATE).unlink()
     elif damage == "broken mark":
-        (newest / watch.MARK).write_bytes(b"\xff")
+        (newest / resume.STATE).write_bytes(b"\xff")
     elif damage == "missing file":
         (newest / "optimizer.pt").unlink()
     elif damage == "changed byte":
@@ -145,7 +160,7 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "publish", killed)
+        patch.setattr(skeleton, "publish", killed)
         with pytest.raises(Killed):
             sft.run(config, context)
     metrics = sft.run(config, context)
@@ -159,7 +174,7 @@ def test_a_stop_saves_and_the_next_run_goes_on_from_there(
     (context.events.parent / "stop").touch()
     with pytest.raises(Stopped, match=f"stopped at step 1 of {STEPS}"):
         sft.run(config, context)
-    assert watch.newest_resume_point(context.out / "resume").folder == context.out / "resume" / "checkpoint-1"
+    assert resume.newest(context.out / "resume")[0].folder == context.out / "resume" / "checkpoint-1"
     (context.events.parent / "stop").unlink()
     metrics = sft.run(config, context)
     assert (content(context.out), metrics) == whole
@@ -175,7 +190,7 @@ def test_kill_minus_nine_in_a_real_process_loses_nothing(model_folder: Path, dat
     process = subprocess.Popen(
         [sys.executable, "-m", "posttrain.sft", "--job", str(tmp_path / "job.json")], env=environment
     )
-    mark = context.out / "resume" / "checkpoint-3" / watch.MARK
+    mark = context.out / "resume" / "checkpoint-3" / resume.STATE
     deadline = time.monotonic() + 240
     while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -239,6 +254,23 @@ def test_a_loss_that_is_no_number_ends_the_run(model_folder: Path, data: Path, t
         sft.run(sft.Config.model_validate(given), at(tmp_path))
 
 
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = skeleton.open_model
+
+    def planted(config: Any) -> Any:
+        model, tokenizer = opened(config)
+        model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return model, tokenizer
+
+    monkeypatch.setattr(skeleton, "open_model", planted)
+    given, context = keys(model_folder, data, max_grad_norm=1.0) | {"resume_steps": 1, "save_steps": []}, at(tmp_path)
+    with pytest.raises(Fault, match="the grad_norm is nan at step 1"):
+        sft.run(sft.Config.model_validate(given), context)
+    assert resume.newest(context.out / "resume") == (None, [])
+
+
 def test_a_resume_on_other_token_ids_is_a_fault(model_folder: Path, data: Path, tmp_path: Path) -> None:
     """As where the chat template writes the date, and the run goes on the next day."""
     model = shutil.copytree(model_folder, tmp_path / "model")
@@ -274,7 +306,7 @@ def test_a_run_killed_before_it_is_published_does_not_train_again(
             sft.run(config, context)
     assert (context.out / "resume").is_dir()
     written = {name: value for name, value in content(context.out).items() if not name.startswith("resume/")}
-    monkeypatch.setattr(training, "_train", never)
+    monkeypatch.setattr(skeleton, "_train", never)
     assert sft.run(config, context)["steps"] == STEPS
     assert content(context.out) == written
     assert not (context.out / "resume").exists()
@@ -325,3 +357,10 @@ def test_two_processes_that_were_stopped_go_on(model_folder: Path, data: Path, t
     said = run()
     assert (context.out / "training.json").exists(), said[-2000:]
     assert [row["step"] for row in files.read_json_lines(context.events) if row["event"] == "resumed"] == [1]
+
+
+def test_no_line_before_a_point_can_be_lost_in_a_power_failure(
+    model_folder: Path, data: Path, tmp_path: Path, unflushed: list[int]
+) -> None:
+    sft.run(sft.Config.model_validate(keys(model_folder, data)), at(tmp_path))
+    assert unflushed == [0, 0]

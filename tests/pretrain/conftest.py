@@ -1,11 +1,14 @@
 """Tokens made by hand: documents of random ids in the format of `pretrain.tokens`."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 512

@@ -194,9 +194,9 @@ def test_an_empty_corpus_is_an_error(tmp_path, name):
 
 
 def test_a_source_that_is_no_corpus_is_an_error(tmp_path):
-    (tmp_path / "a.csv").write_text("text\nhello\n")
+    (tmp_path / "a.xlsx").write_text("text\nhello\n")
     (tmp_path / "empty").mkdir()
-    assert "a.csv: source: is no .parquet" in error_of(tmp_path, tmp_path / "a.csv")
+    assert "a.xlsx: source: is no .parquet" in error_of(tmp_path, tmp_path / "a.xlsx")
     assert "empty: source: the folder holds no" in error_of(tmp_path, tmp_path / "empty")
     assert "there is no such file" in error_of(tmp_path, tmp_path / "gone.parquet")
 
@@ -234,7 +234,6 @@ def test_the_cost_of_a_broken_source_is_a_user_error(tmp_path):
         cost(Config.model_validate({"source": str(tmp_path / "half.parquet"), "holdout_fraction": 0.1}), {})
 
 
-@pytest.mark.skipif(not UDHR.exists(), reason="data/udhr.parquet is not built")
 def test_the_shipped_corpus_splits_by_article(tmp_path):
     heldout_articles, languages = [25, 26, 27, 28, 29, 30], ["rm-sursilv", "de"]
     _, train, heldout = build(tmp_path, UDHR, holdout={"article": heldout_articles}, languages=languages)

@@ -76,6 +76,14 @@ def test_the_loss_is_the_negative_log_probability_and_nothing_where_there_is_no_
         assert float(nats[0, at]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_loss_of_the_models_own_is_refused(tokens, tmp_path):
+    path = tmp_path / "experts.yaml"
+    shape = "hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_local_experts: 2"
+    path.write_text(f"{{model_type: mixtral, {shape}, num_key_value_heads: 1, output_router_logits: true}}")
+    with pytest.raises(UserError, match=r"output_router_logits: the auxiliary loss of the router \(0\.001\)"):
+        build(path, tokens, 64, 0)
+
+
 def test_a_model_that_ignores_where_documents_begin_is_found(tokens):
     class Leaking(nn.Module):
         def __init__(self, model):

@@ -2,9 +2,11 @@ import json
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from cordee import trial, worker
+from cordee.compute import device
 from cordee.errors import Fault, UserError
 from cordee.launchers import command
 from cordee.stage import Context
@@ -30,7 +32,7 @@ def test_resume_is_proven_with_real_processes_and_a_real_kill(proven, monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, metrics = proven("a", steps=12, kill_at_step=4, max_steps=500, global_batch_size=64)
     certificate = json.loads((out / "certificate.json").read_text())
-    assert (certificate["proof"], certificate["of"], certificate["passed"]) == ("resume", "pretrain.train", True)
+    assert (certificate["proof"], certificate["of"]) == ("resume", "pretrain.train")
     assert [check["passed"] for check in certificate["checks"]] == [True] * 6
     evidence = certificate["evidence"]
     assert evidence["uninterrupted"]["weights_sha256"] == evidence["killed"]["weights_sha256"]
@@ -61,6 +63,28 @@ def test_trainings_start_as_the_product_starts_them_and_the_proof_without_a_laun
     assert proof == (sys.executable, "-m", "pretrain.prove_resume", "--job", str(tmp_path / "job.json"))
 
 
+@pytest.mark.parametrize("kind", ["a YAML", "a folder"])
+def test_the_proof_compiles_where_the_training_does(proven, trained, write, monkeypatch, kind):
+    """Of a Llama the plan's estimate knows no FLOPs, nor of a shape of which the YAML leaves out a field."""
+    model = str(write("m.yaml", "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, "
+                      "num_hidden_layers: 2, max_position_embeddings: 128}"))  # fmt: skip
+    if kind == "a folder":
+        model = str(trained("before", model=model)[0])
+    asked, resolve = [], device.resolve_compile
+
+    def resolved(key, flops, where):
+        asked.append((key, flops, where))
+        return resolve(key, flops, where)
+
+    monkeypatch.setattr(device, "resolve_compile", resolved)
+    _, metrics = trained("base", model=model, compile="auto")
+    monkeypatch.setattr(trial, "start", lambda *_: pytest.fail("started"))
+    with pytest.raises(pytest.fail.Exception):
+        proven("a", model=model, compile="auto")
+    assert asked == [("auto", pytest.approx(metrics["flops"], rel=0.5), torch.device("cpu"))] * 2
+    assert asked[0] == asked[1]
+
+
 def test_a_proof_that_a_launcher_started_is_refused(proven, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match=r"start it with python -m pretrain\.prove_resume"):
@@ -72,11 +96,12 @@ def test_a_kill_after_the_end_is_refused(proven):
         proven("a", steps=6, kill_at_step=6)
 
 
-def test_a_training_that_fails_fails_the_proof_with_its_own_words(proven, tmp_path):
-    model = tmp_path / "m.yaml"
-    model.write_text("hiden_size: 3")
-    with pytest.raises(Fault, match=r"the run for the proof failed: .*apertus has no field 'hiden_size'"):
-        proven("a", model=str(model))
+def test_a_training_that_fails_fails_the_proof_with_its_own_words(proven, write):
+    with pytest.raises(UserError, match=r"m.yaml: hiden_size: apertus has no field 'hiden_size'"):
+        proven("a", model=str(write("m.yaml", "hiden_size: 3")))
+    model = write("m.yaml", "{hidden_size: 32, num_hidden_layers: 1, max_position_embeddings: 8}")
+    with pytest.raises(Fault, match=r"the run for the proof failed: .*8 positions do not hold a sequence_length of 64"):
+        proven("b", model=str(model))
 
 
 @pytest.fixture

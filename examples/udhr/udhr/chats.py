@@ -76,8 +76,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     pairs: list[dict[str, Any]] = []
     heldout: list[dict[str, Any]] = []
     for done, language in enumerate(languages):
-        if context.stop_requested():
-            context.stop(f"language {done} of {len(languages)}")
+        context.stop_if_asked(f"language {done} of {len(languages)}")
         rng = random.Random(f"{context.seed}:{language.tag}")  # noqa: S311 - data, not secrets
         chats += questions.chats(language, config.chats_per_language, cutter, rng)
         pairs += questions.pairs(language, languages, config.preferences_per_language, cutter, rng)

@@ -4,13 +4,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import encoding
 import numpy as np
 import pytest
-from families import ADD, TEMPLATES, TOOL_TALK, source, talk, tokenizer, write
+from families import ADD, TEMPLATES, TOOL_TALK, parts, source, talk, tokenizer, write
 
-from cordee.chat import base, conversations
+from cordee.chat import base, spans
 from cordee.chat.conversations import Conversation
-from cordee.chat.formats import Limits
+from cordee.chat.source import Limits
 from cordee.chat.templates import Template
 from cordee.errors import UserError
 
@@ -23,7 +24,7 @@ FOUR = talk("What is the capital of France?", "The capital is Paris.", "Et ça? 
 def tokenized(
     file: Path, template: Template, *rows: dict[str, Any], notes: list[str] | None = None
 ) -> list[Conversation]:
-    return conversations.tokenize(write(file, *rows), template, LIMITS, (notes if notes is not None else []).append)
+    return encoding.chats(write(file, *rows), template, LIMITS, (notes if notes is not None else []).append)
 
 
 def with_loss(conversation: Conversation, template: Template) -> list[str]:
@@ -56,6 +57,64 @@ def test_every_familys_answers_are_found_and_its_ids_are_the_makers(tmp_path: Pa
             assert FOUR[answer.message]["content"] in text
             assert not any(message["content"] in text for message in FOUR if message is not FOUR[answer.message])
             assert one.has_loss[answer.first : answer.until].all()
+
+
+ENDS = {
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<\uff5cend▁of▁sentence\uff5c>",
+    "diffusion_gemma": "<turn|>",
+    "gemma": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "glm4moe": "<|user|>",
+    "gptoss": "<|return|>",
+    "idefics3": "<end_of_utterance>",
+    "smolvlm": "<end_of_utterance>",
+    "lfm2": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llava_next": "</s>",
+    "mistral": "</s>",
+    "muse": "<|eot|>",
+    "nemotron": "<|im_end|>",
+    "phi3": "<|end|>",
+    "qwen": "<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mistral"])
+def test_what_ends_a_generation_is_what_training_ends_an_answer_with(name: str) -> None:
+    """Cohere's template writes two special tokens, of which the last ends the turn; GLM's has only the next turn's."""
+    family = max((known for known in ENDS if name.startswith(known)), key=len)
+    found = spans.end_of_turn(tokenizer(source(name)))
+    assert tokenizer(source(name)).convert_ids_to_tokens(found) == ENDS[family]
+
+
+def test_what_ends_an_answer_may_be_the_token_of_id_0() -> None:
+    """As in GPT-NeoX's vocabulary."""
+    made = tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}")
+    assert (spans.end_of_turn(made), made.convert_tokens_to_ids("<s>")) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{% for m", "{% for m in messages %}{{ m.content }}\n{% endfor %}", "{{ m + 1 }}"]
+)
+def test_without_a_template_that_ends_an_answer_there_is_no_such_token(text: str) -> None:
+    assert spans.end_of_turn(tokenizer(text)) is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lists_of_text_parts_are_the_texts(tmp_path: Path, name: str) -> None:
+    template = Template(tokenizer(source(name)))
+    texts = messages_for(name, talk("What is it?", "Paris."))
+    split = parts("What i|s it?", "Par|is.")
+    (one,) = tokenized(tmp_path / "parts.jsonl", template, {"messages": split})
+    (other,) = tokenized(tmp_path / "texts.jsonl", template, {"messages": texts})
+    assert one.ids.tolist() == other.ids.tolist()
+    assert one.has_loss.tolist() == other.has_loss.tolist()
+    if name not in ("gemma", "gemma_training"):  # they take no system message
+        chats = [{"messages": [{**chat[0], "role": "system"}, *chat]} for chat in (split, texts)]
+        one, other = tokenized(tmp_path / "system.jsonl", template, *chats)
+        said, text = ("".join(template.tokenizer.decode(made.ids).split()) for made in (one, other))
+        assert said == text, "but for blanks: Gemma 4 writes one behind each part of a system message"
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.endswith("_training")])
@@ -102,7 +161,7 @@ def test_an_answer_that_ends_with_what_begins_the_next_turn_learns_to_stop_there
     template, notes = Template(tokenizer(source("glm4moe"))), []
     (one,) = tokenized(tmp_path / "chats.jsonl", template, {"messages": talk("a", "b", "c", "d")}, notes=notes)
     assert with_loss(one, template) == ["\n<think></think>\nb<|user|>", "\n<think></think>\nd"]
-    assert [note.partition(" after")[0] for note in notes] == ["chats.jsonl: 1 answers"]
+    assert [note.partition(" that end")[0] for note in notes] == ["1 answers"]
 
 
 @pytest.mark.parametrize(
@@ -117,14 +176,16 @@ def test_an_answer_that_ends_with_what_begins_the_next_turn_learns_to_stop_there
         ("gptoss", {"messages": talk("a", "b", "c", "d")}, [f"<|channel|>final<|message|>{x}<|return|>" for x in "db"]),
     ],
 )
-def test_an_answer_that_is_rendered_otherwise_once_more_follows_has_its_own_sequence(
+def test_an_answer_that_is_rendered_differently_when_messages_follow_has_its_own_sequence(
     tmp_path: Path, name: str, row: dict[str, Any], texts: list[str]
 ) -> None:
     template, notes = Template(tokenizer(source(name))), []
     found = tokenized(tmp_path / "chats.jsonl", template, row, notes=notes)
     assert [with_loss(one, template) for one in found] == [[text] for text in texts]
     assert [one.messages for one in found] == [4, 2]
-    assert [note for note in notes if "1 answers that the chat template renders otherwise once more follows" in note]
+    assert [
+        note for note in notes if "1 answers that the chat template renders differently when messages follow" in note
+    ]
     row["messages"][1]["train"] = False
     (one,) = tokenized(tmp_path / "chats.jsonl", template, row)
     assert with_loss(one, template) == texts[:1]
@@ -180,7 +241,7 @@ def test_a_template_that_rewrites_the_prompt_of_an_answer_is_refused(tmp_path: P
     """Asked, the model sees another question than it was trained after."""
     text = "{% for m in messages %}{{ m.role }}: {{ m.content | upper if add_generation_prompt else m.content }}</s>"
     template = Template(tokenizer(text + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"))
-    with pytest.raises(UserError, match=r"row 1: the chat template renders a prompt otherwise .* \(message 2\)"):
+    with pytest.raises(UserError, match=r"row 1: the chat template renders a prompt differently .* \(message 2\)"):
         tokenized(tmp_path / "chats.jsonl", template, {"messages": talk("a", "b")})
 
 
@@ -189,6 +250,4 @@ def test_an_answer_without_an_end_is_told(tmp_path: Path) -> None:
     template, notes = Template(tokenizer(text + "{% if add_generation_prompt %}assistant: {% endif %}")), []
     (one,) = tokenized(tmp_path / "chats.jsonl", template, {"messages": talk("a", "b")}, notes=notes)
     assert with_loss(one, template) == ["b\n"]
-    assert notes == [
-        "chats.jsonl: 1 answers after which the chat template writes no special token: nothing teaches to stop"
-    ]
+    assert notes == ["1 answers that end without a special token: the model is not trained to stop"]

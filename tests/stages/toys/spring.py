@@ -53,8 +53,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if config.trouble == "wait":
         for step in range(600):
             context.progress(step, 600, "step", loss=1.0)
-            if context.stop_requested():
-                context.stop(f"step {step} of 600")
+            context.stop_if_asked(f"step {step} of 600")
             time.sleep(0.1)
     read = config.source.read_text() if config.source and config.source.is_file() else ""
     (context.out / "line.txt").write_text(read + config.text + "\n")

@@ -1,0 +1,99 @@
+"""What a training reads, and what the manifest says of one that has ended."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from cordee import files, model_folder
+from cordee.cost import training_flops
+from cordee.stage import Context
+from posttrain.training import adapters, reading
+from posttrain.training.compiling import is_compiled
+from posttrain.training.settings import TrlConfig, passes
+from posttrain.training.watch import Watch
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a stage trains on: its size, what its batches count for, and what the stage's metrics say of it."""
+
+    count: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
+    """From a batch as the collator made it to its number of `tokens` without padding, and what else is counted."""
+    weigh: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
+    """From a batch to the number of what its `loss` is a mean over, and so of other figures that TRL measures."""
+    rows: int
+    """Rows of the data: chats, or preference pairs."""
+    tokens: int
+    """Tokens of one pass over the data."""
+    sequence_length: int
+    """Tokens in a sequence, for the FLOPs of attention."""
+    digest: str
+    """Of the token ids of one pass over the data, and of where they carry loss."""
+    has_reference: bool = False
+    """Whether a frozen reference model reads each token as well."""
+    varying_shapes: bool = True
+    """Whether batches have different shapes, which takes longer to compile."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Further metrics of the stage."""
+
+
+def of_training(
+    trainer: Trainer, data: TrainingData, config: TrlConfig, context: Context, watch: Watch
+) -> dict[str, Any]:
+    """What the manifest says of a training that has ended."""
+    state, model = trainer.state, trainer.accelerator.unwrap_model(trainer.model)
+    sources = files.read_json(context.out / reading.ROWS)["sources"]
+    last: dict[str, float] = next((row for row in reversed(state.log_history) if "loss" in row), {})
+    return {
+        **{name: float(value) for name, value in last.items() if name not in ("step", "num_tokens")},
+        **watch.totals,
+        **watch.heldout,
+        "epoch": watch.epochs(state.global_step),
+        "steps": state.global_step,
+        "rows": data.rows,
+        "rows_left_out": sum(kind["rows"] for source in sources for kind in source["left_out"]),
+        "flops": flops(trainer, data, config, watch.totals["tokens"]),
+        "parameters": _parameters(model),
+        "vocab_size": model_folder.shape(model.config.to_dict()).vocab_size,
+        "num_processes": trainer.accelerator.num_processes,
+        "compiled": is_compiled(trainer),
+        **data.metrics,
+    }
+
+
+class Means:
+    """Means of what TRL measures over all that a step holds: TRL's own are means of its batches' means."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        """Means of a trainer's figures."""
+        self._trainer = trainer
+        self._sums: dict[str, float] = {}
+        """Of the weights, since the figures were last logged."""
+
+    def add(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Weigh the figures of the batch that was just measured, by weights of this process's share of it."""
+        names = [name for name in weights if name != "loss"]  # the loss is summed over tokens by TRL itself
+        summed = self._trainer.accelerator.reduce(torch.stack([weights[name] for name in names]), "sum")
+        for name, weight in zip(names, summed.tolist(), strict=True):
+            values = self._trainer._metrics["train"][name]  # noqa: SLF001 - of each batch since it was last logged
+            before = self._sums.get(name, 0.0) if len(values) > 1 else 0.0
+            self._sums[name] = before + weight
+            *mean, value = values
+            values[:] = [(sum(mean) * before + value * weight) / max(before + weight, 1.0)]
+
+
+def flops(trainer: Trainer, data: TrainingData, config: TrlConfig, tokens: float) -> float:
+    """FLOPs to train on so many tokens."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    shape = model_folder.shape(model.config.to_dict())
+    work = training_flops(_parameters(model), tokens, shape.layers or 0, shape.width or 0, data.sequence_length)
+    return passes(config, has_reference=data.has_reference) * work
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    """How many weights a model has, without a second copy of its adapter that a reference is computed with."""
+    named = model.named_parameters()
+    return sum(weights.numel() for name, weights in named if adapters.REFERENCE not in name.split("."))

@@ -1,0 +1,149 @@
+"""What runs beside TRL's trainer: resume points that survive a kill, progress, metrics, intermediate checkpoints."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import PartialState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from cordee import files
+from cordee.compute import device, resume
+from cordee.errors import Fault
+from cordee.stage import Context
+from posttrain.training.settings import TrlConfig
+
+
+class Watch(TrainerCallback):
+    """Reports progress and metrics, publishes checkpoints, marks resume points, and stops where asked to."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: TrlConfig,
+        context: Context,
+        begin: Callable[[int], None],
+        publish: Callable[[Path], None],
+        measure: Callable[[], dict[str, float]],
+    ) -> None:
+        """Watch a trainer.
+
+        Args:
+            trainer: that of TRL.
+            config: the stage's config.
+            context: where progress and metrics are reported.
+            begin: told the number of steps before the first.
+            publish: writes a model's folder.
+            measure: gives figures of the rows that are held out; none where no rows are.
+        """
+        self.trainer, self.config, self.context = trainer, config, context
+        self.begin, self.publish, self.measure = begin, publish, measure
+        self.heldout: dict[str, float] = {}
+        """The last figures of the rows that are held out."""
+        self.stopping = False
+        self.totals: Counter[str] = Counter()
+        """Tokens and what else is counted, from the first step on, over all processes."""
+        self._since_step: dict[str, torch.Tensor] = {}
+        self._began: tuple[float, int] | None = None
+        """When this attempt's first step had ended, and the tokens up to there."""
+        self._told_s = 0.0
+        self._figures: dict[str, float] = {}
+
+    def epochs(self, step: int) -> float:
+        """How often the rows have been seen after a step; to `Trainer`, the whole training is one epoch."""
+        return step * self.config.global_batch_size / len(self.trainer.train_dataset)
+
+    def count(self, counts: Mapping[str, torch.Tensor]) -> None:
+        """Add what a batch of this process counts for."""
+        for name, value in counts.items():
+            self._since_step[name] = self._since_step.get(name, 0) + value
+
+    def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        """Check that several processes really train one model, and that there are the steps to publish."""
+        self.config.require_steps(state.max_steps)
+        state.save_steps = self.config.resume_steps  # a resume point holds those that it was started with
+        wrapped = getattr(self.trainer.model_wrapped, "_orig_mod", self.trainer.model_wrapped)
+        device.require_wrapped(wrapped, self.trainer.accelerator.num_processes, self.config.launch)
+        self.begin(state.max_steps)
+        if not state.global_step:
+            self._measure(0)
+
+    def _measure(self, step: int) -> None:
+        """Measure the rows that are held out, and tell the figures."""
+        self.heldout = self.measure()
+        if self.heldout:
+            self.context.log(step, **self.heldout)
+            self.trainer.accelerator.log(self.heldout, step=step)
+            self._figures |= {"heldout_loss": self.heldout["heldout_loss"]}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Count the step, publish its checkpoint, report progress at most once a second, and stop where asked to."""
+        names = list(self._since_step)
+        asked, *counted = _summed([self.context.stop_requested(), *self._since_step.values()], args.device)
+        self.totals.update(dict(zip(names, counted, strict=True)))
+        self._since_step = {}
+        if self.config.saves_at(state.global_step):
+            self.publish(self.context.out / "checkpoints" / str(state.global_step))
+        is_last, every = state.global_step >= state.max_steps, self.config.eval_steps
+        if is_last or (every and state.global_step % every == 0):
+            self._measure(state.global_step)
+        self._report(state)
+        if is_last:
+            control.should_save = False  # resumed from its last step, `Trainer` would take one more
+        elif asked:
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def _report(self, state: TrainerState) -> None:
+        now, tokens = time.monotonic(), self.totals["tokens"]
+        if self._began is None:
+            self._began = now, tokens
+        if now - self._told_s < 1 and state.global_step != state.max_steps:
+            return
+        self._told_s = now
+        seconds, since = now - self._began[0], tokens - self._began[1]
+        speed = {"tokens_per_s": float(round(since / seconds))} if since else {}
+        self.context.progress(state.global_step, state.max_steps, "steps", **self._figures, **speed)
+
+    def on_log(
+        self, _args: Any, state: TrainerState, _control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        """Write one line of metrics; a loss or a gradient that is no number ends the training, before it is saved."""
+        if "loss" not in logs:
+            return
+        values = {name: float(value) for name, value in logs.items() if name != "num_tokens"}  # TRL counts padding too
+        values["epoch"] = self.epochs(state.global_step)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise Fault(
+                    f"the {name} is {values[name]} at step {state.global_step}",
+                    file=self.context.out,
+                    hint="lower trainer.learning_rate, or look at the data of this step",
+                )
+        if state.global_step % self.config.logging_steps == 0 or state.global_step == state.max_steps:
+            self.context.log(state.global_step, **values, tokens=self.totals["tokens"])
+            self.trainer.accelerator.log(values, step=state.global_step)
+        self._figures |= {"loss": values["loss"]}
+
+    def on_save(self, args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        """Flush the metrics and the checkpoint that every process has written its part of, then mark it as whole."""
+        self.context.flush()
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            resume.mark(folder, {"step": state.global_step, "totals": dict(self.totals)})
+            files.sync_folder(folder.parent)
+        processes.wait_for_everyone()
+
+
+def _summed(values: list[Any], where: torch.device) -> list[int]:
+    """Each value summed over all processes: the same in every one, so that all of them stop at the same step."""
+    sums = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=where) for value in values])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return [int(value) for value in sums.tolist()]

@@ -1,0 +1,68 @@
+"""What the stage makes of lm-eval's own rows: filters, examples, and texts that a loader took for times."""
+
+import json
+
+import pytest
+
+from cordee.errors import UserError
+from cordee.stage import Context
+from eval import benchmark
+
+TASK = """
+task: dates
+dataset_path: json
+dataset_kwargs: {data_files: {test: language}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+filter_list:
+  - {name: never, filter: [{function: regex, regex_pattern: "never (there)"}, {function: take_first}]}
+  - {name: always, filter: [{function: regex, regex_pattern: "(.*)"}, {function: take_first}]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0, chat: false, chance: null, description: names a day}
+"""
+
+
+@pytest.fixture
+def measured(checkpoints, tmp_path):
+    """Runs a task on four rows whose answers are dates; returns the row of its model and what was noted."""
+
+    def call(task=TASK, without=None):
+        rows = [{"prompt": f"day {day}", "answer": f"1990-05-0{day}", "language": "de"} for day in range(1, 5)]
+        for row in rows[2:]:
+            row.pop(without, None)
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "dates.yaml").write_text(task)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        context = Context(out=tmp_path / "out", seed=3, events=tmp_path / "events.jsonl")
+        config = {
+            "models": {"first": str(checkpoints["first"])}, "tasks": [str(tmp_path / "dates.yaml")],
+            "data": {"language": str(tmp_path / "rows.jsonl")}, "engine": "transformers", "max_length": 256,
+        }  # fmt: skip
+        benchmark.run(benchmark.Config.model_validate(config), context)
+        return json.loads((tmp_path / "out" / "results.json").read_text())["models"][0]
+
+    return call
+
+
+def test_each_document_counts_once_and_by_the_filter_of_the_headline(measured):
+    row = measured()
+    assert row["documents"] == 4
+    assert row["by_language"]["dates"] == {"de": row["results"]["dates"]["exact_match"]}
+
+
+def test_a_text_that_was_read_as_a_time_is_said(measured):
+    assert measured()["notes"]["dates"] == ["answer: the file's text was read as a time, which is written differently"]
+
+
+def test_documents_without_a_column_that_others_have_are_counted(measured):
+    row = measured(TASK, without="prompt")
+    assert "2 of 4 documents have no 'prompt': where a template asks for it, it is 'None'" in row["notes"]["dates"]
+
+
+def test_a_document_that_could_be_its_own_example_is_refused(measured):
+    with pytest.raises(UserError, match=r"num_fewshot: examples would be drawn .*; fewshot_split: test leaves"):
+        measured(TASK + "num_fewshot: 2\n")
+    assert measured(TASK + "num_fewshot: 1\nfewshot_split: test\n")["documents"] == 4
