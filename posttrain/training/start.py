@@ -54,7 +54,6 @@ def find(config: TrlConfig) -> Start:
     config.require_adapter_choice()
     adapter = config.model if model_folder.is_adapter(config.model) else None
     base = base_of(config)
-    model_folder.require(base, "model")
     own = adapter if adapter and (adapter / "tokenizer.json").is_file() else base
     notes = []
     if adapter:
@@ -69,9 +68,10 @@ def base_of(config: TrlConfig) -> Path:
     """The folder of the whole model that a training starts from.
 
     Raises:
-        UserError: that of an adapter can't be told.
+        UserError: `model` is no model, or the base of an adapter can't be told.
     """
     if not model_folder.is_adapter(config.model):
+        model_folder.require(config.model, "model")
         return config.model
     return model_folder.base_of(config.model, config.base, key="model", base_key="base")
 
