@@ -1,5 +1,6 @@
 """What a training reads, and what the manifest says of one that has ended."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,4 +97,10 @@ def flops(trainer: Trainer, data: TrainingData, config: TrlConfig, tokens: float
 def _parameters(model: torch.nn.Module) -> int:
     """How many weights a model has, without a second copy of its adapter that a reference is computed with."""
     named = model.named_parameters()
-    return sum(weights.numel() for name, weights in named if adapters.REFERENCE not in name.split("."))
+    return sum(_size(weights) for name, weights in named if adapters.REFERENCE not in name.split("."))
+
+
+def _size(weights: torch.nn.Parameter) -> int:
+    """How many numbers; bitsandbytes keeps two of four bits in one byte, and their shape beside them."""
+    quantized = getattr(weights, "quant_state", None)
+    return weights.numel() if quantized is None else math.prod(quantized.shape)

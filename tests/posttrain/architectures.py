@@ -162,7 +162,7 @@ def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
     """Of one text by the folder's tokenizer."""
     ids = AutoTokenizer.from_pretrained(folder)("All human beings are born free", add_special_tokens=False)
     with torch.no_grad():
-        return model.eval()(torch.tensor([ids["input_ids"]])).logits
+        return model.eval()(torch.tensor([ids["input_ids"]], device=model.device)).logits.cpu()
 
 
 def opened(folder: Path) -> torch.nn.Module:

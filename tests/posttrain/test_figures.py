@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_samples import some_chats, write_lines
 from dpo_samples import pair
 
 from cordee.files import read_json_lines
 from posttrain import dpo, sft
+from posttrain.training import metrics
 
 UNEVEN = [
     [*chat[:-1], {"role": "assistant", "content": "Romansh " * (1 + 5 * n)}] for n, chat in enumerate(some_chats(4))
@@ -42,3 +44,10 @@ def test_figures_are_those_of_the_step(stage: Any, model_folder: Path, tmp_path:
         assert manifest["entropy"] == found[-1]["entropy at 2"]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-4, abs=1e-5)
+
+
+def test_weights_of_four_bits_are_counted_as_what_they_stand_for() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    packed = bitsandbytes.nn.Params4bit(torch.randn(64, 32), requires_grad=False, quant_type="nf4").to("cpu")
+    assert packed.numel() == 64 * 32 // 2
+    assert metrics._parameters(torch.nn.ParameterList([packed])) == 64 * 32

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from architectures import make
 from chat_samples import some_chats, write_parquet
 from safetensors.torch import load_file
@@ -58,6 +59,7 @@ def trained(folder, model_folder, data, at_once, processes=1):
     return load_file(folder / "out" / "model.safetensors"), counted, figures
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need a GPU each")
 def test_batches_and_processes_change_no_step(model_folder, tmp_path):
     data = write_parquet(tmp_path / "messages.parquet", some_chats(10))
     weights, counted, figures = trained(tmp_path / "whole", model_folder, data, 4)
@@ -70,6 +72,7 @@ def test_batches_and_processes_change_no_step(model_folder, tmp_path):
         assert max(moved.values()) < 1e-4, moved.most_common(3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need a GPU each")
 def test_several_processes_train_a_model_with_parts_that_get_no_gradient(tmp_path):
     data = write_parquet(tmp_path / "messages.parquet", some_chats(10))
     _, counted, _ = trained(tmp_path / "nested", make(tmp_path / "model", "gemma3_nested"), data, 2, 2)
