@@ -24,9 +24,10 @@ quickstart: setup
 	$(BIN)/cordee run configs/recipes/quickstart.yaml
 	$(BIN)/cordee prove configs/recipes/quickstart.yaml
 
-# Two processes with one thread each: most of the time goes into imports, which take one core.
+# Two processes with one thread each: most of the time goes into imports, which take one core. What takes longest first.
 test: check browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore=tests/house
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	  tests/system tests/eval tests/posttrain tests/pretrain tests/cordee examples
 
 # What takes too long for every change; writes docs/architectures.md.
 test-long: setup

@@ -184,6 +184,7 @@ def test_what_vllm_would_leave_out_is_refused_and_measured_by_transformers(what,
 
 
 @WITH_VLLM
+@pytest.mark.long
 def test_models_of_two_shapes_and_an_adapter_answer_by_vllm_as_by_transformers(
     checkpoints, adapters, held_out, tmp_path
 ):

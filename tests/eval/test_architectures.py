@@ -40,6 +40,7 @@ def in_a_process(cases: list[Case], folder: Path) -> list[Any]:
         return pool.submit(served_models.served, cases, folder).result()
 
 
+@pytest.mark.long
 def test_tied_tables_without_a_head_and_experts_are_served(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
     cases = [("GPT-2", True), ("OLMo 2", False), ("Mixtral", False)]

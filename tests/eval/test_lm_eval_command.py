@@ -97,26 +97,29 @@ def samples(folder):
 
 
 PLAIN = {"continue", "fewshot", "rolling", "heldout_bits_per_byte"}
+ENGINES = [("transformers", "eager"), ("vllm", "eager"), pytest.param("vllm", "compiled", marks=pytest.mark.long)]
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_the_stage_gives_the_figures_of_the_command(engine, checkpoints, held_out, tasks, tmp_path):
-    artifact, row = measured_by(engine, {"first": checkpoints["first"]}, tasks, held_out, tmp_path)
+@pytest.mark.parametrize(("engine", "mode"), ENGINES)
+def test_the_stage_gives_the_figures_of_the_command(engine, mode, checkpoints, held_out, tasks, tmp_path):
+    artifact, row = measured_by(engine, mode, {"first": checkpoints["first"]}, tasks, held_out, tmp_path)
     chat, plain = row["commands"]
     assert ("--apply_chat_template" in chat, "--apply_chat_template" in plain) == (True, False)
     require_same(row, artifact, {chat: {"answer"}, plain: PLAIN}, tmp_path)
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_of_an_adapter_too_beside_whose_base_it_is_measured(engine, checkpoints, adapters, held_out, tasks, tmp_path):
+@pytest.mark.parametrize(("engine", "mode"), ENGINES)
+def test_of_an_adapter_too_beside_whose_base_it_is_measured(
+    engine, mode, checkpoints, adapters, held_out, tasks, tmp_path
+):
     models = {"first": checkpoints["first"], "small": adapters["small"]}
-    artifact, row = measured_by(engine, models, tasks[2:3], held_out, tmp_path)
+    artifact, row = measured_by(engine, mode, models, tasks[2:3], held_out, tmp_path)
     (command,) = row["commands"]
     assert {"transformers": "peft=", "vllm": "lora_local_path="}[engine] in command
     require_same(row, artifact, {command: {"answer"}}, tmp_path)
 
 
-def measured_by(engine, models, tasks, held_out, tmp_path):
+def measured_by(engine, mode, models, tasks, held_out, tmp_path):
     """The artifact, and its row of the last model."""
     if engine == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
@@ -126,12 +129,13 @@ def measured_by(engine, models, tasks, held_out, tmp_path):
         "data": {name: str(path) for name, path in held_out.items()},
         "limit": 3,
         "engine": engine,
+        "enforce_eager": mode == "eager",
     }
     artifact = measured(config, tmp_path)
     table = json.loads((artifact / "results.json").read_text())
     row = table["models"][-1]
     assert [one["name"] for one in table["models"]] == list(models)
-    assert table["engine"]["mode"] == {"transformers": "eager", "vllm": "compiled"}[engine]
+    assert table["engine"]["mode"] == mode
     assert table["engine"]["dtype"] == row["dtype"] == {"transformers": "float32", "vllm": "bfloat16"}[engine]
     return artifact, row
 

@@ -49,3 +49,10 @@ def test_no_test_module_imports_another() -> None:
         if line.strip().startswith(("from test_", "import test_"))
     ]
     assert found == []
+
+
+def test_make_runs_every_folder_of_tests() -> None:
+    """They are listed in the Makefile, in the order in which they are run."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ntest:")[2].partition("\n\n")[0]
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").rglob("test_*.py")}
+    assert folders - {"house"} == {word.removeprefix("tests/") for word in recipe.split() if word.startswith("tests/")}
