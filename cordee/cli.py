@@ -240,6 +240,52 @@ def data_(
     preview.run(settings, model, _console())
 
 
+@_command
+def init_(
+    out: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="the file to write")] = Path("recipe.yaml"),
+    model: Annotated[Path | None, typer.Option(help="a model's folder, or an adapter's")] = None,
+    chats: Annotated[Path | None, typer.Option(help="chats or texts to train on")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="preference pairs to train on")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="texts to train a model of one's own on")] = None,
+    questions: Annotated[Path | None, typer.Option(help="questions with answers to measure on")] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval's tasks to measure on, with commas between")] = "",
+    data_dir: Annotated[Path | None, typer.Option(help="a folder with the hub's data sets for the tasks")] = None,
+) -> None:
+    """Write a recipe for what you have: a model, and chats, pairs, a corpus, questions or tasks."""
+    from cordee import init, recipe
+
+    has = init.Has(model, chats, pairs, corpus, questions, tuple(filter(None, tasks.split(","))), data_dir)
+    init.write(init.ask(typer.prompt) if has == init.Has() and sys.stdin.isatty() else has, out)
+    recipe.load(out, [])
+    typer.echo(f"wrote {out}: look at it, then\n  cordee plan {out}\n  cordee run {out}")
+
+
+@_command
+def chat_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder, or recipe/stage@version")],
+    adapter: Annotated[Path | None, typer.Option(help="an adapter on MODEL")] = None,
+    system: Annotated[str, typer.Option(help="the system prompt")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy (default: the model's own)")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="(default: the model's own)")] = None,
+    seed: Annotated[int, typer.Option(help="of what is sampled")] = 0,
+    runs: Runs = RUNS,
+) -> None:
+    """Chat with a model or an adapter on the terminal; the end of the input ends it."""
+    from cordee import lineage, model_folder
+    from cordee.artifact import Store
+
+    folder = lineage.place(model, Store(runs))
+    base = folder if adapter else None
+    if adapter:
+        model_folder.require_adapter(adapter, folder, "--adapter")
+    model_folder.require_served(folder, "MODEL")
+    from cordee.compute import talk
+
+    settings = talk.Settings(max_tokens, temperature, top_p, seed)
+    talk.on_terminal(talk.Chat(adapter or folder, settings, base, system))
+
+
 def main() -> None:
     """The entry point."""
     app()

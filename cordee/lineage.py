@@ -73,6 +73,24 @@ def licences(of: Artifact) -> Iterator[str]:
         yield f"licence: {name} ({count:,} documents)" if isinstance(count, int) else f"licence: {name}"
 
 
+def place(what: str, store: Store) -> Path:
+    """The folder that a path, or a reference to an artifact or to a place in one, names.
+
+    Raises:
+        UserError: there is none.
+        Fault: the artifact is damaged.
+    """
+    match = REFERENCE.fullmatch(what)
+    if match and not Path(what).exists():
+        found = store.find(what)
+        if isinstance(found, Damaged):
+            raise found.fault()
+        return found.at(match["place"] or "", file="command line", key=what)
+    if not Path(what).is_dir():
+        raise UserError(f"no folder {what!r}", file="command line", hint="name an artifact as recipe/stage@version")
+    return Path(what)
+
+
 def find(what: str, store: Store) -> Artifact | Damaged:
     """The artifact that a reference or a path (of a checkpoint, of any file inside) names.
 

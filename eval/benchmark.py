@@ -1,8 +1,8 @@
-"""Measures checkpoints and adapters with lm-eval on task files that read local data.
+"""Measures checkpoints and adapters with lm-eval: its own tasks by name, and task files.
 
     python -m eval.benchmark --config benchmarks.yaml
 
-lm-eval's own results and samples stand untouched in `lm_eval/<model>/`; `results.json` has its figures in one table.
+lm-eval's own results and samples stand untouched in `lm_eval/<model>/`; `results.json` has all figures in one table.
 """
 
 import tempfile
@@ -13,35 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from cordee import files, model_folder, worker
-from cordee.config import Input
 from cordee.cost import Cost
 from cordee.model_folder import ModelInput
 from cordee.stage import Context
+from eval.measuring.asked import Name, TasksConfig
 from eval.measuring.settings import ModelsConfig
-from eval.measuring.task_files import TaskFile
 
 if TYPE_CHECKING:
-    from eval.measuring.harness import Task
+    from eval.measuring.batches import Batch
 
 
-VERSION = 4
-Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-"""A name that can be a folder's."""
+VERSION = 5
 
 
-class Config(ModelsConfig):
+class Config(ModelsConfig, TasksConfig):
     """Which checkpoints are measured, on what."""
 
     models: dict[Name, ModelInput] = Field(min_length=1)
     """Checkpoints and LoRA adapters by names that folders can have, in the order in which they were trained."""
-    tasks: list[TaskFile] = Field(min_length=1)
-    """lm-eval task files; their content is part of the identity, with that of the files they include and of the modules
-    whose functions they name."""
-    data: dict[str, Input] = Field(default={})
-    """The files that the tasks read, by the names that stand in their `data_files`."""
-    limit: int | None = Field(default=None, ge=1)
-    """Documents per task, spread evenly over the languages where they have a column `language`, else the first; all of
-    them if not given."""
+    confirm_unsafe_code: bool = False
+    """Whether tasks may run code that the models write, as HumanEval does."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Requests at once, as in the `lm_eval` command; with `auto`, vLLM is given all of them, which is many times faster
     and rounds differently."""
@@ -55,7 +46,7 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Measure each model that an earlier run has not measured, and write `results.json`."""
-    from eval.measuring import backends, harness
+    from eval.measuring import backends, batches, harness
 
     settings = config.settings(context)
     measured: dict[str, Any] = {}
@@ -68,45 +59,43 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         context.progress(len(measured), len(config.models), "models", requests=requests)
         requests += coming
 
+    confirmed = config.confirm_unsafe_code
     with tempfile.TemporaryDirectory(prefix="cordee-") as cache:
-        tasks = harness.read_tasks(config.tasks, config.data, context.out, Path(cache))
-        samples = harness.choose(tasks, config.limit, context.out)
-        measured |= _earlier(context.out, settings.describe(), tasks)
+        asked = batches.make(config, context.out, Path(cache), confirm_unsafe_code=confirmed)
+        measured |= _earlier(context.out, settings.describe(), asked)
         coming = {model: folder for model, folder in config.models.items() if model not in measured}
         models = backends.Models(settings, list(coming.values()), batch_size=config.batch_size, watch=watch)
         for model in models.in_turn(coming):
             watch(0)
             lm = models.open(coming[model])
             began = time.monotonic()
-            row = harness.measure(lm, model, tasks, samples, context)
+            row = harness.measure(lm, model, asked, context, confirm_unsafe_code=confirmed)
             seconds = round(time.monotonic() - began, 3)
             measured[model] = {"name": model, "dtype": lm.dtype, **row, "seconds": seconds}
-            _write(
-                context.out, settings.describe(), [measured[name] for name in config.models if name in measured], tasks
-            )
+            _write(context.out, settings.describe(), [measured[name] for name in config.models if name in measured])
             notes = [f"{task}: {note}" for task, found in row["notes"].items() for note in found]
-            for note in (*notes, harness.said(row["results"])):
+            for note in (*notes, harness.said(row)):
                 context.note(f"{model}: {note}")
         models.close()
     last = measured[list(config.models)[-1]]
-    return {"rows": sum(row["documents"] for row in measured.values()), "engine": settings.name, **last["headline"]}
+    figures = {f"{task['task']}.{row['metric']}": row["value"] for task, row in harness.asked_for(last)}
+    return {"rows": sum(row["documents"] for row in measured.values()), "engine": settings.name, **figures}
 
 
-def _write(out: Path, engine: dict[str, str], rows: list[dict[str, Any]], tasks: "list[Task]") -> None:
+def _write(out: Path, engine: dict[str, str], rows: list[dict[str, Any]]) -> None:
     """Write `results.json`; models in different dtypes have them all beside the engine, in their order."""
     dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
-    about = {task.name: task.about for task in tasks}
-    files.write_json(out / "results.json", {"engine": {**engine, "dtype": dtypes}, "models": rows, "tasks": about})
+    files.write_json(out / "results.json", {"engine": {**engine, "dtype": dtypes}, "models": rows})
 
 
-def _earlier(out: Path, engine: dict[str, str], tasks: "list[Task]") -> dict[str, dict[str, Any]]:
+def _earlier(out: Path, engine: dict[str, str], asked: "list[Batch]") -> dict[str, dict[str, Any]]:
     """The rows of an earlier run that was stopped, where the same engine measured and lm-eval's files are there."""
     from eval.measuring import harness
 
     path = out / "results.json"
     table = files.read_json(path) if path.exists() else {"engine": {}, "models": []}
     rows = table["models"] if {**table["engine"], **engine} == table["engine"] else []
-    return {row["name"]: row for row in rows if harness.is_whole(out / "lm_eval" / row["name"], tasks)}
+    return {row["name"]: row for row in rows if harness.is_whole(out / "lm_eval" / row["name"], asked)}
 
 
 def main() -> None:

@@ -1,208 +1,123 @@
-"""lm-eval as a library: task files with local data, its own files kept, its figures in one table.
+"""lm-eval as a library: its own files kept, all its figures in one table.
 
 lm-eval only warns of a result file that it could not write: here that is an error.
 """
 
+import json
 import math
 import os
 import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from cordee import files
 from cordee.chat.templates import special_tokens
 from cordee.errors import Fault, UserError, nearest
 from cordee.stage import Context
-from eval.measuring.prompts import spread
+from eval.measuring.batches import TASKS, Batch
 from eval.measuring.statistics import BITS_PER_BYTE, ratio_mean, score
 
 BOOTSTRAP_ITERATIONS = 1000
 """Resamples for the standard errors of metrics that are no means; lm-eval's own 100,000 take minutes."""
-TASKS = "tasks"
-"""The folder of an artifact that holds the tasks as they were measured, for lm-eval's own command."""
-SAMPLES = f"{TASKS}/samples.json"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One lm-eval task file with its data filled in."""
-
-    config: dict[str, Any]
-    metric: str
-    is_chat: bool
-    about: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The task's name, as lm-eval and the report have it."""
-        return str(self.config["task"])
-
-
-def read_tasks(paths: Iterable[Path], data: Mapping[str, Path], out: Path, cache: Path) -> list[Task]:
-    """Read task files, each as `read_task` does.
-
-    Raises:
-        UserError: one can't be read, or two have the same name, by which lm-eval tells tasks apart.
-    """
-    tasks: dict[str, Task] = {}
-    places: dict[str, Path] = {}
-    for path in paths:
-        task = read_task(path, data, out, cache)
-        if task.name in tasks:
-            problem = f"its name {task.name!r} is that of {places[task.name]} too: only one of them would be measured"
-            raise UserError(problem, file=path, key="tasks", hint="give one of them another `task:`")
-        tasks[task.name], places[task.name] = task, path
-    return list(tasks.values())
-
-
-def read_task(path: Path, data: Mapping[str, Path], out: Path, cache: Path) -> Task:
-    """Read a task file, and put the paths of the data in the place of their names.
-
-    Args:
-        path: the file, as lm-eval reads it: with `include` and `!function`.
-        data: the paths by name.
-        out: gets `tasks/<task>.yaml`, which includes the file and names the data's paths.
-        cache: for the data in Arrow's form.
-
-    Raises:
-        UserError: it is no task file, or names data that is not given.
-    """
-    try:
-        config = load_yaml(path)
-        (metric,) = config["metric_list"]
-        metadata, splits = config["metadata"], dict(config["dataset_kwargs"]["data_files"])
-        about = {name: metadata[name] for name in ("description", "chance")}
-        about |= {name: metric[name] for name in ("metric", "higher_is_better")}
-        is_chat = bool(metadata["chat"])
-        absent = sorted({"task", "dataset_path", "test_split"} - config.keys())
-    except (yaml.YAMLError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"is no task file: {error!r}", file=path, key="tasks") from error
-    if absent:
-        raise UserError(f"is no task file: it has no {absent[0]}", file=path, key="tasks")
-    sources = ("fewshot_split", "training_split", "validation_split")
-    has_source = any(map(config.get, sources)) or "samples" in config.get("fewshot_config", {})
-    if config.get("num_fewshot") and not has_source:
-        problem = "examples would be drawn from the documents that are asked, each with its own answer among them"
-        hint = f"fewshot_split: {config['test_split']} leaves the asked one out"
-        raise UserError(problem, file=path, key="num_fewshot", hint=hint)
-    for split, name in splits.items():
-        if str(name) not in data:
-            raise UserError(f"needs data named {name!r}", file=path, key="data", hint=nearest(str(name), data))
-        splits[split] = str(data[str(name)].resolve())
-    config["dataset_kwargs"] |= {"data_files": splits}
-    measured = {"include": str(path.resolve()), "dataset_kwargs": dict(config["dataset_kwargs"])}
-    (out / TASKS).mkdir(exist_ok=True)
-    files.write_text(out / TASKS / f"{config['task']}.yaml", yaml.safe_dump(measured, allow_unicode=True))
-    config["dataset_kwargs"]["cache_dir"] = str(cache)
-    return Task(config, metric["metric"], is_chat, about)
-
-
-def choose(tasks: Iterable[Task], limit: int | None, out: Path) -> dict[str, list[int]] | None:
-    """Which documents of each task are measured, written to `tasks/samples.json`; None for all of them.
-
-    Where the documents have a column `language`, `limit` is spread over the languages; else it takes the first, as
-    lm-eval's own limit does.
-    """
-    if limit is None:
-        return None
-    chosen = {task.name: _chosen(task, limit) for task in tasks}
-    files.write_json(out / SAMPLES, chosen)
-    return chosen
-
-
-def _chosen(task: Task, limit: int) -> list[int]:
-    documents = TaskManager(include_defaults=False).load([dict(task.config)])["tasks"][task.name].eval_docs
-    if "language" not in documents.column_names:
-        return list(range(min(limit, len(documents))))
-    rows = [{"language": language, "index": index} for index, language in enumerate(documents["language"])]
-    return [row["index"] for row in spread(rows, limit)]
 
 
 def measure(
-    lm: Any, model: str, tasks: list[Task], samples: dict[str, list[int]] | None, context: Context
+    lm: Any, model: str, batches: list[Batch], context: Context, *, confirm_unsafe_code: bool = False
 ) -> dict[str, Any]:
-    """Run the tasks on one model, with lm-eval's own seeds; its own files go to `lm_eval/<model>/`.
+    """Run the tasks on one model, with lm-eval's own seeds; its own files go to `lm_eval/<model>/<batch>/`.
 
     Raises:
-        UserError: a task asks in chats, and the model has no chat template.
+        UserError: a task asks in chats, and the model has no chat template; or a metric that was asked for is unknown.
         Fault: lm-eval did not write what it should have.
     """
-    folder = context.out / "lm_eval"
-    shutil.rmtree(folder / model, ignore_errors=True)
+    folder = context.out / "lm_eval" / model
+    shutil.rmtree(folder, ignore_errors=True)
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstrap must not fork a process that holds an engine
-    measured: dict[str, Any] = {
-        "results": {}, "by_language": {}, "headline": {}, "documents": 0, "notes": {}, "commands": [],
-    }  # fmt: skip
-    for is_chat in (True, False):
-        chosen = [task for task in tasks if task.is_chat == is_chat]
-        if not chosen:
-            continue
-        if is_chat and lm.tokenizer.chat_template is None:
-            raise UserError(f"has no chat template, and {chosen[0].name} asks in chats", key=f"models.{model}")
+    measured: dict[str, Any] = {"results": [], "tasks": [], "documents": 0, "notes": {}, "commands": []}
+    for batch in batches:
+        if batch.is_chat and lm.tokenizer.chat_template is None:
+            problem = f"has no chat template, and {next(iter(batch.asked))} is asked in chats"
+            raise UserError(problem, key=f"models.{model}", hint="`apply_chat_template: false` asks in plain text")
         tracker = EvaluationTracker(output_path=str(folder))
         lm.begin()
         outcome = simple_evaluate(
             model=lm,
-            model_args={"pretrained": model},
-            tasks=[task.config for task in chosen],
+            model_args={"pretrained": batch.label},  # which names the folder
+            tasks=batch.top,
             task_manager=TaskManager(include_defaults=False),
-            samples={task.name: samples[task.name] for task in chosen} if samples else None,
+            samples=batch.samples,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            apply_chat_template=is_chat,
             evaluation_tracker=tracker,
+            confirm_run_unsafe_code=confirm_unsafe_code,
+            **batch.how,
         )
-        rows_by_task = outcome.pop("samples")
-        for task in chosen:
-            _add(measured, task, outcome["results"][task.name], rows_by_task[task.name])
-            documents = {row["doc_id"]: row for row in rows_by_task[task.name]}  # one has a row for each filter
-            measured["notes"][task.name] = _notes(lm, task, list(documents.values()))
-        measured["commands"].append(_command(lm, chosen, samples is not None))
-        tracker.save_results_aggregated(results=outcome, samples=rows_by_task)
+        rows = outcome.pop("samples")
+        _add(measured, batch, outcome, rows)
+        for name, own in rows.items():
+            documents = list({row["doc_id"]: row for row in own}.values())  # one has a row for each filter
+            measured["documents"] += len(documents)
+            measured["notes"][name] = _notes(lm, batch, name, documents)
+        measured["commands"].append(_command(lm, batch, confirm_unsafe_code=confirm_unsafe_code))
+        tracker.save_results_aggregated(results=outcome, samples=rows)
         written = getattr(tracker, "date_id", "<date>")
-        for name, rows in rows_by_task.items():
-            tracker.save_results_samples(task_name=name, samples=rows)
-            _require_written(folder / model, f"samples_{name}_{written}.jsonl", len(rows))
-        _require_written(folder / model, f"results_{written}.json", 1)
-    files.sync_tree(folder / model)
+        for name, own in rows.items():
+            tracker.save_results_samples(task_name=name, samples=own)
+            _require_written(folder / batch.label, f"samples_{name}_{written}.jsonl", len(own))
+        _require_written(folder / batch.label, f"results_{written}.json", 1)
+    files.sync_tree(folder)
     return measured
 
 
-def said(results: Mapping[str, Mapping[str, float | None]]) -> str:
-    """A model's figures in one line, each with its standard error."""
+def said(measured: Mapping[str, Any]) -> str:
+    """The figures that were asked for in one line, each with its standard error."""
     figures = []
-    for task, values in results.items():
-        (metric, value), (_, error) = values.items()
-        figures.append(f"{task} {metric} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    for task, row in asked_for(measured):
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+        figures.append(f"{task['task']} {row['metric']} {row['value']:.4f}{error}")
     return "; ".join(figures)
 
 
-def is_whole(folder: Path, tasks: Iterable[Task]) -> bool:
+def asked_for(measured: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each task or group that was asked for, with the row of its main metric."""
+    rows = {(row["asked"], row["task"], row["metric"], row["filter"]): row for row in measured["results"]}
+    keys = [(task, (task["asked"], task["task"], task["metric"], task["filter"])) for task in measured["tasks"]]
+    return [(task, rows[key]) for task, key in keys if task["is_asked"] and key in rows]
+
+
+def is_whole(folder: Path, batches: Iterable[Batch]) -> bool:
     """Whether lm-eval's files of an earlier run are there for every task."""
-    return all(list(folder.glob(f"samples_{task.name}_*.jsonl")) for task in tasks)
+    return all(
+        list((folder / batch.label).glob(f"samples_{name}_*.jsonl"))
+        for batch in batches
+        for name in batch.loaded["tasks"]
+    )
 
 
-def _command(lm: Any, tasks: Iterable[Task], has_samples: bool) -> str:
+def _command(lm: Any, batch: Batch, *, confirm_unsafe_code: bool) -> str:
     """lm-eval's own command for the same figures, to be run in the artifact's folder."""
     arguments = ",".join(f"{name}={value}" for name, value in lm.command_arguments.items())
-    names = ",".join(f"{TASKS}/{task.name}.yaml" for task in tasks)
-    words = ["lm_eval", "--model", lm.command_model, "--model_args", arguments, "--tasks", names]
-    words += ["--apply_chat_template"] if all(task.is_chat for task in tasks) else []
+    words = ["lm_eval", "--model", lm.command_model, "--model_args", arguments]
+    words += ["--include_path", TASKS, "--tasks", ",".join(batch.asked)]
+    words += ["--apply_chat_template"] if batch.is_chat else []
+    words += ["--fewshot_as_multiturn", "false"] if batch.is_chat and not batch.how["fewshot_as_multiturn"] else []
+    for name in ("num_fewshot", "system_instruction"):
+        words += [] if batch.how[name] is None else [f"--{name}", str(batch.how[name])]
+    if given := batch.how["gen_kwargs"]:
+        words += ["--gen_kwargs", json.dumps(given)]
     words += ["--batch_size", str(lm.batch_size)] if lm.batch_size != 1 else []
-    return shlex.join(words + (["--samples", SAMPLES] if has_samples else []))
+    words += ["--confirm_run_unsafe_code"] if confirm_unsafe_code else []
+    return shlex.join(words + ([] if batch.samples is None else ["--samples", batch.samples_file]))
 
 
-def _notes(lm: Any, task: Task, rows: list[dict[str, Any]]) -> list[str]:
+def _notes(lm: Any, batch: Batch, name: str, rows: list[dict[str, Any]]) -> list[str]:
     """What lm-eval did with a task's texts that a reader of its figures should know."""
     notes = []
     pattern = special_tokens(lm.tokenizer)
@@ -212,55 +127,123 @@ def _notes(lm: Any, task: Task, rows: list[dict[str, Any]]) -> list[str]:
             f"{len(found)} of {len(rows)} documents spell out a special token such as {found[0]!r}, which lm-eval "
             "encodes as that token"
         )
-    absent = {name: sum(row["doc"].get(name) is None for row in rows) for name in (rows[0]["doc"] if rows else ())}
+    absent = {key: sum(row["doc"].get(key) is None for row in rows) for key in (rows[0]["doc"] if rows else ())}
     notes += [
-        f"{count} of {len(rows)} documents have no {name!r}: where a template asks for it, it is 'None'"
-        for name, count in absent.items()
+        f"{count} of {len(rows)} documents have no {key!r}: where a template asks for it, it is 'None'"
+        for key, count in absent.items()
         if 0 < count < len(rows)
     ]
-    times = sorted({name for row in rows for name, value in row["doc"].items() if isinstance(value, date)})
+    times = sorted({key for row in rows for key, value in row["doc"].items() if isinstance(value, date)})
     if times:
         notes.append(f"{', '.join(times)}: the file's text was read as a time, which is written differently")
-    if task.config["output_type"] == "loglikelihood_rolling" and lm.tok_encode("a")[:1] == [lm.prefix_token_id]:
+    task = batch.loaded["tasks"][name]
+    if task.OUTPUT_TYPE == "loglikelihood_rolling" and lm.tok_encode("a")[:1] == [lm.prefix_token_id]:
         start = lm.tokenizer.decode(lm.prefix_token_id)
         notes.append(
             f"lm-eval's windows begin with {start!r} twice, once from lm-eval and once from the tokenizer, and score "
             "the second one"
         )
-    if task.is_chat and lm.note:
+    asked = batch.how["num_fewshot"]
+    if asked and task.config.num_fewshot == 0:
+        notes.append(f"num_fewshot is 0 in the task's own file, which lm-eval keeps to: not {asked}")
+    if batch.is_chat and lm.note:
         notes.append(lm.note)
     return notes
 
 
-def _add(measured: dict[str, Any], task: Task, result: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Add one task's figures, overall and, where they are means over documents, by language."""
-    key = next(key for key in result if key.partition(",")[0] == task.metric)
-    chosen = key.partition(",")[2]
-    rows = [row for row in rows if row["filter"] == chosen]  # lm-eval has a row for each filter
-    error = result.get(f"{task.metric}_stderr,{chosen}")
-    if task.metric == BITS_PER_BYTE:  # lm-eval has none for it
-        error = _ratio(task, rows)[1]
-    measured["results"][task.name] = {
-        task.metric: result[key],
-        f"{task.metric}_stderr": error if isinstance(error, float) and math.isfinite(error) else None,
+def _add(
+    measured: dict[str, Any], batch: Batch, outcome: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]
+) -> None:
+    """Add the figures of all tasks and groups of a batch, for each metric and filter."""
+    for name, values in outcome["results"].items():
+        better = outcome["higher_is_better"].get(name) or {}
+        own = []
+        for key in values:
+            metric, comma, chosen = key.partition(",")
+            if comma and not metric.endswith("_stderr") and _is_number(values[key]):
+                own.append(_row(batch, name, (metric, chosen), values, rows.get(name, [])))
+        measured["results"] += own
+        if own:
+            metric, chosen = _main(batch, name, own)
+            measured["tasks"].append(
+                {
+                    "task": name,
+                    "asked": batch.label,
+                    "is_asked": name in batch.asked,
+                    "is_group": name not in batch.loaded["tasks"],
+                    "shots": outcome["n-shot"].get(name),
+                    "version": outcome["versions"].get(name),
+                    "metric": metric,
+                    "filter": chosen,
+                    "higher_is_better": {row["metric"]: better.get(row["metric"]) is not False for row in own},
+                    **_about(batch, name),
+                }
+            )
+
+
+def _about(batch: Batch, name: str) -> dict[str, Any]:
+    """What a task's file says of itself."""
+    task = batch.loaded["tasks"].get(name)
+    told = (task.config.metadata if task is not None else None) or {}
+    return {"description": str(told.get("description") or ""), "chance": told.get("chance")}
+
+
+def _main(batch: Batch, name: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The metric and filter that are shown first: those that were asked for, else the first.
+
+    Raises:
+        UserError: the task has no such metric.
+    """
+    wanted = batch.asked[name].metric if name in batch.asked else None
+    for row in rows:
+        if wanted in (None, row["metric"], f"{row['metric']},{row['filter']}"):
+            return row["metric"], row["filter"]
+    known = [f"{row['metric']},{row['filter']}" for row in rows]
+    raise UserError(f"{name} has no metric {wanted!r}", key="tasks.metric", hint=nearest(str(wanted), known))
+
+
+def _row(
+    batch: Batch, name: str, key: tuple[str, str], values: Mapping[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One figure of a task or a group, overall and, where it is a mean over documents, by language."""
+    metric, chosen = key
+    value, error = values[f"{metric},{chosen}"], values.get(f"{metric}_stderr,{chosen}")
+    own = [row for row in rows if row["filter"] == chosen and metric in row]
+    by_language: dict[str, float] = {}
+    try:
+        overall, own_error = _ratio(metric, own)
+    except (TypeError, ValueError):  # no number for each document
+        overall, own_error = math.nan, None
+    if math.isclose(overall, value, rel_tol=1e-9, abs_tol=1e-12):
+        error = own_error if metric == BITS_PER_BYTE else error  # lm-eval has none for it
+        by_language = _by_language(metric, own)
+    return {
+        "task": name,
+        "asked": batch.label,
+        "metric": metric,
+        "filter": chosen,
+        "value": value,
+        "standard_error": error if _is_number(error) else None,
+        "documents": values["sample_len"],
+        "by_language": by_language,
     }
-    is_mean = math.isclose(_ratio(task, rows)[0], result[key], rel_tol=1e-9, abs_tol=1e-12)
-    measured["by_language"][task.name] = _by_language(task, rows) if is_mean else {}
-    measured["headline"][f"{task.name}.{task.metric}"] = result[key]
-    measured["documents"] += len(rows)
 
 
-def _by_language(task: Task, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """A task's metric for each language, "" where there is none, from lm-eval's own rows."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _by_language(metric: str, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """A metric for each language, from lm-eval's own rows; nothing where no document has one."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["doc"].get("language") or ""].append(row)
-    return {name: _ratio(task, own)[0] for name, own in sorted(groups.items())}
+    return {name: _ratio(metric, own)[0] for name, own in sorted(groups.items())} if groups.keys() - {""} else {}
 
 
-def _ratio(task: Task, rows: Iterable[dict[str, Any]]) -> tuple[float, float | None]:
-    """A task's metric over some of lm-eval's own rows, and its standard error."""
-    values, weights = zip(*(score(task.metric, row[task.metric]) for row in rows), strict=True)
+def _ratio(metric: str, rows: Iterable[dict[str, Any]]) -> tuple[float, float | None]:
+    """A metric over some of lm-eval's own rows, and its standard error."""
+    values, weights = zip(*(score(metric, row[metric]) for row in rows), strict=True)
     return ratio_mean(values, weights)
 
 

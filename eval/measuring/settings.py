@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from cordee import machine
 from cordee.config import Config, Engine
 from cordee.model_folder import ModelInput
 from cordee.stage import Context
@@ -44,6 +45,8 @@ class ModelsConfig(Config):
         serving.require_served(self.models, settings)
         if self.engine == "transformers":
             context.note("vLLM is not used: transformers computes")
+        if self.engine == "vllm" and self.dtype in ("auto", "bfloat16") and machine.fast_precision() != "bfloat16":
+            context.note("this machine computes bfloat16 many times slower than float32; `dtype: float32` avoids it")
         for name, folder in self.models.items():
             if remark := adapter.remark(folder):
                 context.note(f"{name}: {remark}")

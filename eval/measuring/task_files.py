@@ -1,33 +1,111 @@
-"""What an lm-eval task file reads, found in its text: a plan must not import lm-eval."""
+"""What lm-eval's task files read, found in their texts: a plan must not import lm-eval."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from cordee import peek
 from cordee.config import Input
 from cordee.errors import UserError
+from eval.measuring import catalog
+
+BUILDERS = {"json", "csv", "parquet", "arrow", "text", "xml", "pandas", "webdataset", "imagefolder", "audiofolder"}
+"""What `dataset_path` names where a task's data are files; anything else is a data set of the hub, or a folder."""
 
 
 class TaskFile(Input):
-    """An lm-eval task file; the files that it includes and the modules whose functions it names count with it."""
+    """An lm-eval task file, or that of a group.
+
+    The files that it includes, the modules whose functions it names, and a group's tasks count with it.
+    """
 
     def further_files(self) -> list[Path]:
         """These files; what the modules import is not among them.
 
         Raises:
-            UserError: a file that it includes is not there, or one of them is no task file.
+            UserError: a file that it includes is not there, one of them is no task file, or a group's task is unknown.
         """
-        tasks, modules = [Path(self).resolve()], []
-        for task in tasks:  # those that it includes come to the end of the list
-            included, named = _read(task)
-            tasks += [path for path in included if path not in tasks]
-            modules += named
-        return [*tasks[1:], *modules]
+        found = [Path(self).resolve()]
+        modules: list[Path] = []
+        for file in found:  # those that it includes come to the end of the list
+            config, included, named = _read(file)
+            found += [path for path in (*included, *_members(file, config)) if path not in found]
+            modules += [path for path in named if path not in modules]
+        return [*found[1:], *modules]
 
 
-def _read(file: Path) -> tuple[list[Path], list[Path]]:
-    """The files that a task file includes, and the source files of the functions that it names, as lm-eval finds them.
+def tasks_of(file: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """By name, the file and the keys of each task in a file: its own, or those of its group.
+
+    Raises:
+        UserError: one can't be read.
+    """
+    config = merged(file)
+    if "group" not in config or "class" in config:
+        if not isinstance(config.get("task"), str):
+            raise UserError("is no task file: it has no task", file=file, key="tasks")
+        return {config["task"]: (file, config)}
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for member in _members(file, config):
+        found |= tasks_of(member)
+    return found
+
+
+def groups_of(file: Path) -> dict[str, Path]:
+    """By name, the files of a group and of the groups in it; of a task none."""
+    config = merged(file)
+    if "group" not in config or "class" in config:
+        return {}
+    found = {str(config["group"]): file}
+    for member in _members(file, config):
+        found |= groups_of(member)
+    return found
+
+
+def merged(file: Path) -> dict[str, Any]:
+    """A task file's keys with those of the files that it includes below them; functions as their names.
+
+    Raises:
+        UserError: one is not there, or is no task file.
+    """
+    return _merged(file.resolve(), ())
+
+
+def _merged(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    config, included, _ = _read(file)
+    whole: dict[str, Any] = {}
+    for path in included:
+        if path not in above:
+            whole |= _merged(path, (*above, file))
+    return whole | {name: value for name, value in config.items() if name != "include"}
+
+
+def _members(file: Path, config: Mapping[str, Any]) -> Iterator[Path]:
+    """The files of a group's members: those beside the group's, else lm-eval's own.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    names = list(catalog.members(config)) if "group" in config else []
+    if not names:
+        return
+    known = catalog.entries()
+    if not any(entry.file == str(file) for entry in known.values()):
+        known = {**known, **catalog.of_files(file.parent.glob("*.yaml"))}
+    while names:
+        name = names.pop(0)
+        if name not in known:
+            raise UserError(f"no task {name!r}", file=file, key="task")
+        if known[name].kind == "tag":
+            names += known[name].members
+        else:
+            yield Path(known[name].file)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[Path], list[Path]]:
+    """A task file's own keys, the files that it includes, and the source files of the functions that it names.
 
     A function's module is a file beside the task file or, where there is none, one that Python imports; what has no
     source is left out.
@@ -37,7 +115,11 @@ def _read(file: Path) -> tuple[list[Path], list[Path]]:
     class Loader(yaml.SafeLoader):
         """Keeps the names of functions."""
 
-    Loader.add_constructor("!function", lambda _loader, node: functions.append(str(node.value)))
+    def name_of(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+        functions.append(str(node.value))
+        return str(node.value)
+
+    Loader.add_constructor("!function", name_of)
     try:
         config = yaml.load(file.read_bytes(), Loader=Loader)  # noqa: S506 - the loader is a SafeLoader
     except (OSError, yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last are PyYAML's own
@@ -55,4 +137,4 @@ def _read(file: Path) -> tuple[list[Path], list[Path]]:
     modules = {name.rpartition(".")[0] for name in functions} - {""}
     beside = {name: file.parent / f"{name.replace('.', '/')}.py" for name in sorted(modules)}
     sources = [path if path.is_file() else peek.source_of(name) for name, path in beside.items()]
-    return list(included.values()), [path for path in sources if path]
+    return config, list(included.values()), [path for path in sources if path]

@@ -9,7 +9,7 @@ from typing import Any
 from cordee.errors import Fault
 from cordee.manifest import Read
 from eval.measuring import statistics
-from eval.reporting.records import Corpus, Language, ModelResults, Record, Results, Task
+from eval.reporting.records import Column, Corpus, Figure, Language, ModelResults, Record, Results, Task
 
 Scores = dict[int, tuple[str, float, float]]
 """By document number: hash of its content, value, weight."""
@@ -23,7 +23,9 @@ SCRIPTS = {
 
 
 def benchmarks(records: list[Record], everything: Sequence[Record]) -> list[dict[str, Any]]:
-    """Every task of every listed benchmark, one row per checkpoint; p-values are adjusted over all of them.
+    """Every metric of every task of every listed benchmark, one row per checkpoint.
+
+    p-values are adjusted over what is shown first: the main metric of each task or group that was asked for.
 
     Args:
         records: the listed artifacts.
@@ -34,7 +36,7 @@ def benchmarks(records: list[Record], everything: Sequence[Record]) -> list[dict
     """
     known = {record.name: record for record in everything}
     tables = [table for record in records if record.holds("results.json") for table in _tables(record, known)]
-    changes = [row["change"] for table in tables for row in table["rows"] if row["change"]]
+    changes = [row["change"] for table in tables if table["is_main"] for row in table["rows"] if row["change"]]
     tested = [change for change in changes if change["p_value"] is not None]
     for change, adjusted in zip(tested, statistics.holm([change["p_value"] for change in tested]), strict=True):
         change["adjusted_p_value"] = adjusted
@@ -42,35 +44,57 @@ def benchmarks(records: list[Record], everything: Sequence[Record]) -> list[dict
     return tables
 
 
-def is_percent(task: Task) -> bool:
-    """Whether a task's values are fractions of correct answers."""
-    return task.metric.startswith(("acc", "exact_match", "pass", "f1"))
+def is_percent(metric: str) -> bool:
+    """Whether a metric's values are fractions of correct answers."""
+    return metric.startswith(("acc", "exact_match", "pass", "f1"))
 
 
 def _tables(record: Record, known: Mapping[str, Record]) -> Iterator[dict[str, Any]]:
-    """The tasks of one benchmark."""
+    """The metrics of the tasks of one benchmark: of each task the main one first."""
     results = record.read("results.json", Results)
     reads = {read.key.removeprefix("models."): read for read in record.manifest.inputs}
-    for name, task in results.tasks.items():
-        models = [model for model in results.models if name in model.results]
-        rows: list[dict[str, Any]] = []
-        scored: dict[str, Scores] = {}
-        for model in models:
-            value, error = _value(record, model, name, task)
-            own = scored[model.name] = _scored(record, model.name, name, task, value)
-            row = {"model": model.name, "value": value, "standard_error": error, "documents": len(own) or None}
-            parent = _trained_from(model.name, rows, reads, known)
-            rows.append({**row, "change": _change(parent, scored[parent["model"]], row, own) if parent else None})
-        if rows:
+    tasks = {task.key: task for model in results.models for task in model.tasks}
+    for task in tasks.values():
+        asked = [model for model in results.models if task.key in {own.key for own in model.tasks}]
+        found = [figure.column for model in asked for figure in model.results if figure.column[:2] == task.key]
+        for column in dict.fromkeys([task.column, *found]):
+            *_, metric, chosen = column
             yield {
                 "benchmark": record.name,
                 "engine": results.engine.model_dump(),
-                "task": name,
                 **task.model_dump(),
-                "percent": is_percent(task),
-                "notes": list(dict.fromkeys(note for model in models for note in model.notes.get(name, []))),
-                "rows": rows,
+                "metric": metric,
+                "filter": chosen,
+                "higher_is_better": task.higher_is_better.get(metric, True),
+                "is_main": task.is_asked and column == task.column,
+                "percent": is_percent(metric),
+                "notes": list(dict.fromkeys(note for model in asked for note in model.notes.get(task.task, []))),
+                "rows": _rows(record, asked, column, reads, known),
             }
+
+
+def _rows(
+    record: Record, models: list[ModelResults], column: Column, reads: Mapping[str, Read], known: Mapping[str, Record]
+) -> list[dict[str, Any]]:
+    """Each model's value, and its change.
+
+    Raises:
+        Fault: a model has no such value.
+    """
+    rows: list[dict[str, Any]] = []
+    scored: dict[str, Scores] = {}
+    for model in models:
+        figure = model.figure(column)
+        if figure is None:
+            task, asked, *key = column
+            problem = f"has no {','.join(key)} of {task} ({asked})"
+            raise Fault(problem, file=record.path / "results.json", key=f"models.{model.name}.results")
+        own = scored[model.name] = _scored(record, model.name, figure)
+        error = figure.standard_error if figure.standard_error and math.isfinite(figure.standard_error) else None
+        row = {"model": model.name, "value": figure.value, "standard_error": error, "documents": len(own) or None}
+        parent = _trained_from(model.name, rows, reads, known)
+        rows.append({**row, "change": _change(parent, scored[parent["model"]], row, own) if parent else None})
+    return rows
 
 
 def _trained_from(
@@ -96,16 +120,6 @@ def _trained_from(
 def _place(read: Read | None) -> tuple[str, str, str] | None:
     """What a stage read: an artifact, the place in it, or the hash of what is in none."""
     return (read.artifact, read.path, read.sha256) if read else None
-
-
-def _value(record: Record, model: ModelResults, task_name: str, task: Task) -> tuple[float, float | None]:
-    """A model's value in a task and its standard error, or None if there is none."""
-    found = model.results[task_name]
-    value, error = found.get(task.metric), found.get(f"{task.metric}_stderr")
-    if not isinstance(value, float | int) or not math.isfinite(value):
-        key = f"models.{model.name}.results.{task_name}.{task.metric}"
-        raise Fault(f"is {value!r}, not a number", file=record.path / "results.json", key=key)
-    return float(value), float(error) if isinstance(error, float | int) and math.isfinite(error) else None
 
 
 def _change(earlier: dict[str, Any], before: Scores, later: dict[str, Any], after: Scores) -> dict[str, Any]:
@@ -135,29 +149,31 @@ def _columns(rows: Scores) -> tuple[list[float], list[float]]:
     return [rows[document][1] for document in sorted(rows)], [rows[document][2] for document in sorted(rows)]
 
 
-def _scored(record: Record, model: str, task_name: str, task: Task, value: float) -> Scores:
+def _scored(record: Record, model: str, figure: Figure) -> Scores:
     """The score of each document, from lm-eval's sample file.
 
-    Empty if there is no such file, or if the mean over documents is not the published value (the metric is then no mean
-    over documents): the change is then unpaired, and the report says so.
+    Empty if there is no such file, or if the mean over documents is not the published value (a group's, or a metric
+    that is no mean over documents): the change is then unpaired, and the report says so.
     """
-    pattern = re.compile(rf"lm_eval/{re.escape(model)}/(?:.*/)?samples_{re.escape(task_name)}_\d{{4}}-[^/]*\.jsonl")
-    found = sorted(item.path for item in record.manifest.files if pattern.fullmatch(item.path))
-    if not found:
-        return {}
+    place = rf"lm_eval/{re.escape(model)}/{re.escape(figure.asked)}/samples_{re.escape(figure.task)}"
+    found = sorted(
+        item.path for item in record.manifest.files if re.fullmatch(rf"{place}_\d{{4}}-[^/]*\.jsonl", item.path)
+    )
     rows: Scores = {}
-    for number, row in enumerate(record.rows(found[-1]), 1):
+    for number, row in enumerate(record.rows(found[-1]) if found else (), 1):
         try:
-            score = statistics.score(task.metric, row[task.metric])
-            rows.setdefault(int(row["doc_id"]), (str(row.get("doc_hash", "")), *score))
-        except (ValueError, KeyError, TypeError) as error:
-            raise Fault(
-                f"row {number} has no doc_id and {task.metric} ({type(error).__name__}: {error})",
-                file=record.path / found[-1],
-            ) from error
-    if not rows or not math.isclose(statistics.ratio_mean(*_columns(rows))[0], value, rel_tol=1e-6, abs_tol=1e-9):
+            if row["filter"] != figure.filter or figure.metric not in row:
+                continue
+            score = statistics.score(figure.metric, row[figure.metric])
+            rows[int(row["doc_id"])] = (str(row.get("doc_hash", "")), *score)
+        except KeyError as error:
+            raise Fault(f"row {number} has no {error}", file=record.path / found[-1]) from error
+        except (ValueError, TypeError):  # no number for each document
+            return {}
+    if not rows:
         return {}
-    return rows
+    mean = statistics.ratio_mean(*_columns(rows))[0]
+    return rows if math.isclose(mean, figure.value, rel_tol=1e-6, abs_tol=1e-9) else {}
 
 
 def languages(records: list[Record], corpus: Corpus | None) -> list[dict[str, Any]]:
@@ -167,30 +183,39 @@ def languages(records: list[Record], corpus: Corpus | None) -> list[dict[str, An
         if not record.holds("results.json"):
             continue
         results = record.read("results.json", Results)
-        for name, task in results.tasks.items():
-            models = [model for model in results.models if model.by_language.get(name, {}).keys() - {""}]
-            if models:
-                tables.append(_by_language(name, task, models, corpus.languages if corpus else {}))
+        tasks = {(task.task, task.asked): task for model in results.models for task in model.tasks if task.is_asked}
+        for key, task in tasks.items():
+            main = (*key, task.metric, task.filter)
+            values = {
+                model.name: figure.by_language
+                for model in results.models
+                for figure in model.results
+                if (figure.task, figure.asked, figure.metric, figure.filter) == main
+                and figure.by_language.keys() - {""}
+            }
+            if values:
+                tables.append(_by_language(task, values, corpus.languages if corpus else {}))
     return tables
 
 
-def _by_language(name: str, task: Task, models: list[ModelResults], known: dict[str, Language]) -> dict[str, Any]:
-    """One task's table."""
-    values = [value for model in models for value in model.by_language[name].values()]
-    low, high = (0.0, 1.0) if is_percent(task) else (min(values), max(values))
+def _by_language(task: Task, models: dict[str, dict[str, float]], known: dict[str, Language]) -> dict[str, Any]:
+    """One task's table, from the values of each model by language."""
+    values = [value for own in models.values() for value in own.values()]
+    better, percent = task.higher_is_better.get(task.metric, True), is_percent(task.metric)
+    low, high = (0.0, 1.0) if percent else (min(values), max(values))
     scripts: dict[str, list[dict[str, Any]]] = {}
-    for tag in sorted({tag for model in models for tag in model.by_language[name]}):
+    for tag in sorted({tag for own in models.values() for tag in own}):
         language = known.get(tag) or Language(name="", script="")
-        found = [model.by_language[name].get(tag) for model in models]
-        shades = [None if value is None else shade(value, low, high, task.higher_is_better) for value in found]
+        found = [own.get(tag) for own in models.values()]
+        shades = [None if value is None else shade(value, low, high, better) for value in found]
         row = {"tag": tag, "name": language.name or tag or "no language", "values": found, "shades": shades}
         scripts.setdefault(language.script, []).append(row)
     groups = [{"script": script, "languages": rows} for script, rows in _grouped(scripts)]
     return {
-        "task": name,
         **task.model_dump(),
-        "percent": is_percent(task),
-        "models": [model.name for model in models],
+        "higher_is_better": better,
+        "percent": percent,
+        "models": list(models),
         "low": low,
         "high": high,
         "groups": groups,
@@ -219,7 +244,7 @@ def checkpoints(tables: list[dict[str, Any]], by_language: list[dict[str, Any]])
     """For each checkpoint its values and its best and worst languages."""
     cards: dict[str, dict[str, Any]] = {}
     for table in tables:
-        for row in table["rows"]:
+        for row in table["rows"] if table["is_main"] else ():
             card = cards.setdefault(row["model"], {"model": row["model"], "scores": []})
             score = {key: table[key] for key in ("task", "metric", "percent")}
             card["scores"].append({**score, "value": row["value"], "standard_error": row["standard_error"]})

@@ -9,13 +9,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cordee import manifest
 from cordee.errors import Fault
 from cordee.manifest import Manifest
+
+Column = tuple[str, str, str, str]
+"""A task, the way in which it was asked, a metric and a filter of lm-eval."""
 
 
 class Shape(BaseModel):
@@ -40,12 +43,49 @@ class Corpus(Shape):
 
 
 class Task(Shape):
-    """What a benchmark asks and how its values are read."""
+    """What a benchmark asks, how, and how its values are read."""
 
+    task: str
+    asked: str
+    """Names the way in which it was asked: `chat-5-shot`."""
+    is_asked: bool = True
+    """False for a task that was measured as part of a group."""
+    is_group: bool = False
+    shots: int | None = None
+    version: float | str | None = None
     metric: str
-    higher_is_better: bool
+    """What is shown first, of that filter."""
+    filter: str = "none"
+    higher_is_better: dict[str, bool]
     chance: float | None = None
     description: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Tells it from the same task asked in another way."""
+        return self.task, self.asked
+
+    @property
+    def column(self) -> Column:
+        """What of it is shown first."""
+        return *self.key, self.metric, self.filter
+
+
+class Figure(Shape):
+    """One value of a task: of a metric and a filter of lm-eval."""
+
+    task: str
+    asked: str
+    metric: str
+    filter: str
+    value: Annotated[float, Field(allow_inf_nan=False)]
+    standard_error: float | None = None
+    by_language: dict[str, float] = {}
+
+    @property
+    def column(self) -> Column:
+        """What it is a value of."""
+        return self.task, self.asked, self.metric, self.filter
 
 
 class Engine(Shape):
@@ -62,10 +102,14 @@ class ModelResults(Shape):
     """One model's values in a benchmark."""
 
     name: str
-    results: dict[str, dict[str, float | int | str | None]]
-    by_language: dict[str, dict[str, float]] = {}
+    tasks: list[Task]
+    results: list[Figure]
     notes: dict[str, list[str]] = {}
     """By task: what lm-eval did with its texts that a reader should know."""
+
+    def figure(self, column: Column) -> Figure | None:
+        """Its value of a column, if it was measured."""
+        return next((figure for figure in self.results if figure.column == column), None)
 
 
 class Results(Shape):
@@ -73,7 +117,6 @@ class Results(Shape):
 
     engine: Engine
     models: list[ModelResults]
-    tasks: dict[str, Task]
 
 
 class Sample(Shape):

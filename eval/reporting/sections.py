@@ -137,7 +137,7 @@ def verdict(tables: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> list[d
         if curve["metric"] == "heldout_bits_per_byte"
     ]
     for table in tables:
-        if lines and table["metric"] == BITS_PER_BYTE:
+        if not table["is_main"] or (lines and table["metric"] == BITS_PER_BYTE):
             continue
         first, last = table["rows"][0], table["rows"][-1]
         lines.append(

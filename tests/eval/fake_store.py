@@ -30,16 +30,18 @@ LANGUAGES = {
     "sw": ("Swahili", "Latn"), "ta": ("Tamil", "Taml"), "th": ("Thai", "Thai"), "tr": ("Turkish", "Latn"),
     "uk": ("Ukrainian", "Cyrl"), "vi": ("Vietnamese", "Latn"), "yo": ("Yoruba", "Latn"), "zh": ("Chinese", "Hans"),
 }  # fmt: skip
-TASKS = {
-    "language_identification": {
-        "metric": "acc", "higher_is_better": True, "chance": 0.25,
+TASKS = [
+    {
+        "task": "language_identification", "asked": "plain", "metric": "acc", "filter": "none", "version": 1.0,
+        "higher_is_better": {"acc": True, "acc_norm": True}, "chance": 0.25, "shots": 0,
         "description": "Which of four languages is an article that no model was trained on?",
     },
-    "heldout_text": {
-        "metric": "bits_per_byte", "higher_is_better": False, "chance": None,
+    {
+        "task": "heldout_text", "asked": "plain", "metric": "bits_per_byte", "filter": "none", "version": 1.0,
+        "higher_is_better": {"bits_per_byte": False}, "chance": None, "shots": 0,
         "description": "How many bits the model needs for each byte of held-out articles",
     },
-}  # fmt: skip
+]  # fmt: skip
 SOURCES = [
     {
         "path": "/data/chats.jsonl", "rows": 7473, "sequences": 7470, "tokens": 1_620_444, "loss_tokens": 938_237,
@@ -154,30 +156,35 @@ def benchmark(store: FakeStore) -> dict[str, Any]:
         by_tag: dict[str, list[int]] = {}
         for index, (tag, _) in enumerate(articles):
             by_tag.setdefault(tag, []).append(index)
+        by_language = {
+            "acc": {t: sum(right[i] for i in rows) / 4 for t, rows in by_tag.items()},
+            "bits_per_byte": {
+                t: sum(need[i] for i in rows) / math.log(2) / sum(sizes[i] for i in rows) for t, rows in by_tag.items()
+            },
+        }
+        figures = [
+            ("language_identification", "acc", mean, error),
+            ("language_identification", "acc_norm", mean / 2, error / 2),
+            ("heldout_text", "bits_per_byte", total, bits_error),
+        ]
         models.append({
-            "name": name, "seconds": 14.2,
-            "results": {
-                "language_identification": {"acc": mean, "acc_stderr": error},
-                "heldout_text": {"bits_per_byte": total, "bits_per_byte_stderr": bits_error},
-            },
-            "by_language": {
-                "language_identification": {t: sum(right[i] for i in rows) / 4 for t, rows in by_tag.items()},
-                "heldout_text": {
-                    t: sum(need[i] for i in rows) / math.log(2) / sum(sizes[i] for i in rows)
-                    for t, rows in by_tag.items()
-                },
-            },
+            "name": name, "seconds": 14.2, "tasks": TASKS,
+            "results": [
+                {"task": task, "asked": "plain", "metric": metric, "filter": "none", "value": value,
+                 "standard_error": own, "documents": len(right), "by_language": by_language.get(metric, {})}
+                for task, metric, value, own in figures
+            ],
         })  # fmt: skip
         for task, metric, values in (
             ("language_identification", "acc", right),
             ("heldout_text", "bits_per_byte", [[-n, s] for n, s in zip(need, sizes, strict=True)]),
         ):
-            contents[f"lm_eval/{name}/{name}/samples_{task}_2026-11-23T04-00-00.000000.jsonl"] = [
+            contents[f"lm_eval/{name}/plain/samples_{task}_2026-11-23T04-00-00.000000.jsonl"] = [
                 {"doc_id": i, "doc_hash": digest(f"{task}{i}"), "filter": "none", metric: value}
                 for i, value in enumerate(values)
             ]
     engine = {"name": "vllm", "version": "0.31.0+cpu", "device": "cpu", "mode": "eager", "dtype": "bfloat16"}
-    return {"results.json": {"engine": engine, "models": models, "tasks": TASKS}, **contents}
+    return {"results.json": {"engine": engine, "models": models}, **contents}
 
 
 def samples() -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from figures import asked, figure
 
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
@@ -135,7 +136,7 @@ def test_lm_eval_measures_an_adapter_as_transformers_does_and_as_it_is_merged(
 
     save_model(open_served(adapters["small"]).merge_and_unload(), tmp_path / "merged", tokenizer=checkpoints["first"])
     path = ROOT / "eval" / "tasks" / "heldout_bits_per_byte.yaml"
-    tasks = [harness.read_task(path, held_out, tmp_path, tmp_path / "cache")]
+    tasks = asked([path], held_out, checkpoints["first"], tmp_path)
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     by_transformers = backends.Models(Settings("transformers", LENGTH), [])
     bits = {}
@@ -145,8 +146,8 @@ def test_lm_eval_measures_an_adapter_as_transformers_does_and_as_it_is_merged(
         ("merged", by_transformers, tmp_path / "merged"),
         ("base", by_transformers, checkpoints["first"]),
     ):
-        measured = harness.measure(opened.open(folder), name, tasks, None, context)
-        bits[name] = measured["results"]["heldout_bits_per_byte"]["bits_per_byte"]
+        measured = harness.measure(opened.open(folder), name, tasks, context)
+        bits[name] = figure(measured, "heldout_bits_per_byte")["value"]
     assert bits["vllm"] == pytest.approx(bits["merged"], rel=2e-3)  # xIELU's slopes
     assert bits["transformers"] == pytest.approx(bits["merged"], rel=1e-5)
     assert bits["base"] != pytest.approx(bits["merged"], rel=5e-3)

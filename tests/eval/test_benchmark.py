@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from figures import figure
 
 from cordee.errors import Stopped, UserError
 from cordee.stage import Context
@@ -50,17 +51,20 @@ def test_models_that_were_measured_before_a_stop_are_not_measured_again(checkpoi
     assert table["models"][0] == before
     assert sorted(path.name for path in (context.out / "lm_eval" / "first").iterdir()) == files
     assert table["engine"]["name"] == metrics["engine"] == "transformers"
-    assert table["tasks"]["language_choice"]["chance"] == 0.25
+    assert table["models"][0]["tasks"][0]["chance"] == 0.25
     assert metrics["rows"] == 8
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task: x", "tasks: is no task file"),
+        ("task: x", "tasks: lm-eval can't load it: "),
         ("[1", "tasks: is no task file"),
-        ((TASKS / "language_choice.yaml").read_text().replace("test_split: test", ""), "it has no test_split"),
-        ((TASKS / "language_choice.yaml").read_text().replace("higher_is_better", "higher"), "'higher_is_better'"),
+        ((TASKS / "language_choice.yaml").read_text().replace("test_split: test", ""), "lm-eval can't load it: "),
+        (
+            (TASKS / "language_choice.yaml").read_text().replace("data_files", "files"),
+            "`dataset_kwargs: {data_files: {…}}` does not say by split which",
+        ),
         (
             (TASKS / "language_choice.yaml").read_text().replace("test: language", "test: [language]"),
             "needs data named ['language']",
@@ -252,11 +256,16 @@ def test_a_proof_of_chats_drops_none_in_silence(checkpoints, tmp_path):
 def test_a_models_figures_are_said_in_one_line():
     from eval.measuring import harness
 
-    results = {
-        "choice": {"acc": 0.25, "acc_stderr": 0.125},
-        "text": {"bits_per_byte": 2.0, "bits_per_byte_stderr": None},
-    }
-    assert harness.said(results) == "choice acc 0.2500 ± 0.1250; text bits_per_byte 2.0000"
+    tasks = [
+        {"task": "choice", "asked": "chat", "metric": "acc", "filter": "none", "is_asked": True},
+        {"task": "text", "asked": "plain", "metric": "bits_per_byte", "filter": "none", "is_asked": True},
+        {"task": "inside", "asked": "plain", "metric": "acc", "filter": "none", "is_asked": False},
+    ]
+    figures = [("choice", "chat", "acc", 0.25, 0.125), ("text", "plain", "bits_per_byte", 2.0, None)]
+    figures += [("choice", "chat", "acc_norm", 0.5, 0.1), ("inside", "plain", "acc", 0.5, 0.1)]
+    names = ("task", "asked", "metric", "value", "standard_error")
+    results = [{**dict(zip(names, row, strict=True)), "filter": "none"} for row in figures]
+    assert harness.said({"tasks": tasks, "results": results}) == "choice acc 0.2500 ± 0.1250; text bits_per_byte 2.0000"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 20])
@@ -287,7 +296,7 @@ def test_documents_without_a_language_are_a_group_of_their_own(checkpoints, cont
     only_first = {"first": checkpoints["first"]}
     benchmark.run(settings(only_first, data, tasks=[task], limit=limit), context)
     row = json.loads((context.out / "results.json").read_text())["models"][0]
-    assert list(row["by_language"]["heldout_bits_per_byte"]) == ["", "de"]
+    assert list(figure(row, "heldout_bits_per_byte")["by_language"]) == ["", "de"]
 
 
 def test_a_limit_is_spread_over_the_languages(checkpoints, held_out, context, tmp_path):
@@ -296,7 +305,7 @@ def test_a_limit_is_spread_over_the_languages(checkpoints, held_out, context, tm
     by_language.write_text("".join(sorted(lines, key=lambda line: json.loads(line)["language"])))
     benchmark.run(settings({"first": checkpoints["first"]}, {"language": by_language}, limit=2), context)
     (row,) = json.loads((context.out / "results.json").read_text())["models"]
-    assert set(row["by_language"]["language_choice"]) == {"de", "fr"}
+    assert set(figure(row, "language_choice")["by_language"]) == {"de", "fr"}
     assert row["documents"] == 2
 
 
@@ -311,13 +320,13 @@ def test_a_model_whose_files_of_lm_eval_are_gone_is_measured_again(checkpoints, 
     benchmark.run(only_first, context)
     shutil.rmtree(context.out / "lm_eval" / "first")
     benchmark.run(only_first, context)
-    assert len(list((context.out / "lm_eval" / "first").glob("samples_language_choice_*.jsonl"))) == 1
+    assert len(list((context.out / "lm_eval" / "first").glob("chat/samples_language_choice_*.jsonl"))) == 1
 
 
 def test_a_chat_task_on_a_model_without_a_template_is_one_line(checkpoints, held_out, context, tmp_path):
     bare = shutil.copytree(checkpoints["first"], tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match=r"models\.bare: has no chat template, and language_choice asks in chats"):
+    with pytest.raises(UserError, match=r"models\.bare: has no chat template, and language_choice is asked in chats"):
         benchmark.run(settings({"bare": bare}, held_out), context)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from figures import asked, figure
 
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
@@ -22,10 +23,8 @@ LENGTH = 256
 
 
 @pytest.fixture
-def tasks(held_out, tmp_path):
-    from eval.measuring import harness
-
-    return [harness.read_task(Path(path), held_out, tmp_path, tmp_path / "cache") for path in TASKS]
+def tasks(checkpoints, held_out, tmp_path):
+    return asked(TASKS, held_out, checkpoints["first"], tmp_path)
 
 
 @pytest.fixture
@@ -125,8 +124,8 @@ def test_it_generates_what_transformers_generates(engine, checkpoints):
 
     folder = checkpoints["second"]
     engine.load(folder)
-    asked = [[{"role": "user", "content": text}] for text in ("Alle Menschen sind frei", "Tous")]
-    ids = prompts.encode(checkpoints["second"], asked, LENGTH, Path("p"), print)
+    chats = [[{"role": "user", "content": text}] for text in ("Alle Menschen sind frei", "Tous")]
+    ids = prompts.encode(checkpoints["second"], chats, LENGTH, Path("p"), print)
     assert engine.generate(ids, 12, 0.0, 0) == prompts.generate(open_model(folder), folder, ids, 12, 0.0, 0, 2)
 
 
@@ -137,13 +136,13 @@ def test_lm_eval_measures_with_vllm_what_it_measures_with_transformers(models, c
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     by_engine = {}
     for name, opened in (("vllm", models), ("transformers", backends.Models(Settings("transformers", LENGTH), []))):
-        by_engine[name] = harness.measure(opened.open(checkpoints["second"]), name, tasks, None, context)
-        assert len(list((tmp_path / "lm_eval" / name).glob("results_*.json"))) == 2
-    one, other = by_engine["vllm"]["results"], by_engine["transformers"]["results"]
-    assert one["language_choice"]["acc"] == other["language_choice"]["acc"]
-    assert one["language_answer"]["exact_match"] == other["language_answer"]["exact_match"]
-    for figure in ("bits_per_byte", "bits_per_byte_stderr"):
-        values = [result["heldout_bits_per_byte"][figure] for result in (one, other)]
+        by_engine[name] = harness.measure(opened.open(checkpoints["second"]), name, tasks, context)
+        assert len(list((tmp_path / "lm_eval" / name).glob("*/results_*.json"))) == 2
+    one, other = by_engine["vllm"], by_engine["transformers"]
+    for task in ("language_choice", "language_answer"):
+        assert figure(one, task)["value"] == figure(other, task)["value"]
+    for name in ("value", "standard_error"):
+        values = [figure(measured, "heldout_bits_per_byte")[name] for measured in (one, other)]
         assert values[0] == pytest.approx(values[1], rel=2e-3)
 
 
@@ -158,8 +157,8 @@ def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_ou
     from eval.measuring import harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    task = next(task for task in tasks if not task.is_chat)
-    measured = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
+    plain = [batch for batch in tasks if not batch.is_chat]
+    measured = figure(harness.measure(models.open(checkpoints["first"]), "m", plain, context), "heldout_bits_per_byte")
     texts = pq.read_table(held_out["documents"])["text"].to_pylist()
     tokenizer, model = open_tokenizer(checkpoints["first"]), open_model(checkpoints["first"], dtype=torch.float64)
     nats = sum(
@@ -167,8 +166,8 @@ def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_ou
         for scores in score(model, [tokenizer(text)["input_ids"] for text in texts])
     )
     expected = -nats / math.log(2) / sum(len(text.encode()) for text in texts)
-    assert measured["results"][task.name]["bits_per_byte"] == pytest.approx(expected, rel=2e-3)
-    assert set(measured["by_language"][task.name]) == {"de", "fr"}
+    assert measured["value"] == pytest.approx(expected, rel=2e-3)
+    assert set(measured["by_language"]) == {"de", "fr"}
 
 
 def with_prompt(text, held_out, folder):
@@ -186,13 +185,12 @@ def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints,
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     path = next(path for path in TASKS if name in path)
-    task = harness.read_task(
-        Path(path), with_prompt("Menschen " * LENGTH, held_out, tmp_path), tmp_path, tmp_path / "cache"
-    )
+    data = with_prompt("Menschen " * LENGTH, held_out, tmp_path)
+    tasks = asked([path], data, checkpoints["first"], tmp_path)
     with pytest.raises(
         UserError, match=rf"max_length: \d of \d+ requests don't fit: document 1 of {name} has \d+ tokens.*; \d+ fit"
     ):
-        harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)
+        harness.measure(models.open(checkpoints["first"]), "m", tasks, context)
 
 
 @pytest.mark.parametrize("path", TASKS)
@@ -202,8 +200,8 @@ def test_documents_that_spell_out_a_special_token_are_counted(path, models, chec
     pq.write_table(pa.table({"text": ["frei", "</s> frei"], "language": ["de", "de"]}), tmp_path / "documents.parquet")
     data = {**with_prompt("frei</s>", held_out, tmp_path), "documents": tmp_path / "documents.parquet"}
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    task = harness.read_task(Path(path), data, tmp_path, tmp_path / "cache")
-    (note,) = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)["notes"][task.name]
+    tasks = asked([path], data, checkpoints["first"], tmp_path)
+    ((note,),) = harness.measure(models.open(checkpoints["first"]), "m", tasks, context)["notes"].values()
     assert re.search(r"1 of \d documents spell out a special token such as '</s>', which lm-eval encodes", note)
 
 
@@ -211,8 +209,8 @@ def test_rolling_windows_that_begin_twice_are_said(models, checkpoints, held_out
     from eval.measuring import harness
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    task = harness.read_task(rolling, held_out, tmp_path, tmp_path / "cache")
-    (note,) = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)["notes"]["rolling"]
+    tasks = asked([rolling], held_out, checkpoints["first"], tmp_path)
+    (note,) = harness.measure(models.open(checkpoints["first"]), "m", tasks, context)["notes"]["rolling"]
     assert note.startswith("lm-eval's windows begin with '<s>' twice")
 
 
@@ -223,12 +221,11 @@ def test_long_documents_are_read_in_windows_and_every_token_counts(models, check
     pq.write_table(pa.Table.from_pylist([{"text": text, "language": "de"}]), tmp_path / "long.parquet")
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     path = next(path for path in TASKS if "bits_per_byte" in path)
-    task = harness.read_task(
-        Path(path), {**held_out, "documents": tmp_path / "long.parquet"}, tmp_path, tmp_path / "cache"
-    )
-    measured = harness.measure(models.open(checkpoints["first"]), "m", [task], None, context)["results"][task.name]
-    assert 1 < measured["bits_per_byte"] < 20
-    assert measured["bits_per_byte_stderr"] is None  # one document has none
+    data = {**held_out, "documents": tmp_path / "long.parquet"}
+    tasks = asked([path], data, checkpoints["first"], tmp_path)
+    row = figure(harness.measure(models.open(checkpoints["first"]), "m", tasks, context), "heldout_bits_per_byte")
+    assert 1 < row["value"] < 20
+    assert row["standard_error"] is None  # one document has none
 
 
 def test_a_stop_is_heard_between_requests(models, checkpoints, tasks, tmp_path):
@@ -242,7 +239,7 @@ def test_a_stop_is_heard_between_requests(models, checkpoints, tasks, tmp_path):
 
     lm.watch = stop
     with pytest.raises(Stopped, match=r"before \d+ requests"):
-        harness.measure(lm, "m", tasks, None, context)
+        harness.measure(lm, "m", tasks, context)
 
 
 def test_results_that_lm_eval_could_not_write_are_a_fault(models, checkpoints, tasks, tmp_path):
@@ -251,7 +248,7 @@ def test_results_that_lm_eval_could_not_write_are_a_fault(models, checkpoints, t
     (tmp_path / "lm_eval").write_text("a file where a folder should be")
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     with pytest.raises(Fault, match="lm-eval did not write samples_"):
-        harness.measure(models.open(checkpoints["first"]), "m", tasks[:1], None, context)
+        harness.measure(models.open(checkpoints["first"]), "m", tasks[:1], context)
 
 
 def test_a_template_that_lm_eval_would_send_otherwise_is_a_fault(models, checkpoints, monkeypatch):
@@ -366,6 +363,6 @@ def test_models_of_two_shapes_are_measured_and_tied_embeddings_are_replaced_in_t
         (file,) = (tmp_path / name).rglob("results.json")
         rows = json.loads(file.read_text())["models"]
         assert [row["name"] for row in rows] == list(models)
-        bits[name] = [row["results"]["heldout_bits_per_byte"]["bits_per_byte"] for row in rows]
+        bits[name] = [figure(row, "heldout_bits_per_byte")["value"] for row in rows]
     assert bits["vllm"] == pytest.approx(bits["transformers"], rel=1e-3)
     assert abs(bits["vllm"][0] - bits["vllm"][2]) > 0.01 * bits["vllm"][0]

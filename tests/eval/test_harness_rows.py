@@ -29,7 +29,7 @@ metadata: {version: 1.0, chat: false, chance: null, description: names a day}
 def measured(checkpoints, tmp_path):
     """Runs a task on four rows whose answers are dates; returns the row of its model and what was noted."""
 
-    def call(task=TASK, without=None):
+    def call(task=TASK, without=None, **how):
         rows = [{"prompt": f"day {day}", "answer": f"1990-05-0{day}", "language": "de"} for day in range(1, 5)]
         for row in rows[2:]:
             row.pop(without, None)
@@ -38,7 +38,7 @@ def measured(checkpoints, tmp_path):
         (tmp_path / "out").mkdir(exist_ok=True)
         context = Context(out=tmp_path / "out", seed=3, events=tmp_path / "events.jsonl")
         config = {
-            "models": {"first": str(checkpoints["first"])}, "tasks": [str(tmp_path / "dates.yaml")],
+            "models": {"first": str(checkpoints["first"])}, "tasks": [{"task": str(tmp_path / "dates.yaml"), **how}],
             "data": {"language": str(tmp_path / "rows.jsonl")}, "engine": "transformers", "max_length": 256,
         }  # fmt: skip
         benchmark.run(benchmark.Config.model_validate(config), context)
@@ -47,10 +47,24 @@ def measured(checkpoints, tmp_path):
     return call
 
 
-def test_each_document_counts_once_and_by_the_filter_of_the_headline(measured):
+def test_each_document_counts_once_and_each_filter_has_its_own_figure(measured):
     row = measured()
     assert row["documents"] == 4
-    assert row["by_language"]["dates"] == {"de": row["results"]["dates"]["exact_match"]}
+    assert [(one["metric"], one["filter"]) for one in row["results"]] == [
+        ("exact_match", "never"), ("exact_match", "always"),
+    ]  # fmt: skip
+    for one in row["results"]:
+        assert one["by_language"] == {"de": one["value"]}
+        assert one["documents"] == 4
+    assert (row["tasks"][0]["metric"], row["tasks"][0]["filter"]) == ("exact_match", "never")
+
+
+def test_the_metric_that_is_shown_first_is_the_one_that_was_asked_for(measured):
+    assert measured(metric="exact_match,always")["tasks"][0]["filter"] == "always"
+    with pytest.raises(
+        UserError, match=r"tasks\.metric: dates has no metric 'exact_macth'; did you mean 'exact_match'\?"
+    ):
+        measured(metric="exact_macth,always")
 
 
 def test_a_text_that_was_read_as_a_time_is_said(measured):
@@ -63,6 +77,6 @@ def test_documents_without_a_column_that_others_have_are_counted(measured):
 
 
 def test_a_document_that_could_be_its_own_example_is_refused(measured):
-    with pytest.raises(UserError, match=r"num_fewshot: examples would be drawn .*; fewshot_split: test leaves"):
+    with pytest.raises(UserError, match=r"num_fewshot: dates: examples would be drawn .*; `fewshot_split: test` in"):
         measured(TASK + "num_fewshot: 2\n")
     assert measured(TASK + "num_fewshot: 1\nfewshot_split: test\n")["documents"] == 4

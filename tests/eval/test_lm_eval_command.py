@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub
 import pytest
 
 CHOICE = """
@@ -87,7 +88,7 @@ def commanded(command, folder, tmp_path):
 
 
 def samples(folder):
-    """What was answered to each document of each task, as lm-eval wrote it."""
+    """What was answered to each document of each task, as lm-eval wrote it below a folder."""
     found = {}
     for path in folder.rglob("samples_*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -103,7 +104,7 @@ ENGINES = [("transformers", "eager"), ("vllm", "eager"), pytest.param("vllm", "c
 @pytest.mark.parametrize(("engine", "mode"), ENGINES)
 def test_the_stage_gives_the_figures_of_the_command(engine, mode, checkpoints, held_out, tasks, tmp_path):
     artifact, row = measured_by(engine, mode, {"first": checkpoints["first"]}, tasks, held_out, tmp_path)
-    chat, plain = row["commands"]
+    plain, chat = row["commands"]
     assert ("--apply_chat_template" in chat, "--apply_chat_template" in plain) == (True, False)
     require_same(row, artifact, {chat: {"answer"}, plain: PLAIN}, tmp_path)
 
@@ -119,7 +120,18 @@ def test_of_an_adapter_too_beside_whose_base_it_is_measured(
     require_same(row, artifact, {command: {"answer"}}, tmp_path)
 
 
-def measured_by(engine, mode, models, tasks, held_out, tmp_path):
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_of_lm_evals_own_tasks_and_groups(engine, checkpoints, tmp_path):
+    tasks = ["xcopa", {"task": "gsm8k", "num_fewshot": 0, "gen_kwargs": {"max_gen_toks": 8}}]
+    hub.make(tmp_path / "hub")
+    keys = {"data_dir": str(tmp_path / "hub"), "max_length": 512}
+    artifact, row = measured_by(engine, "eager", {"first": checkpoints["first"]}, tasks, {}, tmp_path, **keys)
+    group, alone = row["commands"]
+    require_same(row, artifact, {group: {"xcopa", *(f"xcopa_{tag}" for tag in hub.XCOPA)}, alone: {"gsm8k"}}, tmp_path)
+
+
+def measured_by(engine, mode, models, tasks, held_out, tmp_path, **keys):
     """The artifact, and its row of the last model."""
     if engine == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
@@ -130,6 +142,7 @@ def measured_by(engine, mode, models, tasks, held_out, tmp_path):
         "limit": 3,
         "engine": engine,
         "enforce_eager": mode == "eager",
+        **keys,
     }
     artifact = measured(config, tmp_path)
     table = json.loads((artifact / "results.json").read_text())
@@ -147,7 +160,10 @@ def require_same(row, artifact, commands, tmp_path):
         figures, theirs = commanded(command, artifact, tmp_path)
         assert set(figures) == names
         for name in names:
-            (metric, value), *_ = row["results"][name].items()
-            assert value == next(figures[name][key] for key in figures[name] if key.partition(",")[0] == metric)
-            assert ours[name] == theirs[name]
-            assert len(ours[name]) == 3
+            own = [one for one in row["results"] if one["task"] == name]
+            for one in own:
+                assert one["value"] == figures[name][f"{one['metric']},{one['filter']}"]
+            assert len(own) == sum("," in key and "_stderr," not in key for key in figures[name])
+            if name in theirs:  # a group has no samples
+                assert ours[name] == theirs[name]
+                assert len(ours[name]) == 3

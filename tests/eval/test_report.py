@@ -40,10 +40,11 @@ def test_the_pipeline_has_every_stage_that_the_listed_ones_depend_on_each_after_
 def test_the_figures_are_those_of_the_artifacts(report, store):
     result = json.loads((store["benchmark"] / "results.json").read_text(encoding="utf-8"))
     shown = figures(report())
-    table = next(table for table in shown["benchmarks"] if table["task"] == "language_identification")
-    assert [row["value"] for row in table["rows"]] == [
-        model["results"]["language_identification"]["acc"] for model in result["models"]
-    ]
+    tables = [table for table in shown["benchmarks"] if table["task"] == "language_identification"]
+    for table, metric in zip(tables, ("acc", "acc_norm"), strict=True):
+        stored = [row["value"] for model in result["models"] for row in model["results"] if row["metric"] == metric]
+        assert [row["value"] for row in table["rows"]] == stored
+    table = tables[0]
     assert [row["model"] for row in table["rows"]] == list(fake_store.MODELS)
     first = shown["verdict"][0]
     assert (first["before"], first["after"]) == (table["rows"][0]["value"], table["rows"][-1]["value"])
@@ -76,8 +77,8 @@ def test_documents_without_a_language_have_a_row_and_are_no_language(report, sto
 
     def rename(told):
         for model in told["models"]:
-            for values in model["by_language"].values():
-                values[""] = values.pop("fr")
+            for row in model["results"]:
+                row["by_language"] = {"" if tag == "fr" else tag: value for tag, value in row["by_language"].items()}
 
     change_json(store["benchmark"], "results.json", rename)
     shown = figures(report())
@@ -136,7 +137,8 @@ def test_a_change_is_against_what_the_checkpoint_was_trained_from(report, store)
 def test_without_languages_there_is_no_section_of_them(report, store):
     def forget(told):
         for model in told["models"]:
-            model["by_language"] = {task: {"": 0.5} for task in model["by_language"]}
+            for row in model["results"]:
+                row["by_language"] = {"": 0.5}
 
     change_json(store["benchmark"], "results.json", forget)
     assert figures(report())["languages"] == []
@@ -147,10 +149,10 @@ def test_without_sample_rows_a_change_is_unpaired_and_the_report_says_so(report,
     change_json(
         store["benchmark"],
         "results.json",
-        lambda d: d["models"][1]["results"]["heldout_text"].update(bits_per_byte_stderr=None),
+        lambda d: d["models"][1]["results"][2].update(standard_error=None),
     )
     shown = figures(report())
-    accuracy, bits = shown["benchmarks"]
+    accuracy, _, bits = shown["benchmarks"]
     rows = accuracy["rows"]
     error = (rows[0]["standard_error"] ** 2 + rows[1]["standard_error"] ** 2) ** 0.5
     assert not rows[1]["change"]["paired"]
@@ -182,7 +184,8 @@ def test_a_line_separator_in_a_text_ends_no_line(report, store):
     fake_store.rehash(store["benchmark"])
     shown = figures(report())
     assert [row["prompt"] for row in shown["samples"][0]["shown"]] == [text, "x"]
-    assert all(row["change"]["paired"] for table in shown["benchmarks"] for row in table["rows"][1:])
+    main = [table for table in shown["benchmarks"] if table["is_main"]]
+    assert all(row["change"]["paired"] for table in main for row in table["rows"][1:])
 
 
 def test_answers_without_a_reference_have_no_empty_labels(report, store):
@@ -200,7 +203,8 @@ def test_the_corpuss_licences_stand_on_the_page(report):
 
 
 def test_p_values_are_adjusted_over_the_whole_report(report):
-    changes = [row["change"] for table in figures(report())["benchmarks"] for row in table["rows"] if row["change"]]
+    main = [table for table in figures(report())["benchmarks"] if table["is_main"]]
+    changes = [row["change"] for table in main for row in table["rows"] if row["change"]]
     assert len(changes) == 8
     assert [c["adjusted_p_value"] for c in changes] == pytest.approx(statistics.holm([c["p_value"] for c in changes]))
 
@@ -299,9 +303,27 @@ def test_a_file_that_differs_from_its_hash_or_its_shape_is_a_fault_that_names_it
 
 
 def test_a_value_that_is_announced_and_missing_is_a_fault(report, store):
-    change_json(store["benchmark"], "results.json", lambda d: d["models"][3]["results"]["heldout_text"].clear())
-    with pytest.raises(Fault, match=r"results.json: models.sft.results.heldout_text.bits_per_byte: is None"):
+    change_json(store["benchmark"], "results.json", lambda d: d["models"][3]["results"].pop(0))
+    with pytest.raises(Fault, match=r"results.json: models.sft.results: has no acc,none of language_identification"):
         report()
+
+
+def test_further_metrics_stand_apart_and_count_for_no_adjustment(report):
+    folder = report()
+    shown = figures(folder)
+    main = {(table["task"], table["metric"]): table["is_main"] for table in shown["benchmarks"]}
+    assert main == {
+        ("language_identification", "acc"): True,
+        ("language_identification", "acc_norm"): False,
+        ("heldout_text", "bits_per_byte"): True,
+    }
+    changes = [row["change"] for table in shown["benchmarks"] for row in table["rows"] if row["change"]]
+    tested = [change for change in changes if change["adjusted_p_value"] is not None]
+    assert len(tested) == 2 * (len(fake_store.MODELS) - 1)
+    assert [line["subject"] for line in shown["verdict"]] == ["language identification", "Held-out text"]
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.count("<summary>1 further metrics</summary>") == 1
+    assert "acc_norm" in page.partition("<summary>")[2]
 
 
 def test_a_folder_that_is_no_artifact_is_a_fault(tmp_path):

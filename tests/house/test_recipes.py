@@ -47,17 +47,18 @@ def test_a_shipped_launch_is_one_that_a_training_takes(path):
 
 
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
-def test_a_shipped_task_is_one_that_a_benchmark_takes(path, tmp_path):
-    from eval.measuring import harness
+def test_a_shipped_task_says_what_it_asks_and_reads_data_that_a_recipe_names(path):
+    from eval.measuring import task_files
 
-    data = {name: tmp_path / name for name in ("language", "documents", "gsm8k")}
-    task = harness.read_task(path, data, tmp_path, tmp_path)
-    assert (task.name, task.about["metric"]) == (path.stem, task.metric)
+    ((name, (_, told)),) = task_files.tasks_of(path).items()
+    assert name == path.stem
+    assert told["metadata"].keys() >= {"version", "chat", "chance", "description"}
+    assert set(told["dataset_kwargs"]["data_files"].values()) < {"language", "documents", "gsm8k"}
 
 
 def test_a_yaml_that_is_wrong_is_seen(tmp_path):
     from cordee.compute import device
-    from eval.measuring import harness
+    from eval.measuring import task_files
 
     def planted(path, old, new):
         text = path.read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def test_a_yaml_that_is_wrong_is_seen(tmp_path):
     with pytest.raises(UserError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
         read_shape(planted(MODELS[0], "hidden_size", "hiden_size"), tmp_path)
     with pytest.raises(UserError, match="is no task file"):
-        harness.read_task(planted(TASKS[0], "metric_list", "metrics"), {}, tmp_path, tmp_path)
+        task_files.tasks_of(planted(TASKS[0], "task: ", "name: "))
     fsdp = next(path for path in LAUNCHES if path.stem == "fsdp2")
     with pytest.raises(UserError, match="must be 2"):
         device._asked(Launch(config_file=str(planted(fsdp, "fsdp_version: 2", "fsdp_version: 1"))))
