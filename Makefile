@@ -31,7 +31,7 @@ test: check browser
 
 # What takes too long for every change; writes docs/architectures.md.
 test-long: setup
-	$(BIN)/python -m pytest -m long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses 2 --durations 30
 
 check: setup
 	$(BIN)/ruff check .
