@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Train and evaluate language models from one recipe: pretraining, SFT, DPO, generation, benchmarks, report.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -36,13 +36,21 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+FIRST = """\
+cordee init     writes a recipe for what you have: a model, and chats, pairs, a corpus, questions or tasks
+cordee run      runs a recipe; cordee plan shows what that will do, cordee doctor what this machine can do
+cordee --help   lists all commands"""
+
+
 @app.callback()
 def _options(
-    version: Annotated[
+    context: typer.Context,
+    _asked: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST)
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -95,7 +103,9 @@ def run(
     show.plan(out, plan)
     if frozen:
         runner.require_frozen(plan)
-    show.reports(out, runner.run(plan, out).values())
+    made = runner.run(plan, out).values()
+    show.reports(out, made)
+    show.to_chat_with(out, made)
 
 
 @_command
@@ -238,6 +248,23 @@ def data_(
     from cordee.compute import preview
 
     preview.run(settings, model, _console())
+
+
+@_command
+def doctor_(
+    recipe_file: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="a recipe's YAML file, to see what it would lack here")
+    ] = None,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+) -> None:
+    """Show what this machine can do, and what is missing for a recipe."""
+    from cordee import doctor, show
+
+    out = _console()
+    show.facts(out, doctor.machine_facts(runs))
+    if recipe_file:
+        show.facts(out, doctor.lacks(_load(recipe_file, overrides, runs)) or [("recipe", "nothing is missing")])
 
 
 @_command

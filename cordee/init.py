@@ -63,6 +63,8 @@ class Data:
     """About how many there are."""
     shape: str
     """As `cordee data` names it."""
+    words: int = 0
+    """Distinct words in the rows that were looked at."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each row that was looked at, in order of size."""
 
@@ -196,7 +198,7 @@ def _pretrain(corpus: Path, shape: Path) -> Iterator[str]:
     yield "    uses: pretrain.corpus"
     yield f"    source: {_word(corpus)}  # {_told(data)}"
     yield "    holdout_fraction: 0.05  # documents that are never trained on: what is learned is measured on them"
-    yield "  tokenizer: {uses: pretrain.tokenizer, corpus: $corpus, vocab_size: 4096}"
+    yield f"  tokenizer: {{uses: pretrain.tokenizer, corpus: $corpus, vocab_size: {_vocabulary(data.words)}}}"
     yield "  tokens: {uses: pretrain.tokens, corpus: $corpus, tokenizer: $tokenizer}"
     yield "  base:"
     yield "    uses: pretrain.train"
@@ -210,6 +212,15 @@ def _pretrain(corpus: Path, shape: Path) -> Iterator[str]:
     yield f"    warmup_steps: {steps // 10}"
     yield f"    decay_steps: {steps // 4}"
     yield f"    eval_steps: {steps // 4}  # steps between two measurements of the held-out documents"
+
+
+def _vocabulary(words: int) -> int:
+    """A vocabulary that a corpus of so many distinct words can fill: bytes, and a merge for every second word.
+
+    It is a power of two where there are enough.
+    """
+    most = 257 + words // 2
+    return most if most < 512 else min(8192, 1 << (most.bit_length() - 1))
 
 
 def _trained(has: Has) -> dict[str, str]:
@@ -285,7 +296,8 @@ def look(path: Path, model: Path | None, key: str) -> Data:
         hint = "`columns: {yours: messages}` in the stage's `data` names them"
         raise UserError(f"can't be told what it is: its columns are {columns}", file=path, key=key, hint=hint)
     count = len(rows) if len(rows) < ROWS else int(estimate(found, key)[0])
-    return Data(count, shape, _lengths(whole, model))
+    words = {word for row in whole for text in _texts(row) for word in text.split()}
+    return Data(count, shape, len(words), _lengths(whole, model))
 
 
 def _lengths(rows: list[dict[str, Any]], model: Path | None) -> list[int]:

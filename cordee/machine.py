@@ -34,10 +34,29 @@ def has_gpu() -> bool:
 
 def gpu() -> str | None:
     """The model of the first NVIDIA GPU."""
-    for path in sorted(GPUS.glob("*/information")):
-        if name := _value(path, "Model"):
-            return name
-    return None
+    return next(iter(gpus()), None)
+
+
+def gpus() -> list[str]:
+    """The models of the NVIDIA GPUs."""
+    return [name for path in sorted(GPUS.glob("*/information")) if (name := _value(path, "Model"))]
+
+
+def instruction_sets() -> list[str]:
+    """The vector and matrix instructions that make a CPU fast, as far as it has them."""
+    flags = set(_value(CPUINFO, "flags").split())
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+
+
+def memory_bytes() -> int:
+    """All memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes() -> int:
+    """The memory that a new process could have."""
+    told = _value(Path("/proc/meminfo"), "MemAvailable").removesuffix(" kB")
+    return int(told) * 1024 if told.isdigit() else memory_bytes()
 
 
 def cpu() -> str:

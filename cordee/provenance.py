@@ -1,7 +1,6 @@
 """Machine, packages and git commit of a stage, for its manifest."""
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -39,7 +38,7 @@ def host() -> Host:
         name=platform.node(),
         cpu=machine.cpu(),
         cores=machine.cores(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=machine.memory_bytes(),
         gpu=machine.gpu(),
         platform=platform.platform(),
     )

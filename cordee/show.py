@@ -3,8 +3,10 @@
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cordee import artifact, certificate, events, lineage, lock, provenance, units
+from cordee import artifact, certificate, events, files, lineage, lock, provenance, units
 from cordee.artifact import Artifact, Damaged
 from cordee.clean import Item
 from cordee.display import progress_line
@@ -239,7 +241,46 @@ def clean(out: Console, items: Iterable[Item]) -> None:
 
 
 def reports(out: Console, made: Iterable[Artifact]) -> None:
-    """Print the paths of the reports."""
+    """Print the figures and the paths of the reports."""
     for item in made:
         if (item.path / "index.html").exists():
+            for line in _figures(item.path / "report.json"):
+                out.print(line, markup=False, highlight=False, soft_wrap=True)
             out.print(f"report: {item.path / 'index.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _figures(file: Path) -> Iterator[str]:
+    """Each task's figures in a line: of each checkpoint, with its standard error and what the change is worth."""
+    told = files.read_json(file) if file.is_file() else {}
+    for table in told.get("benchmarks", ()):
+        if not table.get("is_main"):
+            continue
+        said = []
+        for row in table["rows"]:
+            value = units.score(row["value"], percent=table["percent"])
+            error = row["standard_error"]
+            around = "" if error is None else f" ± {units.error(error, percent=table['percent'])}"
+            said.append(f"{row['model']} {value}{around}{_worth(row['change'], table['higher_is_better'])}")
+        yield f"{table['task']}, {table['metric']}: {', '.join(said)}"
+
+
+def _worth(change: Mapping[str, Any] | None, higher_is_better: bool) -> str:
+    """What a change is worth, in brackets."""
+    if not change or change["adjusted_p_value"] is None:
+        return ""
+    if not change["significant"]:
+        return " (within error)"
+    return " (gain)" if (change["value"] > 0) == higher_is_better else " (loss)"
+
+
+def facts(out: Console, found: Iterable[tuple[str, str]]) -> None:
+    """Print what is told, a line each."""
+    for name, told in found:
+        out.print(f"{name:14} {told}", markup=False, highlight=False, soft_wrap=True)
+
+
+def to_chat_with(out: Console, made: Iterable[Artifact]) -> None:
+    """Print how to talk to the last model that was made."""
+    models = [one for one in made if any((one.path / name).exists() for name in ("config.json", "adapter_config.json"))]
+    if models:
+        out.print(f"chat: cordee chat {models[-1].name}", markup=False, highlight=False, soft_wrap=True)

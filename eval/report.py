@@ -71,6 +71,7 @@ def collect(config: Config) -> dict[str, Any]:
         "training_data": sections.training_data(everything),
         "curves": curves,
         "benchmarks": tables,
+        "further_metrics": comparison.further(tables),
         "languages": by_language,
         "checkpoints": comparison.checkpoints(tables, by_language),
         "samples": sections.samples(listed),

@@ -71,7 +71,6 @@ def make(config: TasksConfig, out: Path, cache: Path, *, confirm_unsafe_code: bo
         UserError: a task can't be asked as it is told, or its data are not there.
     """
     (out / TASKS).mkdir(exist_ok=True)
-    datasets.config.HF_DATASETS_CACHE = str(cache)
     batches: dict[str, Batch] = {}
     places: dict[str, Path] = {}
     for asked in config.tasks:
@@ -90,7 +89,7 @@ def make(config: TasksConfig, out: Path, cache: Path, *, confirm_unsafe_code: bo
         questions.write(name, path, out / TASKS, is_chat=bool(config.apply_chat_template))
         _add(batches, name, Asked(task=TaskFile(out / TASKS / f"{name}.yaml"), **common), [{}])
     for batch in batches.values():
-        _load(batch, out)
+        _load(batch, out, cache / batch.label)
     return list(batches.values())
 
 
@@ -188,8 +187,10 @@ def _label(how: Mapping[str, Any], taken: list[str]) -> str:
     return next(name for name in (label, *(f"{label}-{n}" for n in range(2, len(taken) + 3))) if name not in taken)
 
 
-def _load(batch: Batch, out: Path) -> None:
+def _load(batch: Batch, out: Path, cache: Path) -> None:
     """Load a batch's tasks with their data, and choose their documents.
+
+    Each has a cache of its own: `datasets` takes folders of one name with equal readme files for one data set.
 
     Raises:
         UserError: lm-eval can't.
@@ -197,6 +198,7 @@ def _load(batch: Batch, out: Path) -> None:
     manager = TaskManager(include_path=str(out / TASKS), include_defaults=False)
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name, asked in batch.asked.items():
+        datasets.config.HF_DATASETS_CACHE = str(cache / name)
         try:
             own = manager.load([name])
         except ImportError as error:

@@ -44,6 +44,18 @@ def benchmarks(records: list[Record], everything: Sequence[Record]) -> list[dict
     return tables
 
 
+def further(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is not shown first, a row for each metric: the checkpoints, and their values and standard errors."""
+    others = [table for table in tables if not table["is_main"]]
+    models = list(dict.fromkeys(row["model"] for table in others for row in table["rows"]))
+    keys = ("task", "asked", "metric", "filter", "percent")
+    rows = []
+    for table in others:
+        found = {row["model"]: (row["value"], row["standard_error"]) for row in table["rows"]}
+        rows.append({**{key: table[key] for key in keys}, "values": [found.get(model) for model in models]})
+    return {"models": models, "rows": rows}
+
+
 def is_percent(metric: str) -> bool:
     """Whether a metric's values are fractions of correct answers."""
     return metric.startswith(("acc", "exact_match", "pass", "f1"))

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import sys
 import time
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_on_a_terminal_it_asks(have):
     process, main = pty.fork()
     if process == 0:
         os.chdir(have)
-        command = ["python", "-P", "-c", "from cordee.cli import main; main()", "init", "asked.yaml"]
+        command = [sys.executable, "-P", "-c", "from cordee.cli import main; main()", "init", "asked.yaml"]
         os.execvp(command[0], command)  # noqa: S606 - fixed words
     shown, answers = "", ["model", "my chats.jsonl", "", "", "q.jsonl"]
     try:

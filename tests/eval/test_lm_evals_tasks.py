@@ -1,11 +1,14 @@
 """lm-eval's own tasks, groups and tags by name: found without importing it, with data in the hub's layout."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from figures import figure
 
@@ -14,7 +17,7 @@ from cordee.artifact import Store
 from cordee.errors import UserError
 from cordee.stage import Context
 from eval import benchmark
-from eval.measuring import catalog, task_files
+from eval.measuring import batches, catalog, task_files
 
 LM_EVAL = "lm_eval/tasks/"
 
@@ -177,6 +180,22 @@ def test_filters_shots_and_groups_have_figures_of_their_own(checkpoints, data_di
     assert set(metrics) == {"rows", "engine", "xcopa.acc", "xcopa_it.acc", "gsm8k.exact_match"}
     places = {path.parent.name for path in (tmp_path / "out" / "lm_eval" / "first").rglob("samples_gsm8k_*")}
     assert places == {"0-shot-sampled", "chat-0-shot-sampled"}
+
+
+def test_data_sets_of_one_name_are_told_apart(checkpoints, data_dir, tmp_path):
+    """`datasets` takes the second for the first, whose readme file is the same."""
+    other = tmp_path / "me" / "gsm8k"
+    shutil.copytree(data_dir / "openai" / "gsm8k", other)
+    (file,) = other.rglob("test-*.parquet")
+    rows = pq.read_table(file).to_pylist()
+    pq.write_table(pa.Table.from_pylist([{**row, "question": f"Mine: {row['question']}"} for row in rows]), file)
+    task = Path(catalog.entries()["gsm8k"].file).read_text().replace("task: gsm8k", "task: mine")
+    (tmp_path / "mine.yaml").write_text(task.replace("openai/gsm8k", str(other)))
+    asked = config(checkpoints, data_dir, ["gsm8k", str(tmp_path / "mine.yaml")])
+    (tmp_path / "out").mkdir()
+    (batch,) = batches.make(asked, tmp_path / "out", tmp_path / "cache")
+    first, second = (batch.loaded["tasks"][name].eval_docs[0]["question"] for name in ("gsm8k", "mine"))
+    assert second == f"Mine: {first}"
 
 
 def test_a_task_that_runs_what_models_write_has_to_be_confirmed(checkpoints, data_dir, tmp_path):

@@ -322,7 +322,7 @@ def test_further_metrics_stand_apart_and_count_for_no_adjustment(report):
     assert len(tested) == 2 * (len(fake_store.MODELS) - 1)
     assert [line["subject"] for line in shown["verdict"]] == ["language identification", "Held-out text"]
     page = (folder / "index.html").read_text(encoding="utf-8")
-    assert page.count("<summary>1 further metrics</summary>") == 1
+    assert page.count("<summary>1 further metric</summary>") == 1
     assert "acc_norm" in page.partition("<summary>")[2]
 
 

@@ -57,6 +57,9 @@ def test_before_and_after_lora_and_full_fine_tuning_are_side_by_side(here, corde
     runs = here / "runs/smollm2-tiny"
     assert f"report: {runs.relative_to(here)}/report@1/index.html" in done.stdout
 
+    assert "gsm8k_bits_per_byte, bits_per_byte: before " in done.stdout
+    assert done.stdout.strip().endswith("chat: cordee chat smollm2-tiny/full@1")
+
     table = json.loads((runs / "benchmark@1/results.json").read_text())
     assert [row["name"] for row in table["models"]] == ["before", "lora", "full"]
     assert (table["engine"]["name"], table["engine"]["dtype"]) == ("vllm", "float32")
