@@ -167,15 +167,20 @@ def plain(text: str) -> str:
 
 
 def run(chat: Chat, read: Callable[[str], str], write: Callable[[str], Any], prompt: str = "> ") -> None:
-    """Read turns and write answers until the input ends."""
+    """Read turns and write answers until the input ends; with a prompt, Ctrl-C ends an answer or forgets a line."""
     if chat.template is None:
         write("This model has no chat template: it continues each text as it stands.\n")
     while True:
         try:
             line = read(prompt)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             write("\n")
             return
+        except KeyboardInterrupt:
+            if not prompt:
+                raise
+            write("\n")  # an answer may have ended just before it was to be interrupted
+            continue
         try:
             if not _command(chat, line.strip(), write):
                 return

@@ -16,7 +16,8 @@ import yaml
 
 from cordee import files, peek
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""A safe loader, the fast one where PyYAML has it."""
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 
 
@@ -102,7 +103,7 @@ def _merged(path: Path, read: dict[Path, dict[str, Any] | None], above: tuple[Pa
 def plain(path: Path) -> dict[str, Any] | None:
     """A YAML file's mapping, with functions as their names; None where it is none."""
 
-    class Loader(_LOADER):  # type: ignore[misc, valid-type]
+    class Loader(LOADER):  # type: ignore[misc, valid-type]
         """Keeps the names of functions."""
 
     Loader.add_constructor("!function", lambda _loader, node: str(node.value))

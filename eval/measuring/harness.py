@@ -155,6 +155,7 @@ def _add(
     measured: dict[str, Any], batch: Batch, outcome: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]
 ) -> None:
     """Add the figures of all tasks and groups of a batch, for each metric and filter."""
+    asked = {shown for name in batch.asked for shown in _with_figures(name, outcome)}
     for name, values in outcome["results"].items():
         better = outcome["higher_is_better"].get(name) or {}
         own = []
@@ -169,7 +170,7 @@ def _add(
                 {
                     "task": name,
                     "asked": batch.label,
-                    "is_asked": name in batch.asked,
+                    "is_asked": name in asked,
                     "is_group": name not in batch.loaded["tasks"],
                     "shots": outcome["n-shot"].get(name),
                     "version": outcome["versions"].get(name),
@@ -179,6 +180,13 @@ def _add(
                     **_about(batch, name),
                 }
             )
+
+
+def _with_figures(name: str, outcome: Mapping[str, Any]) -> set[str]:
+    """A task or a group; in the place of a group without a figure of its own, those in it."""
+    if any("," in key for key in outcome["results"].get(name, {})):
+        return {name}
+    return {shown for member in outcome["group_subtasks"].get(name, ()) for shown in _with_figures(member, outcome)}
 
 
 def _about(batch: Batch, name: str) -> dict[str, Any]:

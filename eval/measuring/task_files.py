@@ -112,16 +112,16 @@ def _read(file: Path) -> tuple[dict[str, Any], list[Path], list[Path]]:
     """
     functions: list[str] = []
 
-    class Loader(yaml.SafeLoader):
+    class Loader(catalog.LOADER):  # type: ignore[misc, valid-type]
         """Keeps the names of functions."""
 
-    def name_of(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    def name_of(_loader: object, node: yaml.ScalarNode) -> str:
         functions.append(str(node.value))
         return str(node.value)
 
     Loader.add_constructor("!function", name_of)
     try:
-        config = yaml.load(file.read_bytes(), Loader=Loader)  # noqa: S506 - the loader is a SafeLoader
+        config = yaml.load(file.read_bytes(), Loader=Loader)  # noqa: S506 - the loader is a safe one
     except (OSError, yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last are PyYAML's own
         problem = " ".join(str(error).split())
         raise UserError(f"is no task file: {problem}", file=file, key="tasks") from error

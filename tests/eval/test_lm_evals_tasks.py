@@ -182,6 +182,14 @@ def test_filters_shots_and_groups_have_figures_of_their_own(checkpoints, data_di
     assert places == {"0-shot-sampled", "chat-0-shot-sampled"}
 
 
+def test_of_a_group_without_a_figure_its_tasks_are_shown(checkpoints, data_dir, tmp_path):
+    (tmp_path / "suite.yaml").write_text("group: suite\ntask: [xcopa_it, {group: inner, task: [xcopa_et, xcopa_ht]}]\n")
+    (tmp_path / "out").mkdir()
+    context = Context(out=tmp_path / "out", seed=3, events=tmp_path / "events.jsonl")
+    metrics = benchmark.run(config(checkpoints, data_dir, [str(tmp_path / "suite.yaml")], limit=1), context)
+    assert metrics.keys() == {"rows", "engine", "xcopa_it.acc", "xcopa_et.acc", "xcopa_ht.acc"}
+
+
 def test_data_sets_of_one_name_are_told_apart(checkpoints, data_dir, tmp_path):
     """`datasets` takes the second for the first, whose readme file is the same."""
     other = tmp_path / "me" / "gsm8k"

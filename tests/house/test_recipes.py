@@ -12,12 +12,13 @@ from cordee.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").rglob("*.yaml"))
 MODELS, LAUNCHES = (sorted((ROOT / "configs" / name).rglob("*.yaml")) for name in ("models", "accelerate"))
+SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
 TASKS = sorted([*ROOT.glob("eval/tasks/*.yaml"), *ROOT.glob("examples/*/tasks/*.yaml")])
 
 
 def test_all_yaml_files_are_found():
     shipped = {path for package in ROOT.iterdir() if package.name[0] != "." for path in package.rglob("*.y*ml")}
-    assert shipped - set((ROOT / "runs").rglob("*")) == {*RECIPES, *MODELS, *LAUNCHES, *TASKS}
+    assert shipped - set((ROOT / "runs").rglob("*")) == {*RECIPES, *MODELS, *LAUNCHES, *TASKS, *SUITES}
     assert [len(found) for found in (RECIPES, MODELS, LAUNCHES, TASKS)] == [4, 3, 4, 5]
 
 
@@ -54,6 +55,15 @@ def test_a_shipped_task_says_what_it_asks_and_reads_data_that_a_recipe_names(pat
     assert name == path.stem
     assert told["metadata"].keys() >= {"version", "chat", "chance", "description"}
     assert set(told["dataset_kwargs"]["data_files"].values()) < {"language", "documents", "gsm8k"}
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_a_shipped_suite_names_what_lm_eval_has(path):
+    from eval.measuring import catalog, task_files
+
+    tasks = task_files.tasks_of(path)
+    assert len(tasks) >= len(list(catalog.members(catalog.plain(path))))
+    assert next(iter(task_files.groups_of(path))) == path.stem
 
 
 def test_a_yaml_that_is_wrong_is_seen(tmp_path):
