@@ -80,7 +80,8 @@ def test_what_can_not_be_asked_is_said_and_the_chat_goes_on(checkpoints):
 
 
 def test_from_a_pipe_each_line_is_a_turn_and_the_chat_is_saved(checkpoints, adapters, tmp_path):
-    store, keys = "/save chats.jsonl", ("--temperature", "0", "--max-tokens", "4")
+    store = "/save chats.jsonl"
+    keys = ("--temperature", "0", "--max-tokens", "4", "--adapter", adapters["small"])
     lines = ["Alle Menschen", store, "/reset", "/help", "", "frei</s>", "Tous", store, "/quit"]
     done = piped(tmp_path, checkpoints["first"], *keys, "--system", "Recht", lines=lines)
     assert done.returncode == 0, done.stderr
@@ -90,12 +91,12 @@ def test_from_a_pipe_each_line_is_a_turn_and_the_chat_is_saved(checkpoints, adap
     assert talk.plain(rows[0][2]["content"]) in done.stdout
     assert "/reset begins a new chat" in done.stdout
     assert "spells out" in done.stdout
-    base = checkpoints["first"]
-    own, given, plain = (
-        piped(tmp_path, *model, *keys, lines=lines[:1])
-        for model in ([adapters["small"]], [base, "--adapter", adapters["small"]], [base])
-    )
-    assert own.stdout == given.stdout != plain.stdout
+
+
+def test_an_adapter_answers_on_the_base_that_it_names_or_is_given(checkpoints, adapters):
+    base, settings = checkpoints["first"], talk.Settings(max_tokens=12, temperature=0.0)
+    own, given = (said(talk.Chat(adapters["small"], settings, other), "Alle Menschen") for other in (None, base))
+    assert own == given != said(new(base), "Alle Menschen")
 
 
 @pytest.mark.parametrize(
@@ -118,9 +119,17 @@ def test_a_model_without_a_template_continues_the_text(checkpoints, tmp_path):
 
     bare = tmp_path / "bare"
     shutil.copytree(checkpoints["first"], bare, ignore=shutil.ignore_patterns("chat_template.jinja"))
-    done = piped(tmp_path, bare, "--max-tokens", "4", lines=["Alle Menschen", "/save x.jsonl"])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("This model has no chat template: it continues each text as it stands.\n")
+    written: list[str] = []
+    lines = iter(["Alle Menschen"])
+
+    def read(_prompt):
+        for line in lines:
+            return line
+        raise EOFError
+
+    talk.run(new(bare), read, written.append)
+    assert written[0] == "This model has no chat template: it continues each text as it stands.\n"
+    assert len("".join(written[1:]).strip()) > 0
 
 
 def test_signs_that_steer_a_terminal_are_left_out():
