@@ -160,7 +160,7 @@ def test_ctrl_c_ends_an_answer_on_a_terminal_and_ctrl_d_the_chat(checkpoints, tm
         os.write(main, b"\x03")
         wait_for("> $")
         os.write(main, b"/save it.jsonl\n")
-        wait_for(r"saved to it\.jsonl")
+        wait_for(r"saved to it\.jsonl\s+> $")  # only then does it read the terminal again
         os.write(main, b"\x04")
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     finally:
