@@ -116,7 +116,8 @@ class Chat:
 
     def _generate(self, ids: list[int]) -> Iterator[str]:
         """Pieces of the text that follows."""
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, **kept)
         stop = threading.Event()
         failed: list[BaseException] = []
         config = self._config(len(ids))
