@@ -1,6 +1,5 @@
 """What this machine can do, and what it lacks for a recipe; without torch."""
 
-import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -35,8 +34,7 @@ def machine_facts(runs: Path) -> Facts:
 
 def _compiler() -> str:
     """Whether torch can compile on the CPU."""
-    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    compiler = machine.cxx_compiler()
     if compiler is None:
         return "no C++ compiler: training is not compiled (apt install g++)"
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -96,7 +96,7 @@ def write(has: Has, out: Path) -> None:
         UserError: there is such a file, nothing can be made of what there is, or a file can't be read.
     """
     if out.exists():
-        raise UserError("is there already", file=out, hint="--out writes another file")
+        raise UserError("is there already", file=out, hint="name another file")
     name = re.sub(r"[^\w-]+", "-", out.name.partition(".")[0]).strip("-") or "recipe"
     if has.chats or has.pairs:
         stages = list(_train(has, has.chats, "sft")) if has.chats else []

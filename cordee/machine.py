@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -46,6 +47,12 @@ def instruction_sets() -> list[str]:
     """The vector and matrix instructions that make a CPU fast, as far as it has them."""
     flags = set(_value(CPUINFO, "flags").split())
     return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU."""
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def memory_bytes() -> int:

@@ -7,7 +7,6 @@ runs DDP; a tracker that is not installed is left out; a model can stay unwrappe
 import contextlib
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from cordee import machine
 from cordee.config import Launch
 from cordee.errors import Fault, UserError
 from cordee.launchers import RUNNER
@@ -185,8 +185,7 @@ def resolve_compile(asked: str, flops: float, device: torch.device) -> tuple[boo
     if device.type == "cuda":
         found, needed = importlib.util.find_spec("triton") is not None, "triton"
     else:
-        names = (os.environ.get("CXX", "g++"), "g++", "clang++")
-        found, needed = any(shutil.which(name) for name in names), "a C++ compiler"
+        found, needed = machine.cxx_compiler() is not None, "a C++ compiler"
     if asked == "on":
         if not found:
             raise UserError(f"this machine has no {needed.removeprefix('a ')}", key="compile", hint='say "off"')

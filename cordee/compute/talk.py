@@ -106,7 +106,7 @@ class Chat:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
         chat = [*self._system(), *messages]
         try:
-            self.template.require_plain(texts_in(chat[:1] + chat[-1:]))
+            self.template.require_plain(texts_in(chat))
             readable = self.template.readable(chat, {})
             self.template.require_written(readable, {})
             written = self.template.text(readable, {}, add_generation_prompt=True)

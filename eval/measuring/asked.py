@@ -133,7 +133,7 @@ def _datasets(config: TasksConfig) -> dict[str, Input]:
     absent: dict[str, str] = {}
     for asked in config.tasks:
         # of a file that is not there, the plan will say so
-        for name, (_, told) in task_files.tasks_of(asked.task).items() if Path(asked.task).is_file() else ():
+        for name, (_, told) in task_files.contents(asked.task).tasks.items() if Path(asked.task).is_file() else ():
             path = told.get("dataset_path")
             if not isinstance(path, str) or path in task_files.BUILDERS or path in found:
                 continue

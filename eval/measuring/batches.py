@@ -74,15 +74,18 @@ def make(config: TasksConfig, out: Path, cache: Path, *, confirm_unsafe_code: bo
     batches: dict[str, Batch] = {}
     places: dict[str, Path] = {}
     for asked in config.tasks:
-        tasks, groups = task_files.tasks_of(asked.task), task_files.groups_of(asked.task)
-        for name, (file, told) in tasks.items():
+        found = task_files.contents(asked.task)
+        for name, (file, told) in found.tasks.items():
             _require_one_place(name, file, places)
             _require_confirmed(told, file, confirmed=confirm_unsafe_code)
             _write(out, name, file, _data(told, file, config))
-        for name, file in groups.items():
+        for name, file in found.groups.items():
             _require_one_place(name, file, places)
             _write(out, name, file, {})
-        _add(batches, next(iter(groups), next(iter(tasks))), asked, [told for _, told in tasks.values()])
+        own = [told for _, told in found.tasks.values()]
+        if not own:
+            raise UserError("is a group without tasks", file=asked.task, key="tasks")
+        _add(batches, next(iter(found.groups or found.tasks)), asked, own)
     common = {name: getattr(config, name) for name in How.model_fields}
     for name, path in config.questions.items():
         _require_one_place(name, path, places)
@@ -196,7 +199,7 @@ def _load(batch: Batch, out: Path, cache: Path) -> None:
         UserError: lm-eval can't.
     """
     manager = TaskManager(include_path=str(out / TASKS), include_defaults=False)
-    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     for name, asked in batch.asked.items():
         datasets.config.HF_DATASETS_CACHE = str(cache / name)
         try:
@@ -216,7 +219,7 @@ def _load(batch: Batch, out: Path, cache: Path) -> None:
     for name, task in batch.loaded["tasks"].items():
         _require_examples(name, task, batch.how["num_fewshot"])
         if name in batch.asked:
-            _require_metric(name, batch.asked[name], task.aggregation())
+            _require_metric(name, batch.asked[name], task)
     _choose(batch, out)
 
 
@@ -232,11 +235,13 @@ def _choose(batch: Batch, out: Path) -> None:
     files.write_json(out / batch.samples_file, batch.samples)
 
 
-def _require_metric(name: str, asked: Asked, known: Mapping[str, Any]) -> None:
-    """Check that a task has the metric that is to be shown first."""
-    wanted = (asked.metric or "").partition(",")[0]
-    if wanted and wanted not in known:
-        raise UserError(f"{name} has no metric {wanted!r}", key="tasks.metric", hint=nearest(wanted, known))
+def _require_metric(name: str, asked: Asked, task: Any) -> None:
+    """Check that a task has the metric that is to be shown first, and its filter."""
+    wanted, _, chosen = (asked.metric or "").partition(",")
+    filters = [told["name"] for told in task.config.filter_list or [{"name": "none"}]]
+    for word, known, what in ((wanted, task.aggregation(), "metric"), (chosen, filters, "filter")):
+        if word and word not in known:
+            raise UserError(f"{name} has no {what} {word!r}", key="tasks.metric", hint=nearest(word, known))
 
 
 def _require_examples(name: str, task: Any, asked: int | None) -> None:

@@ -1,6 +1,7 @@
 """What lm-eval's task files read, found in their texts: a plan must not import lm-eval."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +37,32 @@ class TaskFile(Input):
         return [*found[1:], *modules]
 
 
-def tasks_of(file: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """By name, the file and the keys of each task in a file: its own, or those of its group.
+@dataclass
+class Contents:
+    """What a task file, or a group's, asks for."""
+
+    tasks: dict[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)
+    """By name, each task's file and keys."""
+    groups: dict[str, Path] = field(default_factory=dict)
+    """By name, the file of the group, if it is one, and those of the groups in it."""
+
+
+def contents(file: Path) -> Contents:
+    """The task of a file, or the tasks and groups of a group.
 
     Raises:
         UserError: one can't be read.
     """
-    config = merged(file)
-    if "group" not in config or "class" in config:
-        if not isinstance(config.get("task"), str):
-            raise UserError("is no task file: it has no task", file=file, key="tasks")
-        return {config["task"]: (file, config)}
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for member in _members(file, config):
-        found |= tasks_of(member)
-    return found
-
-
-def groups_of(file: Path) -> dict[str, Path]:
-    """By name, the files of a group and of the groups in it; of a task none."""
-    config = merged(file)
-    if "group" not in config or "class" in config:
-        return {}
-    found = {str(config["group"]): file}
-    for member in _members(file, config):
-        found |= groups_of(member)
+    found, coming = Contents(), [file]
+    for path in coming:  # the members of a group come to the end of the list
+        config = merged(path)
+        if "group" in config and "class" not in config:
+            found.groups[str(config["group"])] = path
+            coming += [member for member in _members(path, config) if member not in coming]
+        elif not isinstance(config.get("task"), str):
+            raise UserError("is no task file: it has no task", file=path, key="tasks")
+        else:
+            found.tasks[config["task"]] = (path, config)
     return found
 
 

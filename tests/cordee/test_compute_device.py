@@ -6,6 +6,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from cordee import machine
 from cordee.compute import device
 from cordee.config import Launch
 from cordee.errors import Fault, UserError
@@ -32,7 +33,7 @@ def test_auto_compiles_a_long_training_and_not_a_short_one():
 
 
 def test_without_a_compiler_on_is_an_error_and_auto_says_why_not(monkeypatch):
-    monkeypatch.setattr(device.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda _name: None)
     assert device.resolve_compile("auto", 1e15, CPU) == (False, "this machine has no C++ compiler")
     with pytest.raises(UserError, match=r"compile: this machine has no C\+\+ compiler"):
         device.resolve_compile("on", 1e15, CPU)

@@ -77,7 +77,10 @@ def test_what_it_writes_can_be_planned(name, have, cordee):
     planned = cordee("plan", "mine.yaml")
     assert planned.returncode == 0, planned.stderr
     again = cordee("init", "mine.yaml", *CASES[name])
-    assert (again.returncode, again.stderr) == (2, "cordee: mine.yaml: is there already; --out writes another file\n")
+    assert (again.returncode, again.stderr) == (
+        2,
+        "cordee: mine.yaml: is there already; name another file\n",
+    )
     text = (have / "mine.yaml").read_text()
     stages = yaml12.read(have / "mine.yaml")["stages"]
     assert max(map(len, text.splitlines())) <= 160

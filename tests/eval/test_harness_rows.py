@@ -65,6 +65,8 @@ def test_the_metric_that_is_shown_first_is_the_one_that_was_asked_for(measured):
         UserError, match=r"tasks\.metric: dates has no metric 'exact_macth'; did you mean 'exact_match'\?"
     ):
         measured(metric="exact_macth,always")
+    with pytest.raises(UserError, match=r"tasks\.metric: dates has no filter 'alwys'; did you mean 'always'\?"):
+        measured(metric="exact_match,alwys")
 
 
 def test_a_text_that_was_read_as_a_time_is_said(measured):

@@ -135,7 +135,7 @@ def test_an_edit_of_what_a_group_or_its_data_holds_is_another_identity(checkpoin
             file.write("# other\n")
         seen.add(fingerprint())
     assert len(seen) == 6
-    names = task_files.tasks_of(Path("mine/all.yaml"))
+    names = task_files.contents(Path("mine/all.yaml")).tasks
     assert list(names) == ["one", "xcopa_it"]
 
 
@@ -188,6 +188,13 @@ def test_of_a_group_without_a_figure_its_tasks_are_shown(checkpoints, data_dir, 
     context = Context(out=tmp_path / "out", seed=3, events=tmp_path / "events.jsonl")
     metrics = benchmark.run(config(checkpoints, data_dir, [str(tmp_path / "suite.yaml")], limit=1), context)
     assert metrics.keys() == {"rows", "engine", "xcopa_it.acc", "xcopa_et.acc", "xcopa_ht.acc"}
+
+
+def test_groups_that_name_each_other_end(tmp_path):
+    (tmp_path / "one.yaml").write_text("group: one\ntask: [two, gsm8k]\n")
+    (tmp_path / "two.yaml").write_text("group: two\ntask: [one]\n")
+    found = task_files.contents(tmp_path / "one.yaml")
+    assert (set(found.groups), set(found.tasks)) == ({"one", "two"}, {"gsm8k"})
 
 
 def test_data_sets_of_one_name_are_told_apart(checkpoints, data_dir, tmp_path):

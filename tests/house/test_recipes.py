@@ -51,7 +51,7 @@ def test_a_shipped_launch_is_one_that_a_training_takes(path):
 def test_a_shipped_task_says_what_it_asks_and_reads_data_that_a_recipe_names(path):
     from eval.measuring import task_files
 
-    ((name, (_, told)),) = task_files.tasks_of(path).items()
+    ((name, (_, told)),) = task_files.contents(path).tasks.items()
     assert name == path.stem
     assert told["metadata"].keys() >= {"version", "chat", "chance", "description"}
     assert set(told["dataset_kwargs"]["data_files"].values()) < {"language", "documents", "gsm8k"}
@@ -61,9 +61,9 @@ def test_a_shipped_task_says_what_it_asks_and_reads_data_that_a_recipe_names(pat
 def test_a_shipped_suite_names_what_lm_eval_has(path):
     from eval.measuring import catalog, task_files
 
-    tasks = task_files.tasks_of(path)
-    assert len(tasks) >= len(list(catalog.members(catalog.plain(path))))
-    assert next(iter(task_files.groups_of(path))) == path.stem
+    found = task_files.contents(path)
+    assert len(found.tasks) >= len(list(catalog.members(catalog.plain(path))))
+    assert next(iter(found.groups)) == path.stem
 
 
 def test_a_yaml_that_is_wrong_is_seen(tmp_path):
@@ -79,7 +79,7 @@ def test_a_yaml_that_is_wrong_is_seen(tmp_path):
     with pytest.raises(UserError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
         read_shape(planted(MODELS[0], "hidden_size", "hiden_size"), tmp_path)
     with pytest.raises(UserError, match="is no task file"):
-        task_files.tasks_of(planted(TASKS[0], "task: ", "name: "))
+        task_files.contents(planted(TASKS[0], "task: ", "name: "))
     fsdp = next(path for path in LAUNCHES if path.stem == "fsdp2")
     with pytest.raises(UserError, match="must be 2"):
         device._asked(Launch(config_file=str(planted(fsdp, "fsdp_version: 2", "fsdp_version: 1"))))
