@@ -28,6 +28,11 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 SMALL = 30_000_000
 """Parameters up to which all weights are trained; of a larger model an adapter."""
 SHOWN_ANSWERS = 8
+RENAMED = tuple({asked: "prompt", answer: "completion"} for asked, answer in (
+    ("question", "answer"), ("question", "response"), ("query", "response"), ("instruction", "response"),
+    ("input", "output"),
+))  # fmt: skip
+"""Columns that many data sets have, under the names that training knows."""
 EPOCHS = 3
 """Passes over a corpus."""
 MODEL = """# Llama's architecture with about 7 million parameters; other fields are those of transformers' LlamaConfig.
@@ -63,6 +68,8 @@ class Data:
     """About how many there are."""
     shape: str
     """As `cordee data` names it."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns to rename."""
     words: int = 0
     """Distinct words in the rows that were looked at."""
     lengths: list[int] = field(default_factory=list)
@@ -146,7 +153,9 @@ def _train(has: Has, path: Path, stage: str) -> Iterator[str]:
     yield f"  {stage}:"
     yield f"    uses: posttrain.{stage}"
     yield f"    model: {start}  # {_size(parameters)}"
-    yield f"    data: [{{path: {_word(path)}}}]  # {_told(data)}"
+    columns = f", columns: {_mapping(data.columns)}" if data.columns else ""
+    yield f"    # {_told(data)}"
+    yield f"    data: [{{path: {_word(path)}{columns}}}]"
     if stage == "sft" or not has.chats:
         yield from _template(model)
     yield "    heldout: 0.05  # a share of the rows: its loss is measured before and after, and not trained on"
@@ -240,11 +249,13 @@ def _measure(has: Has) -> Iterator[str]:
     models = ", ".join(f"{name}: {place}" for name, place in _trained(has).items())
     dtype = machine.fast_precision()
     settings = [f"    dtype: {dtype}", *([] if machine.has_gpu() else ["    enforce_eager: true  # starts sooner"])]
-    if has.chats or has.pairs:
+    if path := has.chats or has.pairs:
         yield "  answers:"
         yield "    uses: eval.generate"
         yield f"    models: {{{models}}}"
-        yield f"    prompts: {_word(has.chats or has.pairs)}  # better: prompts of your own that are not trained on"
+        yield f"    prompts: {_word(path)}  # better: prompts of your own that are not trained on"
+        if asked := {old: new for old, new in look(path, None, "--chats").columns.items() if new == "prompt"}:
+            yield f"    columns: {_mapping(asked)}"
         yield f"    max_prompts: {SHOWN_ANSWERS}"
         yield "    max_tokens: 256  # of an answer"
         yield from settings
@@ -288,16 +299,17 @@ def look(path: Path, model: Path | None, key: str) -> Data:
     whole = [row.values for row in rows if isinstance(row.values, dict)]
     if not whole:
         raise UserError("holds no row that can be read", file=path, key=key)
-    source = Source(path=Input(path))
+    columns = next((names for names in RENAMED if not formats.shape(whole[0]) and names.keys() <= whole[0].keys()), {})
+    source = Source(path=Input(path), columns=columns)
     told = formats.columns_of(next(row for row in rows if isinstance(row.values, dict)), source)
     shape = formats.shape(told)
     if not shape:
-        columns = ", ".join(map(repr, told))
-        hint = "`columns: {yours: messages}` in the stage's `data` names them"
-        raise UserError(f"can't be told what it is: its columns are {columns}", file=path, key=key, hint=hint)
+        names = ", ".join(map(repr, told))
+        hint = "rename them to `messages`, or to `prompt` and `completion`; a recipe does it by `columns:`"
+        raise UserError(f"can't be told what it is: its columns are {names}", file=path, key=key, hint=hint)
     count = len(rows) if len(rows) < ROWS else int(estimate(found, key)[0])
     words = {word for row in whole for text in _texts(row) for word in text.split()}
-    return Data(count, shape, len(words), _lengths(whole, model))
+    return Data(count, shape, columns, len(words), _lengths(whole, model))
 
 
 def _lengths(rows: list[dict[str, Any]], model: Path | None) -> list[int]:
@@ -322,6 +334,10 @@ def _word(path: object) -> str:
     """A path or a name as YAML has it."""
     text = str(path)
     return text if re.fullmatch(r"[A-Za-z_./][\w./+@-]*", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _mapping(names: dict[str, str]) -> str:
+    return f"{{{', '.join(f'{_word(old)}: {new}' for old, new in names.items())}}}"
 
 
 def _told(data: Data) -> str:

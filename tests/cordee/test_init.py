@@ -54,6 +54,7 @@ def have(tmp_path):
     lines(tmp_path / "pairs.jsonl", [{"prompt": a, "chosen": b, "rejected": "I do not know."} for a, b in said])
     pq.write_table(pa.table({"text": [f"{a} {b} " * 8 for a, b in said] * 5}), tmp_path / "texts.parquet")
     lines(tmp_path / "q.jsonl", [{"question": a, "answer": b} for a, b in said[:4]])
+    lines(tmp_path / "odd.jsonl", [{"a": 1, "b": 2}])
     return tmp_path
 
 
@@ -62,6 +63,7 @@ CASES = {
     "model and pairs": ["--model", "model", "--pairs", "pairs.jsonl"],
     "base model and chats": ["--model", "base", "--chats", "my chats.jsonl"],
     "chats, then pairs": ["--model", "model", "--chats", "my chats.jsonl", "--pairs", "pairs.jsonl"],
+    "questions as chats": ["--model", "model", "--chats", "q.jsonl"],
     "corpus": ["--corpus", "texts.parquet"],
     "model and questions": ["--model", "model", "--questions", "q.jsonl"],
 }
@@ -84,7 +86,10 @@ def test_what_it_writes_can_be_planned(name, have, cordee):
     text = (have / "mine.yaml").read_text()
     stages = yaml12.read(have / "mine.yaml")["stages"]
     assert max(map(len, text.splitlines())) <= 160
-    if "chats" in name and name != "base model and chats":
+    if name == "questions as chats":
+        assert stages["sft"]["data"] == [{"path": "q.jsonl", "columns": {"question": "prompt", "answer": "completion"}}]
+        assert stages["answers"]["columns"] == {"question": "prompt"}
+    elif "chats" in name and name != "base model and chats":
         assert "lora" not in stages["sft"], "so small a model is trained whole"
         assert stages["sft"]["data"] == [{"path": "my chats.jsonl"}]
     if name == "base model and chats":
@@ -120,13 +125,13 @@ def test_an_adapter_is_trained_of_a_larger_model(have, monkeypatch):
         (["--chats", "my chats.jsonl"], "cordee: command line: a model is needed; --model FOLDER"),
         (["--model", "absent", "--chats", "my chats.jsonl"], "cordee: absent: --model: is no folder"),
         (["--model", "model", "--chats", "absent.jsonl"], "cordee: absent.jsonl: --chats: "),
-        (["--model", "model", "--chats", "q.jsonl"], "can't be told what it is: its columns are 'question', 'answer'"),
+        (["--model", "model", "--chats", "odd.jsonl"], "can't be told what it is: its columns are 'a', 'b'"),
         (
             ["--model", "model", "--chats", "pairs.jsonl"],
             "the shape 'preference pair'; give it as --pairs",
         ),
         (["--model", "model", "--pairs", "my chats.jsonl"], "holds rows of the shape 'messages'; give it as --chats"),
-        (["--corpus", "q.jsonl"], "can't be told what it is"),
+        (["--corpus", "q.jsonl"], "has no column `text`"),
         (["--model", "model", "--tasks", "gsm8kk"], "no task, group, tag or file 'gsm8kk'"),
     ],
 )
