@@ -1,0 +1,154 @@
+"""Commands about a recipe: plan, run, and what came of it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cordee.commands.common import RUNS, Overrides, RecipeFile, Runs, command, console, load
+
+
+@command
+def run(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="fail if a stage differs from its published artifact")
+    ] = False,
+) -> None:
+    """Run the missing stages of a recipe and resume interrupted ones."""
+    from cordee import runner, show
+
+    plan, out = load(recipe_file, overrides, runs), console()
+    show.plan(out, plan)
+    if frozen:
+        runner.require_frozen(plan)
+    made = runner.run(plan, out).values()
+    show.reports(out, made)
+    show.to_chat_with(out, made)
+
+
+@command
+def plan_(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
+    """Show what `run` would do and what it would cost."""
+    from cordee import show
+
+    show.plan(console(), load(recipe_file, overrides, runs))
+
+
+@command
+def status(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
+    """Show the state of each stage of a recipe: done, running, stopped, failed, stale or ready."""
+    from cordee import show
+
+    show.status(console(), load(recipe_file, overrides, runs))
+
+
+@command
+def stage_(recipe_file: RecipeFile, name: str, overrides: Overrides = None, runs: Runs = RUNS) -> None:
+    """Run one stage of a recipe, for instance as a batch job; its inputs have to be published."""
+    from cordee import runner, show
+
+    plan, out = load(recipe_file, overrides, runs), console()
+    plan.stage(name)
+    show.reports(out, [runner.run(plan, out, only={name})[name]])
+
+
+@command
+def report(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
+    """Run the report stages of a recipe, with the certificates published so far."""
+    from cordee import runner, show
+
+    plan, out = load(recipe_file, overrides, runs), console()
+    names = plan.reports()
+    artifacts = runner.run(plan, out, only=names)
+    show.reports(out, [artifacts[name] for name in names])
+
+
+@command
+def prove_(
+    recipe_file: RecipeFile,
+    proofs: Annotated[
+        list[str] | None, typer.Argument(help="proofs to run (default: all that apply), and stage.key=value")
+    ] = None,
+    runs: Runs = RUNS,
+) -> None:
+    """Run proofs on a recipe and this machine; each publishes a certificate, which the report shows."""
+    from cordee import plan, prove, recipe, runner, show
+    from cordee.artifact import Store
+
+    names = [word for word in proofs or [] if "=" not in word]
+    overrides = [word for word in proofs or [] if "=" in word]
+    loaded, store, out = recipe.load(recipe_file, overrides), Store(runs), console()
+    if not names:
+        apply, others = prove.sort(loaded)
+        names = [proof.name for proof in apply]
+        show.left_out(out, others)
+    for name in names:
+        for with_proof, proven in prove.plans(loaded, store, name):
+            show.proof(out, runner.run(with_proof, out, proves=proven)[with_proof.stages[-1].name])
+    now = plan.make(loaded, store)
+    if {planned.item.stage.uses for planned in now.stages if planned.state != "done"} == {plan.REPORT}:
+        show.reports(out, runner.run(now, out).values())
+
+
+@command
+def verify(
+    what: Annotated[
+        list[str] | None, typer.Argument(help="recipe/stage@version, or a path (default: all artifacts)")
+    ] = None,
+    runs: Runs = RUNS,
+) -> None:
+    """Compare the files of artifacts with the hashes in their manifests."""
+    from cordee import lineage, show
+    from cordee.artifact import Store
+
+    store = Store(runs)
+    chosen = [lineage.find(name, store) for name in what] if what else store.scan()
+    if not show.verify(console(), chosen):
+        raise typer.Exit(1)
+
+
+@command
+def clean_(
+    recipe_file: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="a recipe's YAML file (default: all that were run)")
+    ] = None,
+    overrides: Overrides = None,
+    runs: Runs = RUNS,
+    yes: Annotated[bool, typer.Option("--yes", help="delete it")] = False,
+) -> None:
+    """List what no run will use again, such as attempts that no plan continues; delete it with --yes."""
+    from cordee import clean, recipe, show
+    from cordee.artifact import Store
+
+    found = clean.find(Store(runs), recipe.load(recipe_file, overrides or []) if recipe_file else None)
+    show.clean(console(), found)
+    for item in found if yes else ():
+        if not item.is_kept:
+            clean.delete(item)
+
+
+@command
+def lineage_(what: Annotated[str, typer.Argument(metavar="CHECKPOINT")], runs: Runs = RUNS) -> None:
+    """Trace a checkpoint back to its source files and licences."""
+    from cordee import lineage, show
+    from cordee.artifact import Damaged, Store
+
+    store = Store(runs)
+    found = lineage.find(what, store)
+    if isinstance(found, Damaged):
+        raise found.fault()
+    console().print(show.lineage_tree(lineage.walk(found, store)))
+
+
+@command
+def list_(uses: Annotated[str | None, typer.Argument(help="a package, or a stage as in `uses:`")] = None) -> None:
+    """List the stages and proofs of the built-in packages or of another package, or the keys of one stage."""
+    from cordee import keys, show, stage
+
+    if found := list(stage.find(*([uses] if uses else []))):
+        show.stages(console(), found)
+    elif uses:
+        show.keys(console(), keys.of(stage.load(uses, file="command line").config))
