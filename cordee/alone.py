@@ -122,6 +122,7 @@ def _shown(work: Work, display: Display, call: Callable[[], dict[str, Any]]) -> 
         while not ended.wait(runner.POLL_S):
             for event in tail.read():
                 display.event(event)
+            display.tick()
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

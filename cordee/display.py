@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from cordee import units
 
 LINE_EVERY_S = 15.0
+WAITED_S = 1.0
+"""What takes less is not said."""
 
 
 class Display:
@@ -27,6 +29,8 @@ class Display:
         self.stage = ""
         self.shown_at = 0.0
         self.first: dict[str, Any] | None = None
+        self.waits: tuple[str, float] | None = None
+        """What the stage waits for, and since when."""
 
     def __enter__(self) -> "Display":
         """Start the live bars if there is a terminal."""
@@ -42,6 +46,7 @@ class Display:
     def begin(self, stage: str, text: str) -> None:
         """A stage starts."""
         self.stage, self.shown_at, self.first = stage, time.monotonic(), None
+        self.waits = ("its packages to load", time.monotonic())
         if self.live:
             self.bar = self.bars.add_task(stage, total=None, text=text)
         else:
@@ -51,17 +56,29 @@ class Display:
         """Show an event of the stage: progress or a note."""
         if event["event"] in ("note", "resumed"):
             self.say(event["text"])
+        elif event["event"] == "waits":
+            self.waits = (event["text"], time.monotonic())
         elif event["event"] == "progress":
-            self.first = self.first or event
-            text = progress_line(event, self.first)
-            if self.live and self.bar is not None:
-                self.bars.update(self.bar, completed=event["done"], total=event["total"], text=text)
-            elif not self.live and time.monotonic() - self.shown_at > LINE_EVERY_S:
-                self.shown_at = time.monotonic()
-                self.say(text)
+            self.first, self.waits = self.first or event, None
+            self._show(progress_line(event, self.first), completed=event["done"], total=event["total"])
+
+    def tick(self) -> None:
+        """Time has passed: show what the stage waits for, and for how long by now."""
+        if self.waits:
+            what, since = self.waits
+            if (waited := time.monotonic() - since) > WAITED_S:
+                self._show(f"waits for {what}, {waited:.0f} s")
+
+    def _show(self, text: str, **bar: float) -> None:
+        if self.live and self.bar is not None:
+            self.bars.update(self.bar, text=text, **bar)
+        elif not self.live and time.monotonic() - self.shown_at > LINE_EVERY_S:
+            self.shown_at = time.monotonic()
+            self.say(text)
 
     def end(self, text: str) -> None:
         """The stage is published."""
+        self.waits = None
         if self.live and self.bar is not None:
             self.bars.update(self.bar, completed=1, total=1, text=text)
         else:

@@ -1,6 +1,6 @@
 """The events of a stage, `events.jsonl`: its processes append them, the command line shows them.
 
-Each line is a JSON object with `event` (`start`, `progress`, `note`, `resumed` or `error`) and `time` (seconds since
+Each line is a JSON object with `event` (a name of `_FIELDS`) and `time` (seconds since
 1970).
 """
 
@@ -14,6 +14,7 @@ from cordee.errors import CordeeError, Fault, Stopped, UserError
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "start": {"time": int | float},
+    "waits": {"time": int | float, "text": str},
     "note": {"time": int | float, "text": str},
     "resumed": {"time": int | float, "step": int, "text": str},
     "progress": {"time": int | float, "done": int | float, "total": int | float, "unit": str, "figures": dict},

@@ -102,6 +102,7 @@ def _until_end(
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             for event in tail.read():
                 display.event(event)
+            display.tick()
             if pid:
                 process.returncode = os.waitstatus_to_exitcode(status)
                 return usage, stop_at is not None

@@ -79,6 +79,11 @@ class Context:
         if self.is_main:
             events.append(self.events, "progress", done=done, total=total, unit=unit, figures=figures)
 
+    def waits(self, text: str) -> None:
+        """Report what the stage waits for until it reports progress: `waits for <text>`."""
+        if self.is_main:
+            events.append(self.events, "waits", text=text)
+
     def note(self, text: str) -> None:
         """Report one line of text."""
         if self.is_main:

@@ -8,7 +8,7 @@ lm-eval's own results and samples stand untouched in `lm_eval/<model>/`; `result
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,10 +18,6 @@ from cordee.model_folder import ModelInput
 from cordee.stage import Context
 from eval.measuring.asked import Name, TasksConfig
 from eval.measuring.settings import ModelsConfig
-
-if TYPE_CHECKING:
-    from eval.measuring.batches import Batch
-
 
 VERSION = 5
 
@@ -45,8 +41,8 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Measure each model that an earlier run has not measured, and write `results.json`."""
-    from eval.measuring import backends, batches, harness
+    """Measure each model, with the answers that it has given before, and write `results.json`."""
+    from eval.measuring import answers, backends, batches, harness
 
     settings = config.settings(context)
     measured: dict[str, Any] = {}
@@ -61,19 +57,20 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     confirmed = config.confirm_unsafe_code
     with tempfile.TemporaryDirectory(prefix="cordee-") as cache:
+        context.waits("the tasks and their data")
         asked = batches.make(config, context.out, Path(cache), confirm_unsafe_code=confirmed)
-        measured |= _earlier(context.out, settings.describe(), asked)
-        coming = {model: folder for model, folder in config.models.items() if model not in measured}
-        models = backends.Models(settings, list(coming.values()), batch_size=config.batch_size, watch=watch)
-        for model in models.in_turn(coming):
+        folders, told = list(config.models.values()), {"watch": watch, "waits": context.waits}
+        models = backends.Models(settings, folders, batch_size=config.batch_size, **told)
+        for model in models.in_turn(config.models):
             watch(0)
-            lm = models.open(coming[model])
+            lm = answers.Asked(models, config.models[model], context.cache)
             began = time.monotonic()
             row = harness.measure(lm, model, asked, context, confirm_unsafe_code=confirmed)
-            seconds = round(time.monotonic() - began, 3)
+            seconds = round(time.monotonic() - began - lm.starting_s, 3)
             measured[model] = {"name": model, "dtype": lm.dtype, **row, "seconds": seconds}
             _write(context.out, settings.describe(), [measured[name] for name in config.models if name in measured])
             notes = [f"{task}: {note}" for task, found in row["notes"].items() for note in found]
+            notes += [f"{lm.found} of {lm.asked} requests were answered earlier"] if lm.found else []
             for note in (*notes, harness.said(row)):
                 context.note(f"{model}: {note}")
         models.close()
@@ -86,16 +83,6 @@ def _write(out: Path, engine: dict[str, str], rows: list[dict[str, Any]]) -> Non
     """Write `results.json`; models in different dtypes have them all beside the engine, in their order."""
     dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
     files.write_json(out / "results.json", {"engine": {**engine, "dtype": dtypes}, "models": rows})
-
-
-def _earlier(out: Path, engine: dict[str, str], asked: "list[Batch]") -> dict[str, dict[str, Any]]:
-    """The rows of an earlier run that was stopped, where the same engine measured and lm-eval's files are there."""
-    from eval.measuring import harness
-
-    path = out / "results.json"
-    table = files.read_json(path) if path.exists() else {"engine": {}, "models": []}
-    rows = table["models"] if {**table["engine"], **engine} == table["engine"] else []
-    return {row["name"]: row for row in rows if harness.is_whole(out / "lm_eval" / row["name"], asked)}
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from cordee import model_folder
 from cordee.compute import adapter, device, engine
 from cordee.compute.logprobs import Scores
 from cordee.compute.model import attention
-from cordee.compute.serving import Engines
+from cordee.compute.serving import Engines, groups
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 
-REQUESTS_AT_ONCE = 256
-"""Requests that vLLM is handed before anyone is told how far it is."""
+REQUESTS_AT_ONCE = 256 if torch.cuda.is_available() else 64
+"""Requests that vLLM is handed together with `batch_size: auto`: their answers are kept when all of them are there."""
 TURNS = [{"role": "user", "content": "Which language is this?\n\nAll human beings are born free."}]
 Scored = tuple[Any, list[int], list[int]]
 """A request as lm-eval scores it: its cache key, the ids of the context and those of the continuation."""
@@ -34,12 +34,10 @@ class _Guarded(TemplateLM):
 
     watch: Callable[[int], None]
     """Told how many requests come next; may raise to end the measurement."""
-    command_model: str
-    """lm-eval's name for the backend."""
-    command_arguments: dict[str, Any]
-    """The `model_args` of lm-eval's command for the same figures."""
     dtype: str
     """What it computes in."""
+    max_lora_rank: int | None = None
+    """The largest rank of an adapter that vLLM has a place for."""
     note = ""
     """What distinguishes the ids of chats from those of training."""
     beyond: int
@@ -108,7 +106,6 @@ def _require_all_fit(too_long: list[tuple[Any, int, int]], count: int) -> None:
 
 
 class _TransformersLM(_Guarded, HFLM):
-    command_model = "hf"
     beyond = 1  # the last token is predicted and not read
 
     def _model_call(self, inps: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -125,21 +122,30 @@ class Models:
 
     def __init__(
         self, settings: engine.Settings, folders: Sequence[Path], *, batch_size: int | str = 1,
-        watch: Callable[[int], None] | None = None,
+        watch: Callable[[int], None] | None = None, waits: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.batch_size = settings, batch_size
-        self.watch = watch or (lambda _requests: None)
-        self.engines = Engines(settings, folders, self._start) if settings.name == "vllm" else None
+        self.watch, self.waits = watch or (lambda _requests: None), waits or (lambda _text: None)
+        self.is_vllm, self.folders = settings.name == "vllm", folders
+        self.command_model = "vllm" if self.is_vllm else "hf"
+        """lm-eval's name for the backend."""
+        self.chat_template_args = {"enable_thinking": True} if self.is_vllm else {}
+        """What lm-eval's backend tells chat templates."""
+        self.engines: Engines | None = None
         self.lm: Any = None
 
     def in_turn(self, models: Mapping[str, Path]) -> list[str]:
         """The names of models in an order in which no engine is started twice."""
-        return self.engines.in_turn(models) if self.engines else list(models)
+        if not self.is_vllm:
+            return list(models)
+        return [name for group in groups(self.folders, self.settings) for name in models if models[name] in group]
 
     def open(self, folder: Path) -> Any:
         """The lm-eval model for a checkpoint or an adapter; where vLLM can serve it, the same one as before."""
-        base, tokenizer = model_folder.served_base(folder), open_tokenizer(model_folder.tokenizer_of(folder))
-        if self.engines:
+        self.waits(f"{self.settings.name} with {folder}")
+        tokenizer = open_tokenizer(model_folder.tokenizer_of(folder))
+        if self.is_vllm:
+            self.engines = self.engines or Engines(self.settings, self.folders, self._start)
             served = self.engines.load(folder)
             lm = self.lm
             lm.serve(tokenizer, engine.ends(folder, tokenizer), served.request)
@@ -157,10 +163,6 @@ class Models:
             )  # fmt: skip
             lm.dtype = str(lm.model.dtype).removeprefix("torch.")
         lm.watch = self.watch
-        lm.command_arguments = {"pretrained": base.resolve(), **self.settings.command_arguments}
-        lm.command_arguments |= {} if self.engines else attention(base)
-        if base != folder:
-            lm.command_arguments |= self._of_adapter(folder)
         lm.note = _other_ids(lm, folder)
         return lm
 
@@ -175,19 +177,22 @@ class Models:
         if self.engines:
             self.engines.stop()
 
-    def _of_adapter(self, folder: Path) -> dict[str, Any]:
-        """The `model_args` of lm-eval's command for an adapter."""
-        tokenizer = {"tokenizer": folder.resolve()} if model_folder.tokenizer_of(folder) == folder else {}
-        if not self.engines:
-            return {"peft": folder.resolve(), **tokenizer}
-        return {"lora_local_path": folder.resolve(), "max_lora_rank": self.lm.max_lora_rank, **tokenizer}
+    def command_arguments(self, folder: Path, max_lora_rank: int | None) -> dict[str, Any]:
+        """The `model_args` of lm-eval's command for the same figures."""
+        base = model_folder.served_base(folder)
+        arguments = {"pretrained": base.resolve(), **self.settings.command_arguments}
+        arguments |= {} if self.is_vllm else attention(base)
+        if base == folder:
+            return arguments
+        own = {"lora_local_path": folder.resolve(), "max_lora_rank": max_lora_rank}
+        arguments |= own if self.is_vllm else {"peft": folder.resolve()}
+        return arguments | ({"tokenizer": folder.resolve()} if model_folder.tokenizer_of(folder) == folder else {})
 
     def _start(self, model: str, arguments: Mapping[str, Any]) -> Any:
         """Start lm-eval's backend; returns its vLLM."""
         from lm_eval.models.vllm_causallms import VLLM
 
         class VllmLM(_Guarded, VLLM):
-            command_model = "vllm"
             beyond = -1  # vLLM generates a token, even where only log-probabilities are asked for
 
             def begin(self) -> None:
@@ -206,15 +211,11 @@ class Models:
                 for params in sampling_params or []:  # vLLM itself would stop where the first checkpoint stops
                     params.ignore_eos = True
                     params.stop_token_ids = sorted({*params.stop_token_ids, *self.ends})
-                outputs = []
-                for start in range(0, len(requests), REQUESTS_AT_ONCE):
-                    these = slice(start, start + REQUESTS_AT_ONCE)
-                    self.watch(len(requests[these]))
-                    params = sampling_params[these] if sampling_params else None
-                    outputs += super()._model_generate(requests[these], generate, params)
-                return outputs
+                self.watch(len(requests))
+                return super()._model_generate(requests, generate, sampling_params)
 
-        self.lm = VllmLM(pretrained=model, batch_size=self.batch_size, **arguments)
+        at_once = REQUESTS_AT_ONCE if self.batch_size == "auto" else self.batch_size
+        self.lm = VllmLM(pretrained=model, batch_size=at_once, **arguments)
         self.lm.max_lora_rank = arguments.get("max_lora_rank")
         return self.lm.model
 

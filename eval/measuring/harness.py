@@ -92,15 +92,6 @@ def asked_for(measured: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[st
     return [(task, rows[key]) for task, key in keys if task["is_asked"] and key in rows]
 
 
-def is_whole(folder: Path, batches: Iterable[Batch]) -> bool:
-    """Whether lm-eval's files of an earlier run are there for every task."""
-    return all(
-        list((folder / batch.label).glob(f"samples_{name}_*.jsonl"))
-        for batch in batches
-        for name in batch.loaded["tasks"]
-    )
-
-
 def _command(lm: Any, batch: Batch, *, confirm_unsafe_code: bool) -> str:
     """lm-eval's own command for the same figures, to be run in the artifact's folder."""
     arguments = ",".join(f"{name}={value}" for name, value in lm.command_arguments.items())
@@ -137,8 +128,9 @@ def _notes(lm: Any, batch: Batch, name: str, rows: list[dict[str, Any]]) -> list
     if times:
         notes.append(f"{', '.join(times)}: the file's text was read as a time, which is written differently")
     task = batch.loaded["tasks"][name]
-    if task.OUTPUT_TYPE == "loglikelihood_rolling" and lm.tok_encode("a")[:1] == [lm.prefix_token_id]:
-        start = lm.tokenizer.decode(lm.prefix_token_id)
+    first = lm.tokenizer.eos_token_id if lm.tokenizer.bos_token_id is None else lm.tokenizer.bos_token_id
+    if task.OUTPUT_TYPE == "loglikelihood_rolling" and lm.tokenizer("a")["input_ids"][:1] == [first]:
+        start = lm.tokenizer.decode(first)
         notes.append(
             f"lm-eval's windows begin with {start!r} twice, once from lm-eval and once from the tokenizer, and score "
             "the second one"

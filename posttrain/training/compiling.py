@@ -33,6 +33,7 @@ def compile_trainer(
     flops /= DYNAMIC_COSTS if varying_shapes else 1.0
     compiled, why = device.resolve_compile(config.compile, flops, trainer.args.device)
     context.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
+    context.waits("the first step, which is compiled" if compiled else "the first step")
     if not compiled:
         return False
     began = time.perf_counter()

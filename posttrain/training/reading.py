@@ -46,6 +46,7 @@ def read(
     Raises:
         UserError: rows can't be used, or the weights leave none.
     """
+    context.waits("the data")
     rules = Rules(sequence_limits(model, max_length), config.bad_rows, config.overlong, config.earlier_answers)
     cache = context.cache / "sequences"
     apart = config.heldout if isinstance(config.heldout, list) else []

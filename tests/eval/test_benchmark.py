@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from figures import figure
 
-from cordee.errors import Stopped, UserError
+from cordee.errors import UserError
 from cordee.stage import Context
 from eval import benchmark, generate
 
@@ -34,25 +34,6 @@ def settings(checkpoints, held_out, **changes):
             **changes,
         }
     )
-
-
-def test_models_that_were_measured_before_a_stop_are_not_measured_again(checkpoints, held_out, context):
-    only_first = settings({"first": checkpoints["first"]}, held_out)
-    benchmark.run(only_first, context)
-    before = json.loads((context.out / "results.json").read_text())["models"][0]
-    files = sorted(path.name for path in (context.out / "lm_eval" / "first").iterdir())
-    (context.events.parent / "stop").touch()
-    with pytest.raises(Stopped, match="model 1 of 2"):
-        benchmark.run(settings(checkpoints, held_out), context)
-    (context.events.parent / "stop").unlink()
-    metrics = benchmark.run(settings(checkpoints, held_out), context)
-    table = json.loads((context.out / "results.json").read_text())
-    assert [row["name"] for row in table["models"]] == ["first", "second"]
-    assert table["models"][0] == before
-    assert sorted(path.name for path in (context.out / "lm_eval" / "first").iterdir()) == files
-    assert table["engine"]["name"] == metrics["engine"] == "transformers"
-    assert table["models"][0]["tasks"][0]["chance"] == 0.25
-    assert metrics["rows"] == 8
 
 
 @pytest.mark.parametrize(

@@ -132,11 +132,12 @@ def test_it_generates_what_transformers_generates(engine, checkpoints):
 def test_lm_eval_measures_with_vllm_what_it_measures_with_transformers(models, checkpoints, tasks, tmp_path):
     from cordee.compute.engine import Settings
     from eval.measuring import backends, harness
+    from eval.measuring.answers import Asked
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     by_engine = {}
     for name, opened in (("vllm", models), ("transformers", backends.Models(Settings("transformers", LENGTH), []))):
-        by_engine[name] = harness.measure(opened.open(checkpoints["second"]), name, tasks, context)
+        by_engine[name] = harness.measure(Asked(opened, checkpoints["second"], tmp_path), name, tasks, context)
         assert len(list((tmp_path / "lm_eval" / name).glob("*/results_*.json"))) == 2
     one, other = by_engine["vllm"], by_engine["transformers"]
     for task in ("language_choice", "language_answer"):
@@ -155,10 +156,13 @@ def test_bits_per_byte_are_those_of_the_closed_form(models, checkpoints, held_ou
     from cordee.compute.model import open_model
     from cordee.compute.tokenizer import open_tokenizer
     from eval.measuring import harness
+    from eval.measuring.answers import Asked
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     plain = [batch for batch in tasks if not batch.is_chat]
-    measured = figure(harness.measure(models.open(checkpoints["first"]), "m", plain, context), "heldout_bits_per_byte")
+    measured = figure(
+        harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", plain, context), "heldout_bits_per_byte"
+    )
     texts = pq.read_table(held_out["documents"])["text"].to_pylist()
     tokenizer, model = open_tokenizer(checkpoints["first"]), open_model(checkpoints["first"], dtype=torch.float64)
     nats = sum(
@@ -182,6 +186,7 @@ def with_prompt(text, held_out, folder):
 @pytest.mark.parametrize("name", ["language_choice", "language_answer"])
 def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints, held_out, tmp_path):
     from eval.measuring import harness
+    from eval.measuring.answers import Asked
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     path = next(path for path in TASKS if name in path)
@@ -190,32 +195,35 @@ def test_a_request_that_lm_eval_would_cut_is_an_error(name, models, checkpoints,
     with pytest.raises(
         UserError, match=rf"max_length: \d of \d+ requests don't fit: document 1 of {name} has \d+ tokens.*; \d+ fit"
     ):
-        harness.measure(models.open(checkpoints["first"]), "m", tasks, context)
+        harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", tasks, context)
 
 
 @pytest.mark.parametrize("path", TASKS)
 def test_documents_that_spell_out_a_special_token_are_counted(path, models, checkpoints, held_out, tmp_path):
     from eval.measuring import harness
+    from eval.measuring.answers import Asked
 
     pq.write_table(pa.table({"text": ["frei", "</s> frei"], "language": ["de", "de"]}), tmp_path / "documents.parquet")
     data = {**with_prompt("frei</s>", held_out, tmp_path), "documents": tmp_path / "documents.parquet"}
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     tasks = asked([path], data, checkpoints["first"], tmp_path)
-    ((note,),) = harness.measure(models.open(checkpoints["first"]), "m", tasks, context)["notes"].values()
+    ((note,),) = harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", tasks, context)["notes"].values()
     assert re.search(r"1 of \d documents spell out a special token such as '</s>', which lm-eval encodes", note)
 
 
 def test_rolling_windows_that_begin_twice_are_said(models, checkpoints, held_out, rolling, tmp_path):
     from eval.measuring import harness
+    from eval.measuring.answers import Asked
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     tasks = asked([rolling], held_out, checkpoints["first"], tmp_path)
-    (note,) = harness.measure(models.open(checkpoints["first"]), "m", tasks, context)["notes"]["rolling"]
+    (note,) = harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", tasks, context)["notes"]["rolling"]
     assert note.startswith("lm-eval's windows begin with '<s>' twice")
 
 
 def test_long_documents_are_read_in_windows_and_every_token_counts(models, checkpoints, held_out, tmp_path):
     from eval.measuring import harness
+    from eval.measuring.answers import Asked
 
     text = "Alle Menschen sind frei. " * 40
     pq.write_table(pa.Table.from_pylist([{"text": text, "language": "de"}]), tmp_path / "long.parquet")
@@ -223,32 +231,35 @@ def test_long_documents_are_read_in_windows_and_every_token_counts(models, check
     path = next(path for path in TASKS if "bits_per_byte" in path)
     data = {**held_out, "documents": tmp_path / "long.parquet"}
     tasks = asked([path], data, checkpoints["first"], tmp_path)
-    row = figure(harness.measure(models.open(checkpoints["first"]), "m", tasks, context), "heldout_bits_per_byte")
+    row = figure(
+        harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", tasks, context), "heldout_bits_per_byte"
+    )
     assert 1 < row["value"] < 20
     assert row["standard_error"] is None  # one document has none
 
 
-def test_a_stop_is_heard_between_requests(models, checkpoints, tasks, tmp_path):
+def test_a_stop_is_heard_between_requests(models, checkpoints, tasks, monkeypatch, tmp_path):
     from eval.measuring import harness
+    from eval.measuring.answers import Asked
 
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
-    lm = models.open(checkpoints["first"])
 
     def stop(requests):
         raise Stopped(f"before {requests} requests")
 
-    lm.watch = stop
+    monkeypatch.setattr(models, "watch", stop)
     with pytest.raises(Stopped, match=r"before \d+ requests"):
-        harness.measure(lm, "m", tasks, context)
+        harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", tasks, context)
 
 
 def test_results_that_lm_eval_could_not_write_are_a_fault(models, checkpoints, tasks, tmp_path):
     from eval.measuring import harness
+    from eval.measuring.answers import Asked
 
     (tmp_path / "lm_eval").write_text("a file where a folder should be")
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     with pytest.raises(Fault, match="lm-eval did not write samples_"):
-        harness.measure(models.open(checkpoints["first"]), "m", tasks[:1], context)
+        harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", tasks[:1], context)
 
 
 def test_a_template_that_lm_eval_would_send_otherwise_is_a_fault(models, checkpoints, monkeypatch):

@@ -155,8 +155,10 @@ def test_a_readme_command_that_only_reads_runs(command, cordee, tmp_path):
 
 
 def test_the_data_that_are_shipped_are_those_that_their_readme_names():
-    told = dict(re.findall(r"`(\w[\w.]*\.parquet)`.*`([0-9a-f]{64})`", (ROOT / "data/README.md").read_text("utf-8")))
-    assert told == {path.name: files.sha256(path) for path in (ROOT / "data").glob("*.parquet")}
+    told = dict(re.findall(r"`(\w[\w./-]*\.parquet)`.*`([0-9a-f]{64})`", (ROOT / "data/README.md").read_text("utf-8")))
+    assert told == {
+        str(path.relative_to(ROOT / "data")): files.sha256(path) for path in (ROOT / "data").rglob("*.parquet")
+    }
 
 
 def test_every_pinned_package_has_one_exact_version():

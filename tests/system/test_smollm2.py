@@ -63,12 +63,10 @@ def test_before_and_after_lora_and_full_fine_tuning_are_side_by_side(here, corde
     table = json.loads((runs / "benchmark@1/results.json").read_text())
     assert [row["name"] for row in table["models"]] == ["before", "lora", "full"]
     assert (table["engine"]["name"], table["engine"]["dtype"]) == ("vllm", "float32")
-    bits, right = (
-        [next(one["value"] for one in row["results"] if one["task"] == task) for row in table["models"]]
-        for task in ("gsm8k_bits_per_byte", "gsm8k_final_number")
-    )
+    found = [{(one["task"], one["filter"]): one["value"] for one in row["results"]} for row in table["models"]]
+    bits = [values["gsm8k_bits_per_byte", "none"] for values in found]
     assert bits[1] < bits[0] > bits[2], "two steps at a high learning rate"
-    assert all(0 <= value <= 1 for value in right)
+    assert all(0 <= values["gsm8k", chosen] <= 1 for values in found for chosen in ("strict-match", "flexible-extract"))
 
     answers = [json.loads(line) for line in (runs / "answers@1/samples.jsonl").read_text().splitlines()]
     assert [list(row["outputs"]) for row in answers] == [["before", "lora", "full"]] * 2
