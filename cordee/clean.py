@@ -145,8 +145,9 @@ def _unfinished(folder: Path) -> Iterator[Item]:
 
 def _caches(folder: Path) -> Iterator[Item]:
     """Caches that no stage has used for a while."""
-    apart = folder / "sequences"  # each source's sequences are used or not by themselves
-    for path in [*(path for path in sorted(folder.glob("*")) if path != apart), *sorted(apart.glob("*"))]:
+    apart = [folder / name for name in ("sequences", "answers")]  # each source's and model's is used or not by itself
+    others = [path for path in sorted(folder.glob("*")) if path not in apart]
+    for path in [*others, *(path for parent in apart for path in sorted(parent.glob("*")))]:
         states = [inner.stat() for inner in [path, *path.rglob("*")] if inner.exists()]
         used = max(max(state.st_mtime, state.st_atime if not path.is_dir() else 0.0) for state in states)
         if time.time() - used > UNUSED_CACHE_S:

@@ -138,19 +138,22 @@ def test_leftovers_damaged_artifacts_and_old_caches(brook):
         ("../.cache/new/x", 1),
         ("../.cache/sequences/old/x", 40),
         ("../.cache/sequences/new/x", 1),
+        ("../.cache/answers/old/x", 40),
     ):
         path = brook.root / "brook" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
         age(path, days)
     (brook.root / "brook/spring@1/manifest.json").write_text("{")
-    for folder in ("old", "new", "sequences/old", "sequences/new", "sequences"):
+    for folder in ("old", "new", "sequences/old", "sequences/new", "sequences", "answers/old"):
         age(brook.root / ".cache" / folder, 40)
     found = items(brook, is_given=False)
     assert found["brook/logs/pool@2", False] == "log of an attempt that is gone"
     assert found["brook/.a.json.1.tmp", False] == "was not finished"
     assert found[".cache/old", False] == found[".cache/sequences/old", False] == "cache not used for 40 days"
+    assert found[".cache/answers/old", False] == "cache not used for 40 days"
     assert (".cache/sequences", False) not in found
+    assert (".cache/answers", False) not in found
     assert "manifest.json is damaged" in found["brook/spring@1", True]
     assert not any("new" in path or ".b.json" in path for path, _ in found)
 
