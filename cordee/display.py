@@ -60,7 +60,7 @@ class Display:
             self.waits = (event["text"], time.monotonic())
         elif event["event"] == "progress":
             self.first, self.waits = self.first or event, None
-            self._show(progress_line(event, self.first), completed=event["done"], total=event["total"])
+            self._show(progress_line(event, self.first), event["done"], event["total"])
 
     def tick(self) -> None:
         """Time has passed: show what the stage waits for, and for how long by now."""
@@ -69,9 +69,9 @@ class Display:
             if (waited := time.monotonic() - since) > WAITED_S:
                 self._show(f"waits for {what}, {waited:.0f} s")
 
-    def _show(self, text: str, **bar: float) -> None:
+    def _show(self, text: str, done: float | None = None, total: float | None = None) -> None:
         if self.live and self.bar is not None:
-            self.bars.update(self.bar, text=text, **bar)
+            self.bars.update(self.bar, text=text, completed=done, total=total)
         elif not self.live and time.monotonic() - self.shown_at > LINE_EVERY_S:
             self.shown_at = time.monotonic()
             self.say(text)

@@ -59,8 +59,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cordee-") as cache:
         context.waits("the tasks and their data")
         asked = batches.make(config, context.out, Path(cache), confirm_unsafe_code=confirmed)
-        folders, told = list(config.models.values()), {"watch": watch, "waits": context.waits}
-        models = backends.Models(settings, folders, batch_size=config.batch_size, **told)
+        models = backends.Models(
+            settings, list(config.models.values()), batch_size=config.batch_size, watch=watch, waits=context.waits
+        )
         for model in models.in_turn(config.models):
             watch(0)
             lm = answers.Asked(models, config.models[model], context.cache)

@@ -11,8 +11,9 @@ matrices that vLLM fuses (query, key and value; gate and up) and, on a CPU, of a
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,8 @@ class Settings:
     """What is computed in. `auto` is the stored dtype, but bfloat16 where vLLM is given float32."""
     enforce_eager: bool = False
     """Whether vLLM runs without compiling."""
+    tensor_parallel_size: int = 1
+    """Devices that share each layer of one model in vLLM."""
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -62,8 +65,15 @@ class Settings:
     def command_arguments(self) -> dict[str, Any]:
         """The `model_args` of the `lm_eval` command that are not its defaults."""
         arguments = {"dtype": self.dtype, "max_length": self.max_length}
-        eager = {"enforce_eager": True} if self.name == "vllm" and self.enforce_eager else {}
-        return {name: value for name, value in arguments.items() if value not in (None, "auto")} | eager
+        arguments = {name: value for name, value in arguments.items() if value not in (None, "auto")}
+        if self.name == "vllm":
+            arguments |= {"enforce_eager": True} if self.enforce_eager else {}
+            arguments |= self._parallel
+        return arguments
+
+    @property
+    def _parallel(self) -> dict[str, int]:
+        return {"tensor_parallel_size": self.tensor_parallel_size} if self.tensor_parallel_size > 1 else {}
 
     def for_vllm(self, folder: Path) -> dict[str, Any]:
         """Arguments for `vllm.LLM` to start on a model folder, without the model itself."""
@@ -71,6 +81,7 @@ class Settings:
         batched = {} if torch.cuda.is_available() else {"max_num_batched_tokens": 512, "max_num_seqs": 64}
         return {
             **batched,
+            **self._parallel,
             "tokenizer": str(tokenizer_folder(model_folder.tokenizer_of(folder))),
             "dtype": self.dtype,
             "max_model_len": longest_request(folder, self.max_length),
@@ -102,6 +113,8 @@ def prepare() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # gigabytes
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # The checks are functions that run in vLLM's own worker processes, which take them from this process alone.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # The engine in this process: starting another one costs ten seconds and gains nothing here.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if torch.cuda.is_available():
@@ -226,7 +239,8 @@ class Engine:
 
     def _check(self, folder: Path) -> float:
         """Compare what the engine holds and says with a folder's weights and what transformers says of them."""
-        self.llm.apply_model(lambda model: _require_held(model, model_folder.served_base(folder)))
+        base = model_folder.served_base(folder)
+        self._require(base, _other_held)
         reference, longest = self.probes[folder], self.llm.llm_engine.model_config.max_model_len - 1
         ids = reference.ids[:longest]
         (own,) = self.score([ids])
@@ -249,9 +263,8 @@ class Engine:
             raise Fault(
                 f"vLLM's log-probabilities are nearer to those of {nearest}: it holds other weights", file=folder
             )
-        base = model_folder.served_base(folder)
         if base != folder:
-            self.llm.apply_model(lambda model: _require_used(model, folder))
+            self._require(folder, _unused)
         if base != folder and self.probes[base].ids == reference.ids:
             effect = float((reference.logprobs - self.probes[base].logprobs).abs().max())
             (without,) = self.score([ids], without_adapter=True)
@@ -259,6 +272,11 @@ class Engine:
                 away = f"from which the adapter's own are up to {effect:.3g} nats away"
                 raise Fault(f"vLLM's log-probabilities are those of {base}, {away}: it is not used", file=folder)
         return difference
+
+    def _require(self, folder: Path, look: Callable[..., str]) -> None:
+        """Look at the model, or at its part in each of vLLM's processes, and raise the first problem found."""
+        if problems := [problem for problem in self.llm.apply_model(partial(look, folder=folder)) if problem]:
+            raise Fault(problems[0], file=folder)
 
     def score(self, sequences: Sequence[Sequence[int]], *, without_adapter: bool = False) -> list[Scores]:
         """What the engine says of each token but the first, given those before it."""
@@ -320,17 +338,16 @@ def _tie(model: torch.nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _require_used(model: torch.nn.Module, folder: Path) -> None:
+def _unused(model: torch.nn.Module, folder: Path) -> str:
     """Count the matrices B in use: vLLM leaves out those of modules that it does not know, and only warns."""
     held = 0
     for module in model.modules():
         parts = getattr(module, "lora_b_stacked", ())
         held += sum(bool(part.any()) for part in (parts if isinstance(parts, tuple | list) else (parts,)))
-    if held != (wanted := adapter.moving(folder)):
-        raise Fault(f"vLLM uses {held} of the adapter's {wanted} matrices", file=folder)
+    return "" if held == (wanted := adapter.moving(folder)) else f"vLLM uses {held} of the adapter's {wanted} matrices"
 
 
-def _require_held(model: torch.nn.Module, folder: Path) -> None:
+def _other_held(model: torch.nn.Module, folder: Path) -> str:
     """Compare each parameter that vLLM holds as it is stored, or padded at the end, with the file, bit by bit."""
     held = {name.replace(".base_layer.", "."): held for name, held in model.named_parameters()}
     for file in sorted(folder.glob("*.safetensors")):
@@ -338,6 +355,7 @@ def _require_held(model: torch.nn.Module, folder: Path) -> None:
             for name in stored.keys():  # noqa: SIM118 - it is no mapping
                 value, own = stored.get_tensor(name), held.get(name)
                 if own is None or any(have < want for have, want in zip(own.shape, value.shape, strict=False)):
-                    continue  # fused with others, or packed away
+                    continue  # fused with others, packed away, or divided among devices
                 if not own.data[tuple(slice(want) for want in value.shape)].cpu().equal(value.to(own.dtype)):
-                    raise Fault(f"vLLM holds another {name}", file=file)
+                    return f"vLLM holds another {name} than {file.name}"
+    return ""

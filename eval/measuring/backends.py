@@ -212,7 +212,7 @@ class Models:
                     params.ignore_eos = True
                     params.stop_token_ids = sorted({*params.stop_token_ids, *self.ends})
                 self.watch(len(requests))
-                return super()._model_generate(requests, generate, sampling_params)
+                return list(super()._model_generate(requests, generate, sampling_params))
 
         at_once = REQUESTS_AT_ONCE if self.batch_size == "auto" else self.batch_size
         self.lm = VllmLM(pretrained=model, batch_size=at_once, **arguments)

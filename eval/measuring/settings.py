@@ -6,6 +6,7 @@ from pydantic import Field
 
 from cordee import machine
 from cordee.config import Config, Engine
+from cordee.errors import UserError
 from cordee.model_folder import ModelInput
 from cordee.stage import Context
 
@@ -32,16 +33,27 @@ class ModelsConfig(Config):
     """Whether vLLM runs without compiling: it starts sooner, generates more slowly, and log-probabilities move a
     little."""
 
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share one model in vLLM, where it is too large for one; log-probabilities move a little."""
+
     def settings(self, context: Context) -> "Settings":
         """The engine's settings, once the models are known to be such as it can serve.
 
         Raises:
-            UserError: a model is none, or vLLM is not installed or does not serve an adapter of its kind.
+            UserError: a model is none, or vLLM is not installed or does not serve an adapter of its kind; or there are
+                fewer GPUs than one model is to be divided among.
         """
         from cordee.compute import adapter, serving
         from cordee.compute.engine import Settings
 
-        settings = Settings(self.engine, self.max_length, self.dtype, self.enforce_eager)
+        if self.tensor_parallel_size > 1 and self.engine == "transformers":
+            raise UserError("is for vLLM", key="tensor_parallel_size", hint="engine: vllm")
+        if self.tensor_parallel_size > max(1, gpus := len(machine.gpus())):
+            raise UserError(
+                f"{self.tensor_parallel_size} GPUs are asked for, and this machine has {gpus}",
+                key="tensor_parallel_size",
+            )
+        settings = Settings(self.engine, self.max_length, self.dtype, self.enforce_eager, self.tensor_parallel_size)
         serving.require_served(self.models, settings)
         if self.engine == "transformers":
             context.note("vLLM is not used: transformers computes")

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from cordee.errors import Stopped
 from cordee.stage import CACHE, Context
 
+TASKS = Path(__file__).resolve().parents[2] / "examples" / "udhr" / "tasks"
 PLAIN = {"engine": "transformers", "max_length": 256}
 
 
@@ -28,7 +30,7 @@ def context_of(folder, kind=Context):
 
 
 def settings(models, held_out, rolling=(), **changes):
-    from test_benchmark import TASKS, benchmark
+    from eval import benchmark
 
     tasks = [str(TASKS / "language_choice.yaml"), str(TASKS / "language_answer.yaml"), *map(str, rolling)]
     given = {"models": {name: str(path) for name, path in models.items()}, "tasks": tasks}
