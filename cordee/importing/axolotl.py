@@ -104,6 +104,10 @@ def _precision(draft: Draft) -> None:
     if half:
         is_told = draft.get(half) != "auto"
         draft.take("precision", "bfloat16" if is_told else "auto", half)
+        if not is_told:
+            draft.beside.append(
+                "`bf16: auto` stores weights in bfloat16 too; here `model_init_kwargs: {dtype: bfloat16}`"
+            )
         if is_told:
             draft.take(
                 "trainer.model_init_kwargs.dtype", "bfloat16", half, remark=f"{half}: weights too, as in axolotl"
@@ -158,7 +162,7 @@ def _targets(draft: Draft) -> None:
     listed, linear = draft.get("lora_target_modules"), draft.is_on("lora_target_linear")
     if linear:
         draft.take("lora.target_modules", "all-linear", "lora_target_linear")
-        draft.lose("lora_target_modules", "`lora_target_linear` covers all linear layers; list them here to have fewer")
+        draft.skip("lora_target_modules", "`lora_target_linear` covers all linear layers")
     elif not is_off(listed):
         draft.take("lora.target_modules", listed, "lora_target_modules")
     elif draft.get("lora_target_parameters"):
@@ -178,12 +182,21 @@ def _template(draft: Draft) -> None:
     for at in draft.under("datasets"):
         if draft.get(f"{at}.chat_template") in ("tokenizer_default", draft.get("chat_template")):
             draft.skip(f"{at}.chat_template", "the same as for all")
-    tokens = [*draft.keys.get("added_tokens", [])]
-    if isinstance(draft.get("tokens"), list):
-        tokens += [word for word in draft.get("tokens") if word not in tokens]
-        draft.take("added_tokens", tokens, "tokens")
+    _tokens(draft)
     common.end_of_turn(draft, "special_tokens.eos_token")
     draft.skip("special_tokens.pad_token", "no result depends on it; `pad_token` names another")
+
+
+def _tokens(draft: Draft) -> None:
+    """The tokens that are added: those that are listed, and of ChatML's those that are named as special ones."""
+    tokens = [*draft.get("tokens")] if isinstance(draft.get("tokens"), list) else []
+    paths = ["tokens"] if tokens else []
+    for path in ("special_tokens.bos_token", "special_tokens.eos_token"):
+        if draft.keys.get("chat_template") == "chatml" and (word := draft.get(path)) in ("<|im_start|>", "<|im_end|>"):
+            tokens += [word] if word not in tokens else []
+            paths.append(path)
+    if tokens:
+        draft.take("added_tokens", tokens, *paths)
 
 
 def _heldout(draft: Draft) -> None:

@@ -122,8 +122,6 @@ def template(draft: Draft, path: str, names: Mapping[str, str], given: Any = Non
         draft.take("chat_template", asked, path)
     elif (name := names.get(asked, asked)) in known:
         draft.take("chat_template", name, path)
-        if name == "chatml":
-            draft.take("added_tokens", ["<|im_start|>", "<|im_end|>"], path, remark="which the template writes")
     elif name == "":
         draft.skip(path, "the model's own chat template is used without the key")
     else:

@@ -117,6 +117,7 @@ TABLES = Tables(
         **dict.fromkeys(("flash_attn", "enable_liger_kernel", "use_v1_kernels", "use_unsloth_gc", "use_reentrant_gc",
                          "torch_compile", "*_fusion"), common.KERNELS),
         **dict.fromkeys(("per_device_eval_batch_size", "eval_on_each_dataset"), common.EVALS),
+        "gradient_checkpointing": "memory: no result depends on it",
         "pissa_convert": "`posttrain.merge` merges it into the model that it was trained on",
         **dict.fromkeys(("use_fast_tokenizer", "low_cpu_mem_usage", "upcast_*", "hf_hub_token"),
                         "the model's folder tells it"),

@@ -165,6 +165,16 @@ def test_a_local_file_is_asked_about_before_and_after(write, planned):
     assert [stage.name for stage in plan.stages] == ["sft", "answers", "report"]
 
 
+def test_chatmls_tokens_are_added_where_the_file_names_them(write):
+    chatml = f"{AXOLOTL}chat_template: chatml\n"
+    draft = peers.read(
+        write("a.yaml", f"{chatml}special_tokens: {{eos_token: <|im_end|>}}\ntokens: ['<|im_start|>']\n")
+    )
+    assert keys(draft)["added_tokens"] == ["<|im_start|>", "<|im_end|>"]
+    assert draft.taken["special_tokens.eos_token"] == ["added_tokens", "chat_template"]
+    assert "added_tokens" not in peers.read(write("a.yaml", chatml)).keys
+
+
 FELT = {
     "axolotl": (AXOLOTL, "train_on_inputs: true", "train_on_inputs"),
     "an optimizer": (AXOLOTL, "optimizer: muon", "optimizer"),
