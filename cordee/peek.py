@@ -45,6 +45,15 @@ def functions(module: str) -> list[str]:
     return [node.name for node in _parse(file).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
 
 
+def members(enum: str) -> set[str]:
+    """The words of an enumeration, `package.module.Class`, read from its source; none where it is not there."""
+    module, _, name = enum.rpartition(".")
+    file = source_of(module)
+    found = (node for node in (_parse(file).body if file else []) if isinstance(node, ast.ClassDef))
+    values = (item.value for node in found if node.name == name for item in node.body if isinstance(item, ast.Assign))
+    return {value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)}
+
+
 def _fields(file: Path, name: str) -> Iterator[tuple[str, Any]]:
     """The annotated fields of a class that a file defines or imports; bases first, so a subclass's type wins."""
     tree = _parse(file)

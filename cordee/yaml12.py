@@ -1,5 +1,6 @@
 """YAML 1.2: `no` is a string (a language code), `1e-3` a number, and a duplicate key is an error."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def parse(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - the loader is a SafeLoader
     except (ValueError, KeyError, AttributeError) as error:  # PyYAML's own, for a word such as `!!int x`
         raise yaml.YAMLError(f"a value is not what its tag says ({error})") from error
+
+
+def inline(value: Any) -> str:
+    """A value as YAML in one line; a text is quoted unless it reads as itself anywhere."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{inline(name)}: {inline(inner)}' for name, inner in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(inline, value))}]"
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_./$][\w./+@$-]*(:[\w./+@-]+)?", value)
+    return value if plain and parse(value) == value else json.dumps(value, ensure_ascii=False)
 
 
 def read(file: Path, *, key: str | None = None) -> dict[str, Any]:

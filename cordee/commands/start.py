@@ -61,3 +61,23 @@ def init_(
     init.write(init.ask(typer.prompt) if has == init.Has() and sys.stdin.isatty() else has, out)
     recipe.load(out, [])
     typer.echo(f"wrote {out}: look at it, then\n  cordee plan {out}\n  cordee run {out}")
+
+
+@command
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="a YAML file of axolotl, LLaMA-Factory, TRL, alignment-handbook, torchtune"
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="the file to write")] = Path("recipe.yaml"),
+    processes: Annotated[int, typer.Option(min=1, help="processes that the training was started with")] = 1,
+) -> None:
+    """Write a recipe from another trainer's configuration, and tell what became of each of its keys."""
+    from cordee.importing import peers, writing
+
+    draft = peers.read(file, processes)
+    writing.write(draft, out)
+    typer.echo("\n".join(writing.told(draft)))
+    typer.echo(f"wrote {out}: look at it, then\n  cordee plan {out}\n  cordee run {out}")

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").rglob("*.yaml"))
 MODELS, LAUNCHES = (sorted((ROOT / "configs" / name).rglob("*.yaml")) for name in ("models", "accelerate"))
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
+PEERS = sorted((ROOT / "tests" / "cordee" / "importing").rglob("*.yaml"))
 TASKS = sorted([*ROOT.glob("eval/tasks/*.yaml"), *ROOT.glob("examples/*/tasks/*.yaml")])
 
 
 def test_all_yaml_files_are_found():
     shipped = {path for package in ROOT.iterdir() if package.name[0] != "." for path in package.rglob("*.y*ml")}
-    assert shipped - set((ROOT / "runs").rglob("*")) == {*RECIPES, *MODELS, *LAUNCHES, *TASKS, *SUITES}
+    assert shipped - set((ROOT / "runs").rglob("*")) == {*RECIPES, *MODELS, *LAUNCHES, *TASKS, *SUITES, *PEERS}
     assert [len(found) for found in (RECIPES, MODELS, LAUNCHES, TASKS)] == [4, 3, 4, 4]
 
 

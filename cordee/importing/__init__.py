@@ -1,0 +1,1 @@
+"""Recipes out of the configurations of other trainers: axolotl, LLaMA-Factory, TRL, alignment-handbook, torchtune."""
