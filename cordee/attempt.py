@@ -104,10 +104,12 @@ def _verified(plan: Plan, planned: Planned, artifacts: Mapping[str, Artifact]) -
                 raise Fault(damage, file=plan.recipe.file, key=place, hint=hint)
         elif target.path:
             path = target.path
-            if not path.exists() or target.identity != identity.of_path(path, hashes.of_content(path)):
+            if not path.exists() or target.identity != identity.of_path(
+                path, hashes.of_content(path, names=target.files)
+            ):
                 hint = "run again: it is planned anew with what is there now"
                 raise Fault(f"{path} changed since the plan was made", file=plan.recipe.file, key=place, hint=hint)
-            kept.of(path)
+            kept.of(path, target.files)
         else:
             hint = f"run it first: cordee run {plan.recipe.file}"
             raise UserError(f"{target.stage} is not made yet", file=plan.recipe.file, key=place, hint=hint)
@@ -164,4 +166,4 @@ def _reads(planned: Planned, artifacts: Mapping[str, Artifact]) -> Iterator[mani
             yield manifest.Read(key=key, artifact=found.name, path=target.place, fingerprint=found.fingerprint)
         else:
             digest = target.identity.removeprefix("content ").partition("/")[0]
-            yield manifest.Read(key=key, file=str(given[key]), sha256=digest)
+            yield manifest.Read(key=key, file=target.source or str(given[key]), sha256=digest)

@@ -35,11 +35,15 @@ def of_file(path: Path) -> str:
     return found
 
 
-def of_content(path: Path, hash_file: Callable[[Path], str] = of_file) -> str:
-    """The SHA-256 of a file's content or a folder's file names and their hashes, and of the files that it names."""
+def of_content(path: Path, hash_file: Callable[[Path], str] = of_file, *, names: Iterable[str] | None = None) -> str:
+    """The SHA-256 of a file's content or a folder's file names and their hashes, and of the files that it names.
+
+    `names` are the files of a folder that count, relative to it; None: all.
+    """
     further = path.further_files() if isinstance(path, Input) else []
     if path.is_dir():
-        listed: list[Any] = [[item.relative_to(path).as_posix(), hash_file(item)] for item in files.walk(path)]
+        inside = files.walk(path) if names is None else sorted(path / name for name in names)
+        listed: list[Any] = [[item.relative_to(path).as_posix(), hash_file(item)] for item in inside]
         listed += [[item.name, hash_file(item)] for item in further]
     elif further:
         listed = [hash_file(item) for item in (path, *further)]
@@ -83,9 +87,9 @@ class Kept:
             self.known = {}
         self.changed = False
 
-    def of(self, path: Path) -> str:
-        """The hash of a file's or folder's content."""
-        return of_content(path, self._of_file)
+    def of(self, path: Path, names: Iterable[str] | None = None) -> str:
+        """The hash of a file's or folder's content; of a folder, that of all files or of those that are named."""
+        return of_content(path, self._of_file, names=names)
 
     def _of_file(self, path: Path) -> str:
         key, mark = str(path.resolve()), _mark(path)

@@ -37,7 +37,7 @@ class Read(_Part):
     fingerprint: str = ""
     """The artifact's."""
     file: str = ""
-    """The path as the config has it; empty for an artifact."""
+    """The path as the config has it, or a reference to the hub with its commit; empty for an artifact."""
     sha256: str = ""
     """Of the file's content, or of a folder's file names and contents."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cordee import artifact, identity
+from cordee import artifact, hub, identity
 from cordee.artifact import REFERENCE, Artifact, Damaged, Store
 from cordee.config import Config, Input, inputs, resolved
 from cordee.cost import Cost
@@ -32,6 +32,10 @@ class Target:
     """The file or folder; None as long as its stage is not done."""
     place: str = ""
     """Within the artifact."""
+    source: str = ""
+    """Of what was fetched from the hub, its reference with the commit."""
+    files: tuple[str, ...] | None = None
+    """Of a folder that was fetched, the files that count, relative to it; None: all."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,15 @@ def make(recipe: Recipe, store: Store) -> Plan:
     """Compare a recipe with a store: what is done, what is stale and why, what it costs.
 
     Raises:
-        UserError: an input is missing.
+        UserError: an input is missing, or is not fetched.
         Fault: an input is a damaged artifact that no stage of this recipe can make anew.
     """
     kept = Kept(store.hashes)
     found = store.scan(recipe.name)
     artifacts = tuple(one for one in found if isinstance(one, Artifact))
     damaged = tuple(one for one in found if isinstance(one, Damaged))
+    given = {f"stages.{item.name}.{key}": value for item in recipe.stages for key, value in inputs(item.config)}
+    fetched = hub.locate(given, recipe.file, kept.of)
     planned: dict[str, Planned] = {}
     for item in recipe.stages:
         current = {stage.fingerprint for stage in planned.values()}
@@ -111,7 +117,9 @@ def make(recipe: Recipe, store: Store) -> Plan:
         newest = {(one.manifest.recipe, one.manifest.stage): one for one in proofs}
         config = _with_certificates(item.config, list(newest.values()))
         targets = {
-            key: _target(value, planned, store, kept, (recipe.file, f"stages.{item.name}.{key}"))
+            key: _of_hub(value, fetched[str(value)], kept)
+            if hub.is_reference(value)
+            else _target(value, planned, store, kept, (recipe.file, f"stages.{item.name}.{key}"))
             for key, value in inputs(config)
         }
         planned[item.name] = _planned(recipe, item, (config, targets), store, found, planned)
@@ -221,6 +229,13 @@ def _with_certificates(config: Config, certificates: list[Artifact]) -> Config:
     return config.model_copy(update=changed) if changed else config
 
 
+def _of_hub(value: Input, found: hub.Located, kept: Kept) -> Target:
+    """What a reference to the hub points to: it counts by its content, as any other file or folder."""
+    path = type(value)(found.path)
+    content = identity.of_path(path, kept.of(path, found.files))
+    return Target(content, path=path, source=found.source, files=found.files)
+
+
 def _target(value: Input, planned: dict[str, Planned], store: Store, kept: Kept, place: tuple[object, str]) -> Target:
     """Find what an input points to."""
     text, (file, key) = str(value), place
@@ -241,19 +256,22 @@ def _target(value: Input, planned: dict[str, Planned], store: Store, kept: Kept,
     if not path.exists():
         if path.is_symlink():
             raise UserError(f"{text!r} is a link to {path.readlink()}, which is not there", file=file, key=key)
-        raise UserError(f"no file or folder {text!r}", file=file, key=key, hint=_how_to_get(path))
+        raise UserError(f"no file or folder {text!r}", file=file, key=key, hint=_how_to_get(path, file))
     if found := store.around(path):
         return _in_artifact(*found, file=file, key=key)
     return Target(identity.of_path(value, kept.of(value)), path=value.absolute())
 
 
-def _how_to_get(path: Path) -> str:
-    """What helps where a path is not there: a target of the current folder's Makefile, or a name that is near."""
+def _how_to_get(path: Path, recipe: object) -> str:
+    """What helps where a path is not there: a target of the current folder's Makefile, a name that is near, the hub."""
     makefile = Path("Makefile")
     if makefile.is_file() and f"\n{path}:" in makefile.read_text(encoding="utf-8", errors="replace"):
         return f"`make {path}` makes it"
     beside = [str(path.parent / name.name) for name in path.parent.iterdir()] if path.parent.is_dir() else []
-    return nearest(str(path), beside) if beside else f"looked in {Path.cwd()}"
+    if beside:
+        return nearest(str(path), beside)
+    on_hub = f"; if it is on the hub, write {hub.PREFIX}{path} and run `cordee fetch {recipe}`"
+    return f"looked in {Path.cwd()}{on_hub if hub.may_be_name(path) else ''}"
 
 
 def _in_artifact(found: Artifact | Damaged, inside: str, *, file: object, key: str) -> Target:

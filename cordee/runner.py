@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import yaml
 from rich.console import Console
 
-from cordee import attempt, events, files, launchers, units
+from cordee import attempt, events, files, hub, launchers, units
 from cordee.artifact import Artifact
 from cordee.display import Display
 from cordee.errors import CordeeError, Fault, Stopped, UserError
@@ -157,10 +157,12 @@ def _signals() -> Iterator[None]:
 
 
 def keep_recipe(plan: Plan) -> None:
-    """Store the resolved recipe with the run."""
+    """Store the resolved recipe with the run, and its lock, if it refers to the hub."""
     now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
     path = plan.store.root / plan.recipe.name / "logs" / f"{now}.recipe.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if (lock := hub.lock_file(plan.recipe.file)).is_file():
+        files.write_text(hub.lock_file(path), lock.read_text(encoding="utf-8"))
     files.write_text(path, yaml.safe_dump(plan.recipe.document, sort_keys=False, allow_unicode=True))
 
 

@@ -1,5 +1,7 @@
 """Commands about a recipe: plan, run, and what came of it."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +37,33 @@ def plan_(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUN
     from cordee import show
 
     show.plan(console(), load(recipe_file, overrides, runs))
+
+
+@command
+def fetch_(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None, typer.Option(help="the folder to fetch to (default: as before, or the cache of huggingface_hub)")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="take the newest commits, not those of the lock")] = False,
+    runs: Runs = RUNS,
+) -> None:
+    """Fetch the models and data sets that a recipe refers to on the hub, and lock their commits and hashes."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # huggingface_hub reads them when it is imported
+        os.environ.pop(name, None)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from cordee import fetch, hashes, recipe
+    from cordee.artifact import Store
+
+    loaded, kept = recipe.load(recipe_file, overrides or []), hashes.Kept(Store(runs).hashes)
+    failed = fetch.run(loaded, to, kept.of, typer.echo, update=update)
+    kept.save()
+    for error in failed:
+        sys.stderr.write(f"cordee: {error}\n")
+    if failed:
+        raise typer.Exit(failed[0].exit_code)
 
 
 @command

@@ -8,7 +8,7 @@ configs:
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -48,23 +48,45 @@ def files_by_split(source: Path, entry: dict[str, Any], below: Sequence[Path]) -
     Raises:
         UserError: the header gives the files in a form that is not known, or outside the folder.
     """
+    told = _told(source, entry)
+    if told is None:
+        return None
+    folder = source / str(entry.get("data_dir") or ".")
+    found: dict[str, list[Path]] = {}
+    for split, patterns in told:
+        matched = [path for one in patterns for path in _matched(folder, one, below)]
+        found.setdefault(split, []).extend(dict.fromkeys(matched))
+    return {split: files for split, files in found.items() if files}
+
+
+def patterns(source: Path, name: str | None) -> list[str]:
+    """The patterns of a subset's files, relative to the source; none where no header tells them."""
+    try:
+        entry = subset(source, name)
+        told = _told(source, entry) if entry else None
+    except UserError:  # what reads the data will say what is wrong
+        return []
+    folder = PurePosixPath(str(entry.get("data_dir") or ".")) if entry else PurePosixPath()
+    return [str(folder / one) for _, some in told or () for one in some]
+
+
+def _told(source: Path, entry: dict[str, Any]) -> list[tuple[str, list[str]]] | None:
+    """The splits of a subset with the patterns of their files; None where the header leaves them to their names."""
     told = entry.get("data_files")
     if told is None:
         return None
     items = told if isinstance(told, list) else [told]
     if all(isinstance(item, str) for item in items):
         items = [{"split": "train", "path": items}]
-    found: dict[str, list[Path]] = {}
+    found = []
     for item in items:
         path = item.get("path") if isinstance(item, dict) else None
-        patterns = path if isinstance(path, list) else [path]
-        if not isinstance(item, dict) or "split" not in item or not all(isinstance(one, str) for one in patterns):
+        some = path if isinstance(path, list) else [path]
+        if not isinstance(item, dict) or "split" not in item or not all(isinstance(one, str) for one in some):
             problem = "data_files is no pattern, no list of them and no list of {split, path}"
             raise UserError(problem, file=source / "README.md", key=f"configs.{entry['config_name']}")
-        folder = source / str(entry.get("data_dir") or ".")
-        matched = [path for one in patterns for path in _matched(folder, str(one), below)]
-        found.setdefault(str(item["split"]), []).extend(dict.fromkeys(matched))
-    return {split: files for split, files in found.items() if files}
+        found.append((str(item["split"]), [str(one) for one in some]))
+    return found
 
 
 def _subsets(source: Path) -> dict[str, dict[str, Any]]:

@@ -9,13 +9,17 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from cordee import hub
 from cordee.config import Config, Execution, Input
 from cordee.errors import UserError, nearest
+from cordee.hub import DataSet, Reads
 from eval.measuring import catalog, task_files
 from eval.measuring.task_files import TaskFile
 
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """A name that can be a folder's or a file's."""
+HF = "hf://"
+"""Begins what tasks' files write for a file of the hub: the rest is as in a reference."""
 
 
 class How(Config):
@@ -60,10 +64,11 @@ class TasksConfig(How):
     data: dict[str, Input] = Field(default={})
     """The files that tasks read, by the names that stand in their `data_files`."""
     data_dir: Execution[str | None] = None
-    """A folder in which the hub's data sets lie by their names (`openai/gsm8k`); without it, the cache of
-    huggingface_hub."""
+    """A folder in which the hub's data sets lie by their names (`openai/gsm8k`)."""
     datasets: dict[str, Input] = Field(default={})
-    """The folder of each data set of the hub that a task reads; what is not given is looked for in `data_dir`."""
+    """The folder of each data set of the hub that a task reads, or a reference (`hub:datasets/openai/gsm8k@main`). What
+    is not given is looked for in `data_dir`; what is not there either is what `cordee fetch` fetched, or what the cache
+    of huggingface_hub has."""
 
     @model_validator(mode="before")
     @classmethod
@@ -83,9 +88,10 @@ class TasksConfig(How):
 
     @model_validator(mode="after")
     def _with_datasets(self) -> "TasksConfig":
-        """The folders of all data sets that the tasks read."""
-        found = _datasets(self)
-        return self if found == self.datasets else self.model_copy(update={"datasets": found})
+        """The data sets and files of the hub that the tasks read."""
+        told = list(_told(self))
+        found = {"datasets": _datasets(self, told), "data": _data(self, told)}
+        return self.model_copy(update=found) if found != {"datasets": self.datasets, "data": self.data} else self
 
 
 def _spelled_out(item: Any, common: Mapping[str, Any]) -> Iterator[Any]:
@@ -107,6 +113,8 @@ def _files_of(name: str) -> list[Path]:
     Raises:
         UserError: it is unknown.
     """
+    if hub.is_reference(name):
+        raise UserError(f"{name!r}: task files are code, and not fetched", key="tasks", hint="download it yourself")
     if name.startswith("$") or name.endswith((".yaml", ".yml")) or Path(name).is_file():
         return [Path(name)]
     known = catalog.entries()
@@ -123,44 +131,56 @@ def _files_of(name: str) -> list[Path]:
     return [Path(file) for file in found]
 
 
-def _datasets(config: TasksConfig) -> dict[str, Input]:
-    """The folder of each data set of the hub that the tasks read.
-
-    Raises:
-        UserError: some are not there: names them and the tasks.
-    """
-    found = dict(config.datasets)
-    absent: dict[str, str] = {}
+def _told(config: TasksConfig) -> Iterator[dict[str, Any]]:
+    """The keys of each task."""
     for asked in config.tasks:
-        # of a file that is not there, the plan will say so
-        for name, (_, told) in task_files.contents(asked.task).tasks.items() if Path(asked.task).is_file() else ():
-            path = told.get("dataset_path")
-            if not isinstance(path, str) or path in task_files.BUILDERS or path in found:
-                continue
-            if folder := _folder_of(path, config.data_dir):
-                found[path] = Input(folder)
-            else:
-                absent.setdefault(path, name)
-    if absent:
-        first = ", ".join(f"{path} (task {task})" for path, task in list(absent.items())[:3])
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        where = f"in {config.data_dir}" if config.data_dir else "in the cache of huggingface_hub"
-        hint = "`data_dir:` names a folder with the hub's data sets by their names, `datasets:` the folder of each"
-        raise UserError(f"not {where}: {first}{more}", key="tasks", hint=hint)
+        if Path(asked.task).is_file():  # of a file that is not there, the plan will say so
+            yield from (told for _, told in task_files.contents(asked.task).tasks.values())
+
+
+def _datasets(config: TasksConfig, tasks: list[dict[str, Any]]) -> dict[str, Input]:
+    """The folder of each data set of the hub that the tasks read; of one that is not here, its reference."""
+    found = dict(config.datasets)
+    reads: dict[str, Reads] = {}
+    for told in tasks:
+        name = told.get("dataset_path")
+        if not isinstance(name, str) or name in task_files.BUILDERS or name in config.datasets:
+            continue
+        if folder := _folder_of(name, config.data_dir):
+            found[name] = Input(folder)
+            continue
+        reads[name] = reads.get(name, Reads()) | {_read(told)}
+        found[name] = data_set = DataSet(f"{hub.PREFIX}datasets/{name}")
+        data_set.reads = reads[name]
     return found
 
 
+def _data(config: TasksConfig, tasks: list[dict[str, Any]]) -> dict[str, Input]:
+    """The files that the tasks read, with a reference for each that a task's file names as one of the hub."""
+    named = [str(one) for told in tasks for one in _patterns(told) if str(one).startswith(HF)]
+    return {**{name: Input(hub.PREFIX + name.removeprefix(HF)) for name in named}, **config.data}
+
+
+def _read(told: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The subset of its data set that a task reads, and the patterns of files that it gives, if any."""
+    name = told.get("dataset_name")
+    return None if name is None else str(name), tuple(sorted(map(str, _patterns(told))))
+
+
+def _patterns(told: Mapping[str, Any]) -> list[Any]:
+    """The patterns of files that a task gives."""
+    given = (told.get("dataset_kwargs") or {}).get("data_files") or []
+    by_split = given.values() if isinstance(given, dict) else [given]
+    return [one for some in by_split for one in (some if isinstance(some, list) else [some])]
+
+
 def _folder_of(name: str, data_dir: str | None) -> Path | None:
-    """Where a data set of the hub lies: a folder of that path, that in `data_dir`, or the newest in the hub's cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    if data_dir is not None:
-        folder = Path(data_dir) / name
-        return folder if folder.is_dir() else None
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"datasets--{name.replace('/', '--')}"
-    main = cache / "refs" / "main"
-    if not main.is_file():
-        return None
-    folder = cache / "snapshots" / main.read_text(encoding="utf-8").strip()
-    return folder if folder.is_dir() else None
+    """Where a data set lies in the current folder or in `data_dir`; None where it does not.
+
+    Raises:
+        UserError: there is no such `data_dir`.
+    """
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise UserError(f"no folder {data_dir!r}", key="data_dir")
+    places = (Path(name), *([Path(data_dir) / name] if data_dir is not None else []))
+    return next((place for place in places if place.is_dir()), None)

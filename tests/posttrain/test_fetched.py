@@ -1,0 +1,41 @@
+"""A recipe that names a model and chats of the hub: fetched, planned, trained and merged by the command line."""
+
+import json
+from pathlib import Path
+
+import hub_server
+import pytest
+from chat_samples import some_chats
+
+
+@pytest.mark.long
+def test_a_model_and_chats_of_the_hub_are_trained(model_folder, tmp_path, cordee, monkeypatch):
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    stages = {
+        "sft": {
+            "uses": "posttrain.sft", "model": "hub:org/tiny", "data": [{"path": "hub:datasets/org/chats"}],
+            "global_batch_size": 4, "lora": {"r": 2},
+            "trainer": {"max_length": 128, "max_steps": 3, "learning_rate": 1e-3},
+        },
+        "merged": {"uses": "posttrain.merge", "adapter": "$sft"},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps({"name": "r", "stages": stages}))
+    with hub_server.serve(tmp_path / "served") as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.url)
+        served.write("models/org/tiny", {path.name: path.read_bytes() for path in Path(model_folder).iterdir()})
+        rows = "".join(json.dumps({"messages": chat}) + "\n" for chat in some_chats(16))
+        served.write("datasets/org/chats", {"README.md": "# Chats\n", "train.jsonl": rows})
+        assert "not fetched: hub:org/tiny" in cordee("plan", "r.yaml").stderr
+        fetched = cordee("fetch", "r.yaml")
+        assert fetched.returncode == 0, fetched.stderr
+    for command in ("plan", "run"):
+        done = cordee(command, "r.yaml", timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs/r/merged@1/model.safetensors").is_file()
+    manifest = json.loads((tmp_path / "runs/r/sft@1/manifest.json").read_text())
+    commits = [served.commit(kind, name) for kind, name in (("models", "org/tiny"), ("datasets", "org/chats"))]
+    assert [read["file"] for read in manifest["inputs"]] == [
+        f"hub:org/tiny@{commits[0]}", f"hub:datasets/org/chats@{commits[1]}"
+    ]  # fmt: skip
