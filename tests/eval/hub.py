@@ -12,7 +12,7 @@ XCOPA = ("et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh")
 def make(folder: Path) -> Path:
     """GSM8K, 24 problems of each split, and XCOPA, three made-up questions in each of its languages."""
     for split in ("train", "test"):
-        rows = pq.read_table(ROOT / "data" / f"gsm8k.{split}.parquet").slice(0, 24)
+        rows = pq.read_table(ROOT / "data/openai/gsm8k/main" / f"{split}-00000-of-00001.parquet").slice(0, 24)
         _write(folder / "openai" / "gsm8k" / "main", split, rows)
     _readme(folder / "openai" / "gsm8k", ["main"], ("train", "test"))
     for language in XCOPA:
