@@ -13,6 +13,8 @@ from cordee.data.kinds import COMPRESSIONS, KINDS
 from cordee.importing.draft import Draft, is_off
 
 TRACKERS = "where a run is logged; `report_to: [tensorboard]` in the stage names trackers"
+DATA = "hub:datasets/"
+"""Begins a data set of the hub."""
 HUB = "where a model is published: `cordee export` writes a folder for the hub"
 FOLDERS = "artifacts have a place of their own, runs/"
 LAUNCH = "how processes share the model: `launch: {config_file: …}` takes an accelerate configuration"
@@ -90,13 +92,13 @@ def schedule(draft: Draft, path: str, options: str) -> None:
         draft.lose(options, "belongs to a schedule that is not here")
 
 
-def place(name: Any, revision: Any = None) -> str:
+def place(name: Any, revision: Any = None, of: str = "hub:") -> str:
     """A model or data set as a recipe has it: a path where there is one or it can be nothing else, else of the hub."""
     text = str(name)
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).expanduser().exists()
     if is_path or "://" in text or text.endswith((*KINDS, *COMPRESSIONS)):
         return text
-    return f"hub:{text}" + (f"@{revision}" if revision and revision != "main" else "")
+    return f"{of}{text}" + (f"@{revision}" if revision and revision != "main" else "")
 
 
 def model(draft: Draft, path: str, revision: str, adapter: str) -> None:
@@ -175,5 +177,5 @@ def files(draft: Draft, name: str, files_key: str, told: dict[str, str]) -> str:
     if isinstance(single, list) and len(single) == 1 and name in ("json", "csv", "parquet", "arrow", "text", "file"):
         draft.came("data.path", files_key)
         told.pop("files", None)
-        return place(single[0])
-    return place(name)
+        return place(single[0], of=DATA)
+    return place(name, of=DATA)

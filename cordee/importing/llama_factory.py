@@ -206,11 +206,11 @@ def _source(draft: Draft, at: int, name: str, known: Mapping[str, Any]) -> dict[
     if known and name not in known:
         draft.beside.append(f"{INFO} has no data set {name!r}: write its file")
     if "hf_hub_url" in entry:
-        path = f"hub:{entry['hf_hub_url']}"
+        path = f"{common.DATA}{entry['hf_hub_url']}"
     elif "file_name" in entry:
         path = str(known[""] / entry["file_name"])
     elif draft.get("dataset_dir") == "ONLINE":
-        path = common.place(name)
+        path = common.place(name, of=common.DATA)
     else:
         path = str(next((entry[key] for key in ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
                          if key in entry), name))  # fmt: skip

@@ -173,17 +173,21 @@ def _data(draft: Draft) -> None:
         draft.came("data", "dataset_mixer", "dataset_splits")
         splits = [split for split in draft.get("dataset_splits", ["train"]) if "test" not in split]
         draft.data = [
-            {"path": common.place(name), "split": split, **({"weight": share} if share != 1 else {})}
+            {"path": common.place(name, of=common.DATA), "split": split, **({"weight": share} if share != 1 else {})}
             for name, share in mixer.items()
             for split in splits
         ]
         tests = [split for split in draft.get("dataset_splits", []) if "test" in split]
         if tests and _evaluates(draft):
-            draft.take("heldout", [{"path": common.place(name), "split": tests[0]} for name in mixer], "dataset_splits")
+            draft.take(
+                "heldout",
+                [{"path": common.place(name, of=common.DATA), "split": tests[0]} for name in mixer],
+                "dataset_splits",
+            )
     elif name := draft.get("dataset_name", draft.get("dataset_id_or_path")):
         several = draft.get("dataset_configs", [])
         told = {"split": "dataset_train_split", "subset": "dataset_configs.0" if several else "dataset_config"}
-        draft.data = [common.source(draft, "data.0", common.place(name), told, columns)]
+        draft.data = [common.source(draft, "data.0", common.place(name, of=common.DATA), told, columns)]
         draft.came("data.0.path", "dataset_name", "dataset_id_or_path")
         if _evaluates(draft):
             held = {"path": draft.data[0]["path"], "split": draft.get("dataset_test_split", "test")}

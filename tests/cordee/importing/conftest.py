@@ -64,7 +64,7 @@ def planned(place):
             return [local(inner) for inner in value]
         if not isinstance(value, str) or not value.startswith("hub:"):
             return value
-        name = value.removeprefix("hub:").partition("@")[0]
+        name = value.removeprefix("hub:").removeprefix("datasets/").partition("@")[0]
         return "model" if name == "owner/model" else f"{HUB.get(name, name.rpartition('/')[2])}.jsonl"
 
     def call(file):

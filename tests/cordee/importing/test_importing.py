@@ -151,7 +151,7 @@ def test_the_rest_of_a_split_is_held_out(write):
 
 def test_the_first_rows_of_a_split_are_a_limit(write):
     draft = peers.read(write("a.yaml", TRL + "dataset_train_split: train[:500]\n"))
-    assert keys(draft)["data"] == [{"path": "hub:owner/chats", "split": "train", "limit": 500}]
+    assert keys(draft)["data"] == [{"path": "hub:datasets/owner/chats", "split": "train", "limit": 500}]
 
 
 def test_a_chat_templates_text_becomes_a_file(write):
