@@ -163,8 +163,7 @@ def validate(model: type[C], values: dict[str, Any], file: object, key: str) -> 
         place = ".".join([key, *map(str, loc)]).lstrip(".")
         if first["type"] == "extra_forbidden":
             *above, name = first["loc"]
-            within = [field for field, mark in libraries(model) if not above and name in _known(mark)]
-            hint = f"write {within[0]}: {{{name}: …}}" if within else nearest(str(name), _fields_at(model, above))
+            hint = _elsewhere(model, above, str(name)) or nearest(str(name), _fields_at(model, above))
             raise UserError("unknown key", file=file, key=place, hint=hint) from error
         if first["type"] == "value_error":  # what a validator of ours says is whole, and its input all the keys
             raise UserError(str(first["ctx"]["error"]), file=file, key=place) from error
@@ -181,6 +180,18 @@ def validate(model: type[C], values: dict[str, Any], file: object, key: str) -> 
                     raise UserError("unknown key", file=file, key=f"{key}.{field}.{name}", hint=hint)
                 _check_library_key(name, value, known, mark.owned, (file, f"{key}.{field}.{name}"))
     return config
+
+
+def _elsewhere(model: type[Config], above: Sequence[int | str], name: str) -> str:
+    """What to write instead of a key that stands on another level than its own; "" where it is none of the stage's."""
+    if above:
+        return f"write {name} beside {above[0]}" if len(above) == 1 and name in model.model_fields else ""
+    fields = [field for field, mark in libraries(model) if name in _known(mark)]
+    for field, info in model.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, Config) and name in inner.model_fields:
+            fields.append(field)
+    return f"write {fields[0]}: {{{name}: …}}" if fields else ""
 
 
 def _known(mark: Library) -> Collection[str]:

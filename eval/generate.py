@@ -1,99 +1,207 @@
-"""Generates answers to the same held-out prompts from several checkpoints and adapters, side by side.
+"""Generates answers to prompts from several checkpoints and adapters: to compare them, or as data to train on.
 
 python -m eval.generate --config samples.yaml
 """
 
 import json
-from typing import TYPE_CHECKING, Any
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from cordee import files, model_folder, worker
+from cordee import files, machine, model_folder, units, worker
+from cordee.chat.source import BadRows, Source
 from cordee.config import Execution, Input
 from cordee.cost import Cost
+from cordee.errors import UserError
+from cordee.model_folder import ModelInput
 from cordee.stage import Context
+from eval.measuring.asked import Name
+from eval.measuring.sampling import Sampling
 from eval.measuring.settings import ModelsConfig
 
 if TYPE_CHECKING:
     from cordee.compute.engine import Settings
+    from cordee.compute.generating import Generated
     from cordee.compute.serving import Engines
+    from eval.measuring.parts import Ask, Told, Writer
+    from eval.measuring.prompts import Encoder, Prompt, Prompts
 
-VERSION = 4
+VERSION = 5
+SHOWN = 200
+"""Prompts whose answers stand side by side in `samples.jsonl`, for the report."""
 
 
 class Config(ModelsConfig):
     """Which checkpoints answer which prompts, and how."""
 
+    models: dict[Name, ModelInput] = Field(min_length=1)
+    """Checkpoints and LoRA adapters by names that files can have, in the order in which they were trained. An adapter
+    answers on its base, which its `adapter_config.json` names, without being merged."""
     prompts: Input
-    """Held-out prompts: a data file with `prompt`, and `answer` where there is one to show beside the models'
-    (`$chats/heldout.jsonl`); or chats in any shape, which are asked up to their last answer."""
+    """A data file, or a folder of such files: rows with `prompt`, a text or messages, and `answer` where there is one;
+    or chats in any shape, which are asked up to their last answer. `tools` and `system` are asked too."""
+    split: str | None = None
+    """Which split of a folder is read; `train` if not given and there are several."""
+    subset: str | None = None
+    """Which subset of a folder is read, where its README names several."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns of the prompts to rename, such as `{question: prompt}`."""
-    max_prompts: int = Field(default=48, ge=1)
-    """How many of them are answered; spread evenly over the languages."""
+    ignore: list[str] = Field(default_factory=list)
+    """Columns and keys of messages that are left out, though they hold something that the chat template can't use."""
+    bad_rows: BadRows = "error"
+    """Prompts that a model can't be asked, or that are too long: an error, or left out for all models and counted."""
+    max_prompts: int | None = Field(default=48, ge=1)
+    """How many prompts are answered, spread evenly over the languages; `null` for all of them."""
+    n: int = Field(default=1, ge=1)
+    """Answers to each prompt; more than one needs a temperature."""
     max_tokens: int = Field(default=32, ge=1)
-    """Longest answer, in tokens."""
-    temperature: float = Field(default=0.0, ge=0.0)
-    """0 is greedy."""
-    batch_size: Execution[int] = Field(default=16, ge=1)
-    """Prompts at once, where transformers generates."""
+    """Longest answer, in tokens; how many were cut off is counted."""
+    sampling: Sampling = Sampling()
+    """How tokens are drawn, by the names of vLLM's `SamplingParams`: `{temperature: 0.7, top_p: 0.95}`."""
+    batch_size: Execution[int | None] = Field(default=None, ge=1)
+    """Answers that are generated and written together: what a kill can cost. Without it 16 where transformers
+    generates, 64 with vLLM on a CPU and 4096 on a GPU."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        """Check what no key alone can tell."""
+        if self.n > 1 and self.sampling.temperature == 0:
+            problem = f"{self.n} answers to a prompt are all the same at temperature 0, which is greedy"
+            raise UserError(problem, key="n", hint="sampling: {temperature: 1.0}")
+        if self.sampling.min_tokens > self.max_tokens:
+            problem = f"{self.sampling.min_tokens} tokens are more than max_tokens={self.max_tokens}"
+            raise UserError(problem, key="sampling.min_tokens")
+        if self.engine == "transformers":
+            self.sampling.for_transformers()
+        return self
+
+    def source(self) -> Source:
+        """What the prompts are read from."""
+        return Source(path=self.prompts, split=self.split, subset=self.subset, columns=self.columns, ignore=self.ignore)
+
+    def answers_at_once(self) -> int:
+        """How many answers a part has."""
+        if self.batch_size:
+            return self.batch_size
+        return 16 if self.engine == "transformers" else 4096 if machine.has_gpu() else 64
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
-    """At most `max_tokens` tokens for each prompt and model."""
-    tokens = float(len(config.models) * config.max_prompts * config.max_tokens)
+    """At most `max_tokens` tokens for each answer."""
     models = [model_folder.cost(path, f"models.{name}", given) for name, path in config.models.items()]
-    parameters = models[0].parameters
-    return Cost(tokens=tokens, flops=2 * parameters * tokens if parameters else None, parameters=parameters)
+    parameters, prompts = models[0].parameters, config.max_prompts or _rows(config, given)
+    tokens = float(len(config.models) * prompts * config.n * config.max_tokens) if prompts else None
+    return Cost(tokens=tokens, flops=2 * parameters * tokens if parameters and tokens else None, parameters=parameters)
+
+
+def _rows(config: Config, given: dict[str, Cost]) -> float | None:
+    """About how many prompts there are, where it is known."""
+    from cordee.chat.selection import files_of
+    from cordee.data.rows import estimate
+
+    if not config.prompts.exists():
+        return given.get("prompts", Cost()).rows
+    return estimate(files_of(config.source(), "prompts").documents, "prompts")[0]
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Write `samples.jsonl` and `engine.json`."""
+    """Write `answers/<model>.jsonl`, `samples.jsonl`, `prompts.json` and `engine.json`."""
     from cordee.compute import engine, serving
-    from eval.measuring import prompts
+    from eval.measuring import parts, prompts
 
     settings = config.settings(context)
-    rows = prompts.spread(prompts.read(config.prompts, config.columns), config.max_prompts)
-    asked, ids = [row["messages"] for row in rows], {}
-    for model, folder in config.models.items():  # each in its own template and tokens
+    source = config.source()
+    encoders = {}
+    for model, folder in config.models.items():
         longest = engine.longest_request(folder, config.max_length) - config.max_tokens
-        ids[model] = prompts.encode(folder, asked, longest, config.prompts, context.note)
-    engines = serving.Engines(settings, list(config.models.values())) if settings.name == "vllm" else None
-    samples: list[dict[str, Any]] = [
-        {"prompt": row["prompt"], "reference": row.get("answer"), "kind": row.get("kind", ""),
-         "language": row.get("language") or "", "outputs": {}}
-        for row in rows
-    ]  # fmt: skip
-    answers: dict[str, list[str]] = {}
-    dtypes: dict[str, str] = {}
-    for done, model in enumerate(engines.in_turn(config.models) if engines else config.models):
-        context.progress(done, len(config.models), "models")
-        context.stop_if_asked(f"model {done} of {len(config.models)}")
-        answers[model], dtypes[model] = _answers(config, settings, engines, model, ids[model], context.seed)
-    for model in config.models:
-        for sample, text in zip(samples, answers[model], strict=True):
-            sample["outputs"][model] = text
-    files.write_text(
-        context.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-    )
-    computed_in = ", ".join(dict.fromkeys(dtypes[model] for model in config.models))
-    files.write_json(context.out / "engine.json", {**settings.describe(), "dtype": computed_in})
-    return {"rows": len(samples), "engine": settings.name}
+        encoders[model] = prompts.Encoder.of(model, folder, longest, source.ignore, context.note)
+    context.waits("the prompts")
+    chosen = prompts.choose(source, config.max_prompts, context.note)
+    asked, problems = prompts.checked(chosen, list(encoders.values()), context, may_drop=config.bad_rows == "drop")
+    for kind in problems.kinds.values():
+        context.note(f"{kind.count} prompts left out: {kind.problem}")
+    told = {"rows": len(asked.kept), "asked": len(asked), "left_out": problems.described()}
+    files.write_json(context.out / "prompts.json", told)
 
-
-def _answers(
-    config: Config, settings: "Settings", engines: "Engines | None", model: str, ids: list[list[int]], seed: int
-) -> tuple[list[str], str]:
-    """A model's answers by vLLM, where it runs, else by transformers; and the dtype that was computed in."""
-    from cordee.compute import adapter, device
-    from eval.measuring import prompts
-
-    chosen, folder = (config.max_tokens, config.temperature, seed), config.models[model]
+    seed = context.seed if config.sampling.seed is None else config.sampling.seed
+    writers = {
+        model: parts.Writer(context.out, model, encoder.template is None, config.n, seed)
+        for model, encoder in encoders.items()
+    }
+    coming = {model: folder for model, folder in config.models.items() if not writers[model].file.exists()}
+    engines = serving.Engines(settings, list(coming.values())) if settings.name == "vllm" and coming else None
+    each = len(asked) * config.n
+    for model in engines.in_turn(coming) if engines else coming:
+        done = each * sum(writer.file.exists() for writer in writers.values())
+        context.waits(f"{settings.name} with {config.models[model]}")
+        ask, dtype = _asker(config, settings, engines, encoders[model])
+        _write_engine(context, settings, model, dtype)
+        writers[model].write(asked, config.answers_at_once(), ask, context, done, each * len(writers))
+        del ask  # and its model, before the next one is opened
     if engines:
-        running = engines.load(folder)
-        return running.generate(ids, *chosen), running.dtype
-    opened = adapter.open_served(folder, dtype=settings.torch_dtype).eval().to(device.default())
-    return prompts.generate(opened, folder, ids, *chosen, config.batch_size), str(opened.dtype).removeprefix("torch.")
+        engines.stop()
+    shutil.rmtree(context.out / parts.PARTS, ignore_errors=True)
+    return _summary(config, context, asked, writers) | {"engine": settings.name}
+
+
+def _asker(config: Config, settings: "Settings", engines: "Engines | None", encoder: "Encoder") -> "tuple[Ask, str]":
+    """What has a model answer, by vLLM where it runs, else by transformers; and the dtype that is computed in."""
+    from cordee.chat.problems import Problems
+    from cordee.compute import adapter, device, generating
+
+    folder = config.models[encoder.name]
+    running: Callable[..., list[Generated]]
+    if engines:
+        engine = engines.load(folder)
+        running, dtype = engine.generate, engine.dtype
+        given: dict[str, Any] = {"sampling": config.sampling.for_vllm()}
+    else:
+        opened = adapter.open_served(folder, dtype=settings.torch_dtype).eval().to(device.default())
+        running, dtype = partial(generating.generate, opened, folder), str(opened.dtype).removeprefix("torch.")
+        given = {"sampling": config.sampling.for_transformers(), "batch_size": config.answers_at_once()}
+
+    def ask(part: "Sequence[Prompt]", seeds: Sequence[int]) -> "list[Generated]":
+        problems = Problems()
+        ids = [one for one in encoder.encode(part, problems) for _ in range(config.n)]
+        problems.raise_any(config.prompts, len(part))
+        return running(ids, seeds, max_tokens=config.max_tokens, **given)
+
+    return ask, dtype
+
+
+def _write_engine(context: Context, settings: "Settings", model: str, dtype: str) -> None:
+    """Write `engine.json`, which holds the dtypes of the models so far."""
+    path = context.out / "engine.json"
+    dtypes = {**(files.read_json(path)["dtypes"] if path.exists() else {}), model: dtype}
+    computed_in = ", ".join(dict.fromkeys(dtypes.values()))
+    files.write_json(path, {**settings.describe(), "dtype": computed_in, "dtypes": dtypes})
+
+
+def _summary(config: Config, context: Context, asked: "Prompts", writers: "dict[str, Writer]") -> dict[str, Any]:
+    """Write the answers to some prompts side by side, and count all of them."""
+    from eval.measuring import parts, prompts
+
+    some = prompts.thinned(asked, SHOWN)
+    shown = {int(number) for number in some.kept.nonzero()[0]}
+    told: dict[str, Told] = {model: parts.tell(writer.file, shown) for model, writer in writers.items()}
+    for model, found in told.items():
+        for count, what in ((found.cut, f"cut off at max_tokens={config.max_tokens}"), (found.empty, "empty")):
+            if count:
+                share = units.score(count / found.answers, percent=True)
+                context.note(f"{model}: {count} of {found.answers} answers ({share}) are {what}")
+    rows = [
+        {"prompt": one.shown, "reference": one.reference, "kind": str(one.record.values.get("kind") or ""),
+         "language": str(one.record.values.get("language") or ""),
+         "outputs": {model: found.shown[one.number] for model, found in told.items()}}
+        for one in some
+    ]  # fmt: skip
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    files.write_text(context.out / "samples.jsonl", text)
+    totals = {name: sum(getattr(found, name) for found in told.values()) for name in ("tokens", "cut", "empty")}
+    return {"rows": sum(found.answers for found in told.values()), "prompts": len(asked), **totals}
 
 
 def main() -> None:

@@ -117,8 +117,8 @@ def chat(values: Values, *, as_text: bool) -> Values | Text:
     return rest | {"messages": _with_system(rest, messages)}
 
 
-def question(values: Values) -> tuple[list[Any], Any]:
-    """What a row asks, as messages, and the answer that stands beside it, or None.
+def question(values: Values) -> tuple[Values, Any]:
+    """A row as one with the `messages` that are asked, and the answer that stands beside them, or None.
 
     A row has `prompt`, and `answer` where there is one, whatever else it has; or it is a chat, which is asked up to its
     last answer.
@@ -126,20 +126,20 @@ def question(values: Values) -> tuple[list[Any], Any]:
     Raises:
         BadRowError: it is neither, or holds what would not be asked.
     """
-    for name in ("tools", "documents", "chat_template_kwargs"):
-        if values.get(name):
-            raise BadRowError(f"has {name}, which a question is not given", hint=f"`columns: {{{name}: other}}`")
     if "prompt" not in values or shape(values) in ("prompt and completion", "Alpaca"):
         shaped = chat(values, as_text=False)
         if isinstance(shaped, Text):
             raise BadRowError("is a text, and a question is needed", hint=NAME_PROMPT)
         messages = shaped["messages"]
-        is_answered = turns.begins(messages[-1:], "assistant")
-        return (messages[:-1], messages[-1].get("content")) if is_answered else (messages, None)
+        if not isinstance(messages, list) or not turns.begins(messages[-1:], "assistant"):
+            return shaped, values.get("answer")
+        return shaped | {"messages": messages[:-1]}, messages[-1].get("content")
     if values.get("input"):
         hint = "Alpaca's columns are read as they are, without `columns`"
         raise BadRowError("has `input` beside the prompt, which would not be asked", hint=hint)
-    return _with_system(dict(values), turns.side(values["prompt"], "user", "prompt")), values.get("answer")
+    rest = dict(values)
+    asked = turns.side(rest.pop("prompt"), "user", "prompt")
+    return rest | {"messages": _with_system(rest, asked)}, values.get("answer")
 
 
 def pair(values: Values, *, as_text: bool) -> Values | TextPair:

@@ -91,6 +91,18 @@ def chat(record: Record, template: Template, ignore: Collection[str] = ()) -> Ch
     return Chat(record.file, record.number, messages, trains, options)
 
 
+def asked(record: Record, template: Template, ignore: Collection[str] = ()) -> Chat:
+    """The row as a chat that is to be answered; columns and message keys in `ignore` are left out.
+
+    Raises:
+        BadRowError: something in it can't be used, or the template does not write it.
+    """
+    options = _options(record, template, ignore, ("messages",))
+    messages, _ = read_messages(record.values, "messages", template, options, ignore)
+    template.require_written(messages, options)
+    return Chat(record.file, record.number, messages, (False,) * len(messages), options)
+
+
 def pair(record: Record, template: Template, ignore: Collection[str] = ()) -> Pair:
     """The row as a preference pair; columns and message keys in `ignore` are left out.
 

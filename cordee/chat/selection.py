@@ -12,19 +12,19 @@ from cordee.data.rows import batches
 from cordee.errors import UserError
 
 
-def files_of(source: Source) -> Found:
-    """The files of a source that are read, in a fixed order, and those that are not.
+def files_of(source: Source, key: str = "path") -> Found:
+    """The files of a source, which errors name by a key: those that are read, in a fixed order, and those that are not.
 
     Raises:
         UserError: there is nothing to read, or several splits, none of which is `train`.
     """
     split = source.split
     if split is None and source.files is None and source.path.is_dir():
-        known = [name for name in find_splits(source.path, source.subset, key="path") if name]
+        known = [name for name in find_splits(source.path, source.subset, key=key) if name]
         if len(known) > 1 and "train" not in known:
             raise UserError(f"holds several splits: {', '.join(known)}", file=source.path, key="split")
         split = "train" if len(known) > 1 else None
-    return find_files(source.path, source.files, split, source.subset, key="path")
+    return find_files(source.path, source.files, split, source.subset, key=key)
 
 
 def selected(source: Source, found: Sequence[Path], seed: int) -> Iterator[list[Row]]:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from cordee import machine, model_folder
 from cordee.compute import adapter, probe
 from cordee.compute.device import default
+from cordee.compute.generating import Generated
 from cordee.compute.logprobs import Scores
 from cordee.compute.probe import Probe
 from cordee.compute.tokenizer import open_tokenizer, tokenizer_folder
@@ -219,8 +220,7 @@ class Engine:
             self.base = None
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(base)})
             self.llm.apply_model(_tie)
-            if not self.llm.reset_prefix_cache():
-                raise Fault("vLLM kept its prefix cache, which is of other weights", file=folder)
+            self._forget(folder)
         self.request = self._adapter(folder) if base != folder else None
         difference = self._check(folder)
         self.base, self.folder = base, folder
@@ -292,8 +292,18 @@ class Engine:
             scores.append(Scores(logprobs, top1))
         return scores
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int) -> list[str]:
-        """Continue each prompt of token ids until an end token or `max_tokens`; greedy at temperature 0.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int, sampling: Mapping[str, Any]
+    ) -> list[Generated]:
+        """Continue each prompt of token ids until an end token or `max_tokens`, by the seed at its place.
+
+        What was computed of earlier prompts is forgotten before: the same prompts together have the same answers.
+
+        Args:
+            prompts: token ids `[seq]` of each.
+            seeds: of each.
+            max_tokens: tokens of the longest answer.
+            sampling: arguments of `vllm.SamplingParams`.
 
         Raises:
             Fault: the last load failed.
@@ -302,17 +312,26 @@ class Engine:
 
         if self.folder is None:
             raise Fault("the engine holds no checkpoint's weights")
+        self._forget(self.folder)
         tokenizer = open_tokenizer(model_folder.tokenizer_of(self.folder))
-        asked = SamplingParams(
-            temperature=temperature, max_tokens=max_tokens, seed=seed, ignore_eos=True,
-            stop_token_ids=adapter.stop_token_ids(self.folder), detokenize=False,
-        )  # fmt: skip
-        outputs = self._ask(prompts, asked, self.request)
-        texts = [output.outputs[0].token_ids for output in outputs]
+        has_stops = bool(sampling.get("stop"))
+        common = {
+            **sampling, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": has_stops,
+            "stop_token_ids": adapter.stop_token_ids(self.folder),
+        }  # fmt: skip
+        asked = [SamplingParams(**common, seed=seed) for seed in seeds]
+        outputs = [output.outputs[0] for output in self._ask(prompts, asked, self.request)]
+        texts = tokenizer.batch_decode(
+            [output.token_ids for output in outputs], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return [
-            str(text)
-            for text in tokenizer.batch_decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            Generated(output.text if has_stops else str(text), len(output.token_ids), output.finish_reason)
+            for output, text in zip(outputs, texts, strict=True)
         ]
+
+    def _forget(self, folder: Path) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise Fault("vLLM kept its prefix cache", file=folder)
 
     def _ask(self, sequences: Sequence[Sequence[int]], asked: Any, request: Any) -> list[Any]:
         prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]

@@ -262,5 +262,4 @@ def _chosen(documents: Any, limit: int | None) -> list[int]:
         return list(range(len(documents)))
     if "language" not in getattr(documents, "column_names", ()):
         return list(range(min(limit, len(documents))))
-    rows = [{"language": language, "index": index} for index, language in enumerate(documents["language"])]
-    return [row["index"] for row in spread(rows, limit)]
+    return spread([language or "" for language in documents["language"]], limit)

@@ -49,7 +49,7 @@ def output(record: Record) -> str:
         "tokenizer.json": f"a vocabulary of {units.count(vocabulary)}" if vocabulary else "a tokenizer",
         "tokens.json": "tokens" + (f" of {units.count(rows)} documents" if rows else ""),
         "results.json": "benchmark results",
-        "samples.jsonl": (f"{units.count(rows)} " if rows else "") + "sample answers",
+        "samples.jsonl": (f"{units.count(rows)} " if rows else "") + "answers",
     }
     if record.holds("corpus.json"):
         languages = len(record.read("corpus.json", Corpus).languages.keys() - {""})

@@ -113,16 +113,17 @@ def test_an_adapter_of_which_a_part_is_not_used_is_a_fault(models, adapters, mon
 @WITH_VLLM
 def test_it_answers_what_peft_answers(models, checkpoints, adapters):
     from cordee.compute.adapter import open_served
-    from eval.measuring import prompts
+    from cordee.compute.generating import generate as by_transformers
+    from cordee.compute.tokenizer import open_tokenizer
+    from eval.measuring.sampling import Sampling
 
-    folder = adapters["large"]
-    asked = [[{"role": "user", "content": text}] for text in ("Alle Menschen sind frei", "Tous")]
-    ids = prompts.encode(folder, asked, LENGTH, Path("p"), print)
+    folder, greedy = adapters["large"], Sampling()
+    ids = open_tokenizer(checkpoints["first"])(["Alle Menschen sind frei", "Tous"])["input_ids"]
     models.open(folder)
-    answers = models.engines.running.generate(ids, 12, 0.0, 0)
-    assert answers == prompts.generate(open_served(folder), folder, ids, 12, 0.0, 0, 2)
+    answers = models.engines.running.generate(ids, [0, 0], 12, greedy.for_vllm())
+    assert answers == by_transformers(open_served(folder), folder, ids, [0, 0], 12, greedy.for_transformers(), 2)
     models.open(checkpoints["first"])
-    assert models.engines.running.generate(ids, 12, 0.0, 0) != answers
+    assert models.engines.running.generate(ids, [0, 0], 12, greedy.for_vllm()) != answers
 
 
 @WITH_VLLM

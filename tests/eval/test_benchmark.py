@@ -1,4 +1,4 @@
-"""What benchmarks and samples are told, and what they do when they are killed; transformers measures here."""
+"""What benchmarks are told, and what they do when they are killed; transformers measures here."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from figures import figure
 
 from cordee.errors import UserError
 from cordee.stage import Context
-from eval import benchmark, generate
+from eval import benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "examples" / "udhr" / "tasks"
@@ -73,155 +73,6 @@ def test_two_tasks_of_one_name_are_an_error_that_names_both_files(checkpoints, h
         benchmark.run(settings(checkpoints, held_out, tasks=list(map(str, paths))), context)
 
 
-def sampling(checkpoints, held_out, **changes):
-    return generate.Config.model_validate(
-        {
-            "models": {name: str(path) for name, path in checkpoints.items()},
-            "prompts": str(held_out["language"]),
-            "max_prompts": 2,
-            "max_tokens": 6,
-            "engine": "transformers",
-            **changes,
-        }
-    )
-
-
-def test_all_models_answer_the_same_prompts_spread_over_the_file(checkpoints, held_out, context):
-    assert generate.run(sampling(checkpoints, held_out), context) == {"rows": 2, "engine": "transformers"}
-    rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
-    assert [row["reference"] for row in rows] == ["German", "French"]
-    assert all(set(row["outputs"]) == {"first", "second"} for row in rows)
-    assert rows[0]["outputs"]["first"] != rows[0]["outputs"]["second"]
-    assert json.loads((context.out / "engine.json").read_text())["name"] == "transformers"
-
-
-def test_each_model_is_asked_in_its_own_template_and_tokens(checkpoints, held_out, context, tmp_path):
-    """Its answers are those that it gives alone, whatever the first model's template and ids are."""
-    other = shutil.copytree(checkpoints["second"], tmp_path / "other")
-    (other / "chat_template.jinja").write_text("{{ messages[0].content }} Answer:")
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    ids = tokenizer["model"]["vocab"]
-    ids["e"], ids["n"] = ids["n"], ids["e"]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    answers = {}
-    for models in ({"other": other}, {**checkpoints, "other": other}):
-        generate.run(sampling(models, held_out), context)
-        rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
-        answers[len(models)] = [row["outputs"]["other"] for row in rows]
-    assert answers[1] == answers[3]
-
-
-def test_greedy_is_greedy_whatever_the_models_generation_config_says(checkpoints, held_out, context, tmp_path):
-    """vLLM is given none of it either."""
-    other = shutil.copytree(checkpoints["first"], tmp_path / "other")
-    own = json.loads((other / "generation_config.json").read_text())
-    (other / "generation_config.json").write_text(json.dumps({**own, "repetition_penalty": 5.0}))
-    generate.run(sampling({"first": checkpoints["first"], "other": other}, held_out), context)
-    rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
-    assert all(row["outputs"]["first"] == row["outputs"]["other"] for row in rows)
-
-
-def test_a_models_stop_tokens_are_read_once(checkpoints, monkeypatch):
-    from cordee.compute.model import open_model
-    from eval.measuring import prompts
-
-    folder, read = checkpoints["first"], []
-    monkeypatch.setattr(prompts, "stop_token_ids", lambda path: read.append(path) or [1])
-    prompts.generate(open_model(folder), folder, [[0, 40], [0, 41], [0, 42]], 2, 0.0, 0, 1)
-    assert read == [folder]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1: no JSON object"),
-        ('{"question": "x", "answer": "y"}', "line 1: can't be told what it is: its columns are 'question', 'answer'"),
-        ('{"prompt": 5}', "line 1: prompt is no text and no list of messages"),
-        ('{"prompt": "x", "answer": ["y"]}', "the answer in line 1 is no text; `columns: {answer: other}`"),
-        ("", "holds no prompt"),
-    ],
-)
-def test_prompts_that_are_none_are_one_line(line, message, checkpoints, context, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(line)
-    with pytest.raises(UserError, match=message):
-        generate.run(sampling(checkpoints, {"language": path}), context)
-
-
-def test_prompts_need_no_answer(checkpoints, context, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "deu"}\n{"prompt": "fra", "answer": 5}\n')
-    assert generate.run(sampling({"first": checkpoints["first"]}, {"language": path}), context)["rows"] == 2
-    rows = [json.loads(line) for line in (context.out / "samples.jsonl").read_text().splitlines()]
-    assert [row["reference"] for row in rows] == [None, "5"]
-
-
-def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(checkpoints, held_out, context):
-    with pytest.raises(UserError, match=r"max_length: prompt 1 has \d+ tokens, and 14 fit"):
-        generate.run(sampling(checkpoints, held_out, max_length=20), context)
-
-
-def test_a_prompt_that_spells_out_a_special_token_is_an_error(checkpoints, held_out, context, tmp_path):
-    row = json.loads(held_out["language"].read_text().splitlines()[0])
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({**row, "prompt": "<|assistant_start|>deu"}) + "\n")
-    with pytest.raises(UserError, match=r"prompts: prompt 1: a text spells out .*<\|assistant_start\|>"):
-        generate.run(sampling(checkpoints, {"language": path}), context)
-
-
-def test_a_line_separator_in_a_text_ends_no_line(tmp_path):
-    from eval.measuring import prompts
-
-    path = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": "one\u2028two\u0085three", "answer": "a"}, {"prompt": "x", "answer": "b"}]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert [{key: row[key] for key in ("prompt", "answer")} for row in prompts.read(path, {})] == rows
-
-
-def test_prompts_are_read_from_any_data_file_with_their_columns_renamed(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from eval.measuring import prompts
-
-    path = tmp_path / "test.parquet"
-    pq.write_table(pa.table({"question": ["2 + 2?"], "answer": ["4"], "kind": ["sum"], "note": [None]}), path)
-    (row,) = prompts.read(path, {"question": "prompt"})
-    assert row.pop("messages") == [{"role": "user", "content": "2 + 2?"}]
-    assert row == {"prompt": "2 + 2?", "answer": "4", "kind": "sum"}
-    with pytest.raises(UserError, match=r"row 1: has no column 'questoin', .*; did you mean 'question'\?"):
-        prompts.read(path, {"questoin": "prompt"})
-    with pytest.raises(UserError, match="is a folder: name one of its files"):
-        prompts.read(tmp_path, {})
-
-
-def test_a_base_model_without_a_chat_template_continues_the_prompt(checkpoints, tmp_path):
-    import shutil
-
-    from eval.measuring import prompts
-
-    bare, said = tmp_path / "bare", []
-    shutil.copytree(checkpoints["first"], bare, ignore=shutil.ignore_patterns("chat_template.jinja"))
-    asked = [[{"role": "user", "content": "Alle Menschen"}]]
-    (ids,) = prompts.encode(bare, asked, 64, tmp_path, said.append)
-    from cordee.compute.tokenizer import open_tokenizer
-
-    assert ids == open_tokenizer(bare)("Alle Menschen")["input_ids"]
-    assert said == ["bare has no chat template: it continues each prompt as it stands"]
-
-
-def test_a_sampled_text_does_not_depend_on_the_batch(checkpoints):
-    from cordee.compute.model import open_model
-    from eval.measuring import prompts
-
-    folder = checkpoints["first"]
-    model = open_model(folder)
-    asked = [[0, 40 + number, 50, 60] for number in range(4)]
-    one, other = (prompts.generate(model, folder, asked, 8, 1.0, 5, size) for size in (1, 4))
-    assert one == other
-    assert one != prompts.generate(model, folder, asked, 8, 1.0, 6, 1)
-
-
 def test_a_proof_of_chats_drops_none_in_silence(checkpoints, tmp_path):
     from eval.measuring import parity
 
@@ -247,23 +98,6 @@ def test_a_models_figures_are_said_in_one_line():
     names = ("task", "asked", "metric", "value", "standard_error")
     results = [{**dict(zip(names, row, strict=True)), "filter": "none"} for row in figures]
     assert harness.said({"tasks": tasks, "results": results}) == "choice acc 0.2500 ± 0.1250; text bits_per_byte 2.0000"
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 20])
-def test_prompts_are_spread_over_languages_and_passages_whatever_their_order(count):
-    from eval.measuring import prompts
-
-    by_article = [{"language": tag, "article": article} for article in range(4) for tag in ("de", "fr", "it")]
-    by_language = sorted(by_article, key=lambda row: row["language"])
-    for rows in (by_article, by_language):
-        chosen = prompts.spread(rows, count)
-        assert len(chosen) == min(count, len(rows))
-        assert chosen == [row for row in rows if row in chosen]
-        counts = [sum(row["language"] == tag for row in chosen) for tag in ("de", "fr", "it")]
-        assert max(counts) - min(counts) <= 1
-        if count == 5:
-            assert len({row["article"] for row in chosen}) > 2
-    assert prompts.spread(by_article, count) == prompts.spread(by_article, count)
 
 
 @pytest.mark.parametrize("limit", [None, 5])

@@ -119,14 +119,79 @@ def test_a_prefix_cache_of_other_weights_is_a_fault(engine, checkpoints, monkeyp
 
 
 def test_it_generates_what_transformers_generates(engine, checkpoints):
+    """Greedy, and where penalties, end texts and the least number of tokens move or end an answer."""
+    from cordee.compute.generating import generate
     from cordee.compute.model import open_model
-    from eval.measuring import prompts
+    from cordee.compute.tokenizer import open_tokenizer
+    from eval.measuring.sampling import Sampling
 
     folder = checkpoints["second"]
     engine.load(folder)
-    chats = [[{"role": "user", "content": text}] for text in ("Alle Menschen sind frei", "Tous")]
-    ids = prompts.encode(checkpoints["second"], chats, LENGTH, Path("p"), print)
-    assert engine.generate(ids, 12, 0.0, 0) == prompts.generate(open_model(folder), folder, ids, 12, 0.0, 0, 2)
+    model, ids = open_model(folder), open_tokenizer(folder)(["Alle Menschen sind frei", "Tous"])["input_ids"]
+    said = []
+    for keys in ({}, {"repetition_penalty": 1.3}, {"temperature": 1.0, "top_k": 1}, {"min_tokens": 12}, {"stop": "e"}):
+        chosen = Sampling(**keys)
+        answers = engine.generate(ids, [1, 2], 12, chosen.for_vllm())
+        assert answers == generate(model, folder, ids, [1, 2], 12, chosen.for_transformers(), 2)
+        said.append(answers)
+    assert [one.finish_reason for one in said[0]] == ["length", "length"]
+    assert said[1] != said[0] == said[2]
+    text = next(one.text for one in said[0] if len(one.text) > 3)[1:3]
+    cut = engine.generate(ids, [1, 2], 12, Sampling(stop=[text]).for_vllm())
+    assert "stop" in [one.finish_reason for one in cut]
+    assert all(text not in one.text for one in cut)
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        assert engine.generate(ids, [1, 2], 12, Sampling(**{penalty: 2.0}).for_vllm()) != said[0]
+
+
+def test_the_sampling_keys_are_vllms_with_its_defaults_but_for_the_temperature():
+    from vllm import SamplingParams
+
+    from eval.measuring.sampling import Sampling
+
+    ours, own = Sampling(), SamplingParams()
+    assert {*Sampling.model_fields} <= {*SamplingParams.__struct_fields__}
+    assert {*ours.for_vllm()} == {*Sampling.model_fields} - {"seed"}
+    for name in {*Sampling.model_fields} - {"temperature"}:
+        assert getattr(ours, name) == getattr(own, name), name
+
+
+@pytest.fixture
+def answered(models, checkpoints, held_out, monkeypatch, tmp_path):
+    """Runs the stage `eval.generate` in the engine of these tests, in a folder, up to a stop after some parts."""
+    from cordee.compute import serving
+    from eval import generate
+
+    models.open(checkpoints["first"])
+    monkeypatch.setattr(serving, "Engines", lambda *_: models.engines)
+    monkeypatch.setattr(models.engines, "stop", lambda: None)
+
+    def run(name, parts=None, **keys):
+        given = {"models": {n: str(path) for n, path in checkpoints.items()}, "prompts": str(held_out["language"])}
+        sampled = {"n": 3, "sampling": {"temperature": 1.0, "top_p": 0.9}, "max_tokens": 16, "batch_size": 3}
+        config = generate.Config.model_validate({**given, **EAGER, "engine": "vllm", **sampled, **keys})
+        (tmp_path / name).mkdir(exist_ok=True)
+        context = Context(out=tmp_path / name, seed=3, events=tmp_path / name / "events.jsonl")
+        with monkeypatch.context() as patch:
+            if parts is not None:
+                patch.setattr(Context, "stop_requested", lambda self: len(list(self.out.rglob("parts/*/0*"))) >= parts)
+                with pytest.raises(Stopped, match=r"stopped at answer \d+ of 24"):
+                    generate.run(config, context)
+            else:
+                generate.run(config, context)
+        return {path.name: path.read_text() for path in context.out.glob("answers/*.jsonl")}
+
+    return run
+
+
+def test_an_interrupted_generation_ends_in_the_same_answers(answered):
+    whole = answered("whole")
+    rows = [json.loads(line) for line in whole["first.jsonl"].splitlines()]
+    assert [(row["prompt_id"], row["sample"]) for row in rows] == [(n, k) for n in range(4) for k in range(3)]
+    assert len({row["messages"][-1]["content"] for row in rows}) == 12
+    answered("again", parts=2)
+    assert answered("again") == whole
+    assert answered("other parts", batch_size=6) == whole
 
 
 def test_lm_eval_measures_with_vllm_what_it_measures_with_transformers(models, checkpoints, tasks, tmp_path):

@@ -214,8 +214,9 @@ def test_columns_are_renamed_and_nulls_are_none() -> None:
     ],
 )
 def test_a_question_is_asked_with_all_that_stands_before_its_answer(row: Any, asked: Any, answer: Any) -> None:
-    messages, found = formats.question(row)
-    assert [{key: one[key] for key in ("role", "content")} for one in messages] == asked
+    values, found = formats.question(row)
+    assert [{key: one[key] for key in ("role", "content")} for one in values["messages"]] == asked
+    assert "system" not in values
     assert found == answer
 
 
@@ -223,7 +224,6 @@ def test_a_question_is_asked_with_all_that_stands_before_its_answer(row: Any, as
     ("row", "problem"),
     [
         ({"prompt": "a", "input": "b"}, "has `input` beside the prompt, which would not be asked"),
-        ({"prompt": "a", "tools": [{"name": "add"}]}, "has tools, which a question is not given"),
         ({"text": "a"}, "is a text, and a question is needed"),
     ],
 )

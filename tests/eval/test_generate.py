@@ -1,0 +1,464 @@
+"""Answers of tiny real models by transformers; by vLLM they are in `test_engine.py`."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cordee import files
+from cordee.chat.problems import Problems
+from cordee.chat.source import Limits, Rules, Source
+from cordee.config import Input
+from cordee.errors import Stopped, UserError
+from cordee.stage import Context
+from eval import generate
+
+ADD = {"type": "function", "function": {"name": "add", "description": "a + b", "parameters": {"type": "object"}}}
+HOT = {"temperature": 1.0, "top_p": 0.95, "top_k": 40}
+
+
+def config(models, prompts, **changes):
+    """The stage's keys: two prompts, greedy, by transformers."""
+    return generate.Config.model_validate(
+        {
+            "models": {name: str(path) for name, path in models.items()},
+            "prompts": str(prompts),
+            "max_prompts": 2,
+            "max_tokens": 6,
+            "engine": "transformers",
+            **changes,
+        }
+    )
+
+
+def context_in(folder):
+    (folder / "out").mkdir(parents=True, exist_ok=True)
+    return Context(out=folder / "out", seed=3, events=folder / "events.jsonl")
+
+
+@pytest.fixture
+def context(tmp_path):
+    return context_in(tmp_path)
+
+
+@pytest.fixture
+def first(checkpoints):
+    return {"first": checkpoints["first"]}
+
+
+@pytest.fixture
+def bare(checkpoints, tmp_path):
+    """A base model without a chat template."""
+    return {
+        "bare": shutil.copytree(
+            checkpoints["first"], tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja")
+        )
+    }
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_in(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def answers(context, model="first"):
+    return rows_in(context.out / "answers" / f"{model}.jsonl")
+
+
+def samples(context):
+    return rows_in(context.out / "samples.jsonl")
+
+
+def notes(context):
+    events = files.read_json_lines(context.events)
+    return [event["text"] for event in events if event["event"] == "note"]
+
+
+def test_all_models_answer_the_same_prompts_side_by_side(checkpoints, held_out, context):
+    told = generate.run(config(checkpoints, held_out["language"]), context)
+    assert (told["rows"], told["prompts"], told["engine"]) == (4, 2, "transformers")
+    rows = samples(context)
+    assert [row["reference"] for row in rows] == ["German", "French"]
+    assert all(set(row["outputs"]) == {"first", "second"} for row in rows)
+    assert rows[0]["outputs"]["first"] != rows[0]["outputs"]["second"]
+    engine = json.loads((context.out / "engine.json").read_text())
+    assert (engine["name"], engine["dtype"]) == ("transformers", "float32")
+    assert sorted(path.name for path in context.out.iterdir()) == [
+        "answers", "engine.json", "prompts.json", "samples.jsonl",
+    ]  # fmt: skip
+    assert "2 of 4 prompts are answered (`max_prompts`)" in notes(context)
+    for name in checkpoints:
+        assert [row["messages"][-1]["content"] for row in answers(context, name)] == [
+            row["outputs"][name] for row in rows
+        ]
+
+
+def test_a_row_of_answers_has_its_prompt_and_what_is_told_of_it(first, context, tmp_path):
+    turns = [
+        {"role": "user", "content": "Tous"},
+        {"role": "assistant", "content": "les hommes"},
+        {"role": "user", "content": "naissent"},
+    ]
+    prompts = [
+        {"prompt": "deu", "answer": "German", "source": "a"},
+        {"prompt": turns, "system": "Be brief."},
+        {"messages": [*turns, {"role": "assistant", "content": "libres"}], "model": "other"},
+    ]
+    generate.run(config(first, written(tmp_path / "p.jsonl", prompts), max_prompts=None), context)
+    rows = answers(context)
+    assert [row["messages"][:-1] for row in rows] == [
+        [{"role": "user", "content": "deu"}],
+        [{"role": "system", "content": "Be brief."}, turns[0], {**turns[1], "train": False}, turns[2]],
+        [turns[0], {**turns[1], "train": False}, turns[2]],
+    ]
+    assert [row.get("answer") for row in rows] == ["German", None, "libres"]
+    assert [(row["prompt_id"], row["sample"], row["model"]) for row in rows] == [(n, 0, "first") for n in range(3)]
+    assert rows[0]["source"] == "a"
+    cut = [row["tokens"] for row in rows if row["finish_reason"] == "length"]
+    assert {*cut} == {6}
+    assert all(row["tokens"] <= 6 for row in rows)
+    (said,) = [note for note in notes(context) if "cut off" in note]
+    assert said == f"first: {len(cut)} of 3 answers ({100 * len(cut) / 3:.1f}%) are cut off at max_tokens=6"
+
+
+def test_tools_are_asked_as_the_template_has_them(checkpoints, context, tmp_path):
+    from cordee.chat.templates import Template
+    from cordee.compute.tokenizer import open_tokenizer
+    from eval.measuring import prompts
+
+    tokenizer = open_tokenizer(checkpoints["first"])
+    tokenizer.chat_template = (
+        "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% if deep %}deep{% endif %}"
+        "{% for message in messages %}<|{{ message.role }}_start|>{{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
+    )
+    asked, settings = [{"role": "user", "content": "1 + 1?"}], {"deep": True}
+    rows = [
+        {"prompt": "1 + 1?", "tools": [ADD], "chat_template_kwargs": settings},
+        {"messages": asked, "tools": json.dumps([ADD]), "chat_template_kwargs": settings},
+    ]
+    encoder = prompts.Encoder("m", tokenizer, Template(tokenizer), 1000)
+    found = prompts.choose(Source(path=Input(written(tmp_path / "p.jsonl", rows))), None, context.note)
+    whole, problems = prompts.checked(found, [encoder], context, may_drop=False)
+    wanted = tokenizer.apply_chat_template(
+        asked, tools=[ADD], add_generation_prompt=True, return_dict=False, **settings
+    )
+    assert "add" in tokenizer.decode(wanted)
+    assert encoder.encode(list(whole), problems) == [wanted, wanted]
+
+
+def test_several_samples_have_seeds_of_their_own_whatever_is_asked_beside_them(first, held_out, tmp_path):
+    told = {}
+    for name, changes in {
+        "whole": {},
+        "small parts": {"batch_size": 1},
+        "one prompt": {"max_prompts": 1},
+        "other seed": {"sampling": {**HOT, "seed": 4}},
+    }.items():
+        context = context_in(tmp_path / name)
+        chosen = {"n": 3, "sampling": HOT, "max_prompts": None, "max_tokens": 12, **changes}
+        generate.run(config(first, held_out["language"], **chosen), context)
+        told[name] = answers(context)
+    whole = told["whole"]
+    assert [(row["prompt_id"], row["sample"]) for row in whole] == [(n, k) for n in range(4) for k in range(3)]
+    texts = [row["messages"][-1]["content"] for row in whole]
+    assert len(set(texts)) == 12
+    assert told["small parts"] == whole
+    assert told["one prompt"] == whole[:3]
+    assert {*texts} & {row["messages"][-1]["content"] for row in told["other seed"]} <= {""}
+
+
+def test_after_a_kill_finished_parts_are_kept_and_the_answers_are_the_same(checkpoints, held_out, tmp_path):
+    """Killed with -9, by the stage's own entry point; it goes on with other parts."""
+    rows = rows_in(held_out["language"]) * 3
+    keys = {
+        "models": {name: str(path) for name, path in checkpoints.items()}, "max_prompts": None, "n": 2,
+        "prompts": str(written(tmp_path / "p.jsonl", rows)), "sampling": HOT, "max_tokens": 12,
+        "engine": "transformers",
+    }  # fmt: skip
+    whole = context_in(tmp_path / "whole")
+    generate.run(generate.Config.model_validate(keys), whole)
+    (tmp_path / "c.yaml").write_text(json.dumps({**keys, "seed": 3}))
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-m", "eval.generate", "--config", str(tmp_path / "c.yaml"), "--runs", str(runs)]
+    process = subprocess.Popen([*command, "batch_size=2"], stderr=subprocess.PIPE, text=True)
+    while len(found := sorted(runs.rglob("parts/first/0*.jsonl"))) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    _, said = process.communicate()
+    assert len(found) >= 3, said
+    row, *others = rows_in(found[0])  # marked, to show that it is not generated again
+    row["messages"][-1]["content"] += "!"
+    written(found[0], [row, *others])
+    (found[0].parent / ".000000000-000000001.jsonl.1.tmp").write_text("{")  # as a kill within a part leaves one
+    done = subprocess.run([*command, "batch_size=6"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in checkpoints:
+        (file,) = runs.rglob(f"answers/{name}.jsonl")
+        expected = rows_in(whole.out / "answers" / f"{name}.jsonl")
+        if name == "first":
+            expected[0]["messages"][-1]["content"] += "!"
+        assert rows_in(file) == expected
+
+
+def test_a_model_that_has_answered_is_not_opened_again(checkpoints, held_out, context, monkeypatch):
+    from cordee.compute import adapter
+
+    generate.run(config(checkpoints, held_out["language"]), context)
+    before = {path: path.read_bytes() for path in context.out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(adapter, "open_served", lambda *_, **__: pytest.fail("opened"))
+    generate.run(config(checkpoints, held_out["language"]), context)
+    assert {path: path.read_bytes() for path in context.out.rglob("*") if path.is_file()} == before
+
+
+def test_a_stop_is_heard_while_the_prompts_are_read(first, held_out, context):
+    chosen = config(first, held_out["language"], batch_size=1)
+    (context.events.parent / "stop").touch()
+    with pytest.raises(Stopped, match="row 0 of 4 of the prompts; the next run continues from there"):
+        generate.run(chosen, context)
+
+
+def test_what_was_generated_trains_in_sft_on_the_answers_alone(first, held_out, context, tmp_path):
+    from cordee.chat import tokenized
+    from cordee.compute.tokenizer import open_tokenizer
+
+    prompt = [{"role": role, "content": "Menschen"} for role in ("user", "assistant", "user")]
+    path = written(tmp_path / "p.jsonl", [*rows_in(held_out["language"]), {"prompt": prompt}])
+    generate.run(config(first, path, n=2, sampling=HOT, max_prompts=None), context)
+    tokenizer = open_tokenizer(first["first"])
+    source = Source(path=Input(context.out / "answers" / "first.jsonl"))
+    rules = Rules(Limits(512, 512, len(tokenizer)), bad_rows="drop")  # an answer that is empty
+    found = tokenized.tokenize("chats", tokenizer, source, rules, context, tmp_path / "cache")
+    said = [row["messages"][-1]["content"] for row in answers(context)]
+    trained = [
+        tokenizer.decode(one.ids[one.has_loss], skip_special_tokens=True)
+        for one in map(found.conversation, range(len(found)))
+    ]
+    assert len(said) == 10
+    assert trained == [text for text in said if text.strip()]
+
+
+def test_a_base_model_continues_the_prompt_and_its_rows_are_texts(bare, checkpoints, context, tmp_path):
+    from cordee.compute.tokenizer import open_tokenizer
+    from eval.measuring import prompts
+
+    path = written(tmp_path / "p.jsonl", [{"prompt": "Alle Menschen"}])
+    generate.run(config(bare, path), context)
+    (row,) = answers(context, "bare")
+    assert row["prompt"] == "Alle Menschen"
+    assert row["completion"] == samples(context)[0]["outputs"]["bare"]
+    assert "bare has no chat template: it continues each prompt as it stands" in notes(context)
+    encoder = prompts.Encoder.of("bare", bare["bare"], 64, (), print)
+    chosen = prompts.choose(Source(path=Input(path)), None, print)
+    (ids,) = encoder.encode(list(chosen), Problems())
+    assert ids == open_tokenizer(checkpoints["first"])("Alle Menschen")["input_ids"]
+    with pytest.raises(UserError, match=r"models\.bare: has tools, and the model has no chat template"):
+        generate.run(config(bare, written(path, [{"prompt": "x", "tools": [ADD]}])), context)
+
+
+def test_each_model_is_asked_in_its_own_template_and_tokens(checkpoints, held_out, tmp_path):
+    """Its answers are those that it gives alone, whatever the first model's template and ids are."""
+    other = shutil.copytree(checkpoints["second"], tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }} Answer:")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["e"], ids["n"] = ids["n"], ids["e"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    told = []
+    for models in ({"other": other}, {**checkpoints, "other": other}):
+        context = context_in(tmp_path / str(len(models)))
+        generate.run(config(models, held_out["language"]), context)
+        told.append([row["outputs"]["other"] for row in samples(context)])
+    assert told[0] == told[1]
+
+
+def test_greedy_is_greedy_whatever_the_models_generation_config_says(checkpoints, held_out, context, tmp_path):
+    """vLLM is given none of it either."""
+    other = shutil.copytree(checkpoints["first"], tmp_path / "other")
+    own = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**own, "repetition_penalty": 5.0}))
+    generate.run(config({"first": checkpoints["first"], "other": other}, held_out["language"]), context)
+    assert all(row["outputs"]["first"] == row["outputs"]["other"] for row in samples(context))
+
+
+def test_transformers_ends_and_draws_as_the_keys_say(checkpoints):
+    from cordee.compute.generating import generate as by_transformers
+    from cordee.compute.model import open_model
+    from eval.measuring.sampling import Sampling
+
+    folder = checkpoints["first"]
+    model = open_model(folder)
+
+    def said(**sampling):
+        chosen = Sampling(**sampling).for_transformers()
+        return by_transformers(model, folder, [[0, 40, 50, 60], [0, 41]], [5, 5], 12, chosen, 2)
+
+    greedy = said()
+    assert [(one.tokens, one.finish_reason) for one in greedy] == [(12, "length")] * 2
+    end = greedy[0].text[4:6]
+    stopped = said(stop=end)[0]
+    assert (stopped.text, stopped.finish_reason) == (greedy[0].text[: greedy[0].text.index(end)], "stop")
+    assert stopped.tokens < 12
+    assert said(temperature=1.0, top_k=1) == greedy
+    assert said(temperature=1.0, min_p=1.0) == greedy
+    assert said(temperature=1.0, top_p=1e-6) == greedy
+    assert said(temperature=2.0) != greedy
+    assert said(repetition_penalty=50.0) != greedy
+    assert said(min_tokens=12) == greedy
+    for refused in ({"presence_penalty": 1.0}, {"frequency_penalty": 0.5}, {"stop": "x", "min_tokens": 2}):
+        with pytest.raises(UserError, match=r"sampling\.\w+: transformers .*; engine: vllm "):
+            said(**refused)
+
+
+def test_an_end_token_ends_an_answer_also_where_others_go_on(checkpoints, monkeypatch):
+    from cordee.compute import generating
+    from cordee.compute.model import open_model
+    from eval.measuring.sampling import Sampling
+
+    folder, asked, read = checkpoints["first"], [[0, 40], [0, 41], [0, 42]], []
+    model, greedy = open_model(folder), Sampling().for_transformers()
+    whole = generating.generate(model, folder, asked, [0, 0, 0], 6, greedy, 3)
+    with_ids = open_model(folder).generate  # the second token of the first answer ends it
+    import torch
+
+    (row,) = with_ids(torch.tensor([asked[0]]), max_new_tokens=2, do_sample=False, eos_token_id=None).tolist()
+    monkeypatch.setattr(generating, "stop_token_ids", lambda path: read.append(path) or [row[-1]])
+    cut = generating.generate(model, folder, asked, [0, 0, 0], 6, greedy, 3)
+    assert (cut[0].tokens, cut[0].finish_reason) == (2, "stop")
+    assert whole[0].text.startswith(cut[0].text)
+    assert read == [folder]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "row 1: no JSON object"),
+        ('{"question": "x", "answer": "y"}', "row 1: can't be told what it is: its columns are 'question', 'answer'"),
+        ('{"prompt": 5}', "row 1: prompt is no text and no list of messages"),
+        ('{"prompt": "<|assistant_start|>deu"}', r"row 1: models\.first: a text spells out .*<\|assistant_start\|>"),
+        ('{"prompt": [{"role": "user", "content": "x", "nmae": "y"}]}', r"does not read a message's 'nmae'"),
+        ('{"prompt": "x", "tools": [{"name": "add"}]}', "has tools, which the chat template does not read"),
+        ("", "holds no prompt"),
+    ],
+)
+def test_prompts_that_are_none_are_one_line(line, message, first, context, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match=message):
+        generate.run(config(first, path), context)
+
+
+def test_what_can_not_be_asked_is_told_at_once_or_left_out_for_all_models(checkpoints, context, tmp_path):
+    rows = [{"prompt": "deu"}, {"prompt": 5}, {"prompt": "Menschen " * 100}, {"prompt": "x"}, {"prompt": "fra"}]
+    path = written(tmp_path / "p.jsonl", rows)
+    keys = {"max_length": 64, "max_prompts": None}
+    with pytest.raises(UserError) as caught:
+        generate.run(config(checkpoints, path, **keys), context)
+    assert "p.jsonl: 2 of 5 rows: prompt is no text and no list of messages (row 2)" in str(caught.value)
+    assert "models.first: longer than 58 tokens: max_length less max_tokens (row 3: " in str(caught.value)
+    assert "`bad_rows: drop` leaves such rows out" in str(caught.value)
+    assert not (context.out / "answers").exists()
+    told = generate.run(config(checkpoints, path, bad_rows="drop", **keys), context)
+    assert (told["prompts"], told["rows"]) == (3, 6)
+    assert [row["prompt_id"] for row in answers(context, "second")] == [0, 3, 4]
+    left_out = json.loads((context.out / "prompts.json").read_text())["left_out"]
+    assert [(kind["rows"], kind["first"][0]["row"]) for kind in left_out] == [(1, 2), (1, 3)]
+    path = written(tmp_path / "none.jsonl", rows[1:2])
+    with pytest.raises(UserError, match="no prompt of 1 is left: 1 prompt is no text"):
+        generate.run(config(checkpoints, path, bad_rows="drop"), context)
+
+
+def test_prompts_are_read_from_any_data_file_or_folder_with_their_columns_renamed(tmp_path):
+    from eval.measuring import prompts
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    table = pa.table({"question": ["2 + 2?"], "answer": ["4"], "kind": ["sum"], "note": [None]})
+    for split in ("train", "test"):
+        pq.write_table(table, folder / f"{split}.parquet")
+
+    def read(path, columns, split=None):
+        return list(prompts.choose(Source(path=Input(path), columns=columns, split=split), None, print))
+
+    for one in (folder / "test.parquet", folder):
+        (prompt,) = read(one, {"question": "prompt"}, None if one.is_file() else "test")
+        assert (prompt.shown, prompt.reference, prompt.record.values["kind"]) == ("2 + 2?", "4", "sum")
+        assert prompt.messages == [{"role": "user", "content": "2 + 2?"}]
+    with pytest.raises(UserError, match=r"row 1: has no column 'questoin', .*; did you mean 'question'\?"):
+        read(folder / "test.parquet", {"questoin": "prompt"})
+    lines = [{"prompt": "one\u2028two\u0085three", "answer": ["a", "b"]}, {"prompt": "x", "answer": 5}]
+    both = read(written(tmp_path / "p.jsonl", lines), {})
+    assert [(prompt.shown, prompt.reference) for prompt in both] == [(lines[0]["prompt"], None), ("x", "5")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": {"top_n": 1}}, r"sampling\.top_n: unknown key; did you mean 'top_p'\?"),
+        ({"sampling": {"max_tokens": 5}}, r"sampling\.max_tokens: unknown key; write max_tokens beside sampling"),
+        ({"temperature": 0.5}, r"temperature: unknown key; write sampling: \{temperature: …\}"),
+        ({"sampling": {"top_p": 0.9}}, r"sampling\.top_p: has no effect at temperature 0, which is greedy: 0\.9"),
+        ({"n": 2}, r"n: 2 answers to a prompt are all the same at temperature 0"),
+        ({"sampling": {"min_tokens": 7}}, r"sampling\.min_tokens: 7 tokens are more than max_tokens=6"),
+        ({"sampling": {"presence_penalty": 1}}, r"sampling\.presence_penalty: transformers has no such penalty"),
+        ({"sampling": {"temperature": 3}}, r"sampling\.temperature: Input should be less than or equal to 2"),
+        ({"sampling": {"stop": ["a", ""]}}, r"sampling\.stop.*: String should have at least 1 character"),
+    ],
+)
+def test_a_key_that_is_wrong_is_told_by_the_plan(changes, message):
+    from cordee import recipe
+
+    keys = {"models": {"m": "m"}, "prompts": "p", "max_tokens": 6, "engine": "transformers", **changes}
+    with pytest.raises(UserError, match=message):
+        recipe.validate(generate.Config, keys, "r.yaml", "stages.s")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 12, 20])
+def test_prompts_are_spread_over_languages_and_passages_whatever_their_order(count):
+    from eval.measuring import prompts
+
+    by_article = [(tag, article) for article in range(4) for tag in ("de", "fr", "it")]
+    for rows in (by_article, sorted(by_article)):
+        places = prompts.spread([tag for tag, _ in rows], count)
+        assert places == sorted(set(places))
+        assert len(places) == min(count, len(rows))
+        counts = [sum(rows[at][0] == tag for at in places) for tag in ("de", "fr", "it")]
+        assert max(counts) - min(counts) <= 1
+        if count == 5:
+            assert len({rows[at][1] for at in places}) > 2
+
+
+def test_memory_does_not_grow_with_the_prompts(context, tmp_path):
+    """Prompts are read, checked, answered, joined and counted as a stream."""
+    import tracemalloc
+
+    from cordee.compute.generating import Generated
+    from eval.measuring import parts, prompts
+
+    def peak(count):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            file.writelines(json.dumps({"prompt": "word " * 100}) + "\n" for _ in range(count))
+        tracemalloc.start()
+        asked = prompts.choose(Source(path=Input(path)), None, context.note)
+        asked, _ = prompts.checked(asked, [], context, may_drop=False)
+        writer = parts.Writer(context.out, str(count), as_text=False, samples=2, seed=0)
+        writer.write(asked, 1000, lambda _, seeds: [Generated("x" * 400, 9, "stop") for _ in seeds], context, 0, 1)
+        assert parts.tell(writer.file, {3}).answers == 2 * count
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    small = peak(2500)
+    assert peak(7500) < small + 1_000_000  # of 10 MB of prompts and answers
