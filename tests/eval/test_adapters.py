@@ -134,6 +134,7 @@ def test_lm_eval_measures_an_adapter_as_transformers_does_and_as_it_is_merged(
     from cordee.compute.engine import Settings
     from cordee.compute.model import save_model
     from eval.measuring import backends, harness
+    from eval.measuring.answers import Asked
 
     save_model(open_served(adapters["small"]).merge_and_unload(), tmp_path / "merged", tokenizer=checkpoints["first"])
     path = ROOT / "eval" / "tasks" / "heldout_bits_per_byte.yaml"
@@ -147,7 +148,7 @@ def test_lm_eval_measures_an_adapter_as_transformers_does_and_as_it_is_merged(
         ("merged", by_transformers, tmp_path / "merged"),
         ("base", by_transformers, checkpoints["first"]),
     ):
-        measured = harness.measure(opened.open(folder), name, tasks, context)
+        measured = harness.measure(Asked(opened, folder, tmp_path), name, tasks, context)
         bits[name] = figure(measured, "heldout_bits_per_byte")["value"]
     assert bits["vllm"] == pytest.approx(bits["merged"], rel=2e-3)  # xIELU's slopes
     assert bits["transformers"] == pytest.approx(bits["merged"], rel=1e-5)

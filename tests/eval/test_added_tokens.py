@@ -82,13 +82,14 @@ def test_lm_evals_own_opener_gives_an_adapter_with_new_tokens_the_same_figures(g
 
     from eval.measuring import backends
 
-    lm = backends.Models(engine.Settings("transformers", 256), []).open(grown)
+    opener = backends.Models(engine.Settings("transformers", 256), [])
+    lm = opener.open(grown)
     ids = [open_tokenizer(grown)(f"{NEW[0]}Tous les hommes naissent libres{NEW[1]} et égaux.")["input_ids"]]
     rows = open_model(model_folder.served_base(grown)).get_input_embeddings().weight.shape[0]
     assert {rows, rows + 1} < set(ids[0])
     (own,), (expected,) = score(lm.model.eval(), ids), score(adapter.open_served(grown), ids)
     assert own.logprobs.equal(expected.logprobs)
-    command = {name: str(value) for name, value in lm.command_arguments.items()}
+    command = {name: str(value) for name, value in opener.command_arguments(grown, None).items()}
     (theirs,) = score(HFLM(**command, device="cpu").model.eval(), ids)
     torch.testing.assert_close(theirs.logprobs, own.logprobs, atol=1e-5, rtol=0)
 
