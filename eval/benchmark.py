@@ -28,7 +28,7 @@ class Config(ModelsConfig, TasksConfig):
     models: dict[Name, ModelInput] = Field(min_length=1)
     """Checkpoints and LoRA adapters by names that folders can have, in the order in which they were trained."""
     confirm_unsafe_code: bool = False
-    """Whether tasks may run code that the models write, as HumanEval does."""
+    """Whether tasks may run code that the models write, as HumanEval does; each program is run in a sandbox."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Requests at once, as in the `lm_eval` command; with `auto`, vLLM is given all of them, which is many times faster
     and rounds differently."""

@@ -15,8 +15,8 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from cordee import files
-from cordee.errors import UserError, nearest
-from eval.measuring import questions, task_files
+from cordee.errors import CordeeError, UserError, nearest
+from eval.measuring import code_eval, questions, task_files
 from eval.measuring.asked import Asked, How, TasksConfig
 from eval.measuring.prompts import spread
 from eval.measuring.task_files import TaskFile
@@ -69,6 +69,7 @@ def make(config: TasksConfig, out: Path, cache: Path, *, confirm_unsafe_code: bo
 
     Raises:
         UserError: a task can't be asked as it is told, or its data are not there.
+        Fault: a task runs code that models write, and there is no sandbox for it.
     """
     (out / TASKS).mkdir(exist_ok=True)
     batches: dict[str, Batch] = {}
@@ -91,8 +92,9 @@ def make(config: TasksConfig, out: Path, cache: Path, *, confirm_unsafe_code: bo
         _require_one_place(name, path, places)
         questions.write(name, path, out / TASKS, is_chat=bool(config.apply_chat_template))
         _add(batches, name, Asked(task=TaskFile(out / TASKS / f"{name}.yaml"), **common), [{}])
-    for batch in batches.values():
-        _load(batch, out, cache / batch.label)
+    with code_eval.offered(confirmed=confirm_unsafe_code):
+        for batch in batches.values():
+            _load(batch, out, cache / batch.label)
     return list(batches.values())
 
 
@@ -116,8 +118,8 @@ def _require_one_place(name: str, file: Path, places: dict[str, Path]) -> None:
 
 def _require_confirmed(told: Mapping[str, Any], file: Path, *, confirmed: bool) -> None:
     if told.get("unsafe_code") and not confirmed:
-        hint = "`confirm_unsafe_code: true` if you accept that"
-        raise UserError(f"{told['task']} runs code that the models write", file=file, key="tasks", hint=hint)
+        problem = f"{told['task']} runs code that the models write"
+        raise UserError(problem, file=file, key="tasks", hint=code_eval.CONFIRM)
 
 
 def _write(out: Path, name: str, file: Path, data: Mapping[str, Any]) -> None:
@@ -204,6 +206,8 @@ def _load(batch: Batch, out: Path, cache: Path) -> None:
         datasets.config.HF_DATASETS_CACHE = str(cache / name)
         try:
             own = manager.load([name])
+        except CordeeError:
+            raise
         except ImportError as error:
             hint = "install what is missing"
             raise UserError(f"lm-eval can't load it: {error}", file=asked.task, key="tasks", hint=hint) from error
@@ -217,6 +221,7 @@ def _load(batch: Batch, out: Path, cache: Path) -> None:
             loaded[kind] |= own.get(kind, {})
     batch.loaded = loaded
     for name, task in batch.loaded["tasks"].items():
+        _require_sandbox(name, task)
         _require_examples(name, task, batch.how["num_fewshot"])
         if name in batch.asked:
             _require_metric(name, batch.asked[name], task)
@@ -233,6 +238,14 @@ def _choose(batch: Batch, out: Path) -> None:
         for task in inside.get_all_tasks() if inside else [batch.loaded["tasks"][name]]:
             batch.samples[task.task_name] = _chosen(task.eval_docs, asked.limit)
     files.write_json(out / batch.samples_file, batch.samples)
+
+
+def _require_sandbox(name: str, task: Any) -> None:
+    """Check that a task which says that it runs code of models does so in the sandbox."""
+    if getattr(task, "UNSAFE_CODE", False) and not code_eval.is_used_by(task):
+        problem = f"{name} runs code that the models write by functions of its own, outside of the sandbox"
+        hint = f"what is measured by the metric {code_eval.NAME!r}, as humaneval and mbpp, can be run"
+        raise UserError(problem, key="tasks", hint=hint)
 
 
 def _require_metric(name: str, asked: Asked, task: Any) -> None:

@@ -22,6 +22,7 @@ from cordee import files
 from cordee.chat.templates import special_tokens
 from cordee.errors import Fault, UserError, nearest
 from cordee.stage import Context
+from eval.measuring import code_eval
 from eval.measuring.batches import TASKS, Batch
 from eval.measuring.statistics import BITS_PER_BYTE, ratio_mean, score
 
@@ -140,7 +141,7 @@ def _notes(lm: Any, batch: Batch, name: str, rows: list[dict[str, Any]]) -> list
         notes.append(f"num_fewshot is 0 in the task's own file, which lm-eval keeps to: not {asked}")
     if batch.is_chat and lm.note:
         notes.append(lm.note)
-    return notes
+    return notes + code_eval.notes(task)
 
 
 def _add(

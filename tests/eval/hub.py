@@ -6,11 +6,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = "def one():\n    return 1\n\n\n"
 XCOPA = ("et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh")
 
 
 def make(folder: Path) -> Path:
-    """GSM8K, 24 problems of each split, and XCOPA, three made-up questions in each of its languages."""
+    """GSM8K, 24 problems of each split; made up: XCOPA in each of its languages, HumanEval and HumanEval-Infilling.
+
+    In HumanEval-Infilling, what a model writes stands in a text of a program, of which every second one is right.
+    """
     for split in ("train", "test"):
         rows = pq.read_table(ROOT / "data/openai/gsm8k/main" / f"{split}-00000-of-00001.parquet").slice(0, 24)
         _write(folder / "openai" / "gsm8k" / "main", split, rows)
@@ -24,6 +28,17 @@ def make(folder: Path) -> Path:
         for split in ("validation", "test"):
             _write(folder / "cambridgeltl" / "xcopa" / language, split, rows)
     _readme(folder / "cambridgeltl" / "xcopa", XCOPA, ("validation", "test"))
+    for name, config, prompt in (
+        ("openai/openai_humaneval", "openai_humaneval", f"{PROGRAM}def two():\n    return"),
+        ("loubnabnl/humaneval_infilling", "HumanEval-SingleLineInfilling", f"{PROGRAM}text = r'''"),
+    ):
+        rows = pa.Table.from_pylist([
+            {"task_id": f"made up/{row}", "entry_point": "one", "prompt": prompt, "suffix": " '''\n",
+             "test": f"def check(candidate):\n    assert candidate() == {1 + row % 2}\n"}
+            for row in range(4)
+        ])  # fmt: skip
+        _write(folder / name / config, "test", rows)
+        _readme(folder / name, [config], ("test",))
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,40 @@ def test_of_lm_evals_own_tasks_and_groups(engine, checkpoints, tmp_path):
     artifact, row = measured_by(engine, "eager", {"first": checkpoints["first"]}, tasks, {}, tmp_path, **keys)
     group, alone = row["commands"]
     require_same(row, artifact, {group: {"xcopa", *(f"xcopa_{tag}" for tag in hub.XCOPA)}, alone: {"gsm8k"}}, tmp_path)
+
+
+CODE_EVAL = """
+import subprocess, sys, datasets, evaluate
+
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": datasets.Sequence(text), "references": text})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references, k):
+        def passes(program):
+            return subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+        own = [[passes(f"{one}\\n{test}") for one in ones] for ones, test in zip(predictions, references)]
+        return {"pass@1": sum(sum(one) / len(one) for one in own) / len(own)}, {}
+"""
+"""The metric that lm-eval's command loads where there is no hub: it has no sandbox."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_of_tasks_that_run_what_models_write(engine, checkpoints, tmp_path):
+    tasks = ["humaneval", "humaneval_single_line_infilling"]
+    hub.make(tmp_path / "hub")
+    keys = {"data_dir": str(tmp_path / "hub"), "max_length": 512, "confirm_unsafe_code": True}
+    keys["gen_kwargs"] = {"max_gen_toks": 8}
+    artifact, row = measured_by(engine, "eager", {"first": checkpoints["first"]}, tasks, {}, tmp_path, **keys)
+    assert [round(one["value"], 2) for one in row["results"]] == [0, 0.67]
+    shutil.copytree(artifact, tmp_path / "copy")
+    (tmp_path / "copy" / "code_eval").mkdir()
+    (tmp_path / "copy" / "code_eval" / "code_eval.py").write_text(CODE_EVAL)
+    require_same(row, tmp_path / "copy", {row["commands"][0]: set(tasks)}, tmp_path)
 
 
 def measured_by(engine, mode, models, tasks, held_out, tmp_path, **keys):

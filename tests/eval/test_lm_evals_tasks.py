@@ -17,7 +17,7 @@ from cordee.artifact import Store
 from cordee.errors import UserError
 from cordee.stage import Context
 from eval import benchmark
-from eval.measuring import batches, catalog, task_files
+from eval.measuring import batches, catalog, code_eval, sandbox, task_files
 
 LM_EVAL = "lm_eval/tasks/"
 
@@ -201,10 +201,63 @@ def test_data_sets_of_one_name_are_told_apart(checkpoints, data_dir, tmp_path):
     assert second == f"Mine: {first}"
 
 
-def test_a_task_that_runs_what_models_write_has_to_be_confirmed(checkpoints, data_dir, tmp_path):
+OWN = """
+task: mine
+test_split: test
+doc_to_text: question
+doc_to_target: answer
+metric_list: [{metric: !function judge.right, aggregation: mean, higher_is_better: true}]
+"""
+METRIC = "import evaluate\nmetric = evaluate.load('code_eval')\n"
+
+
+def refused(checkpoints, data_dir, tmp_path, tasks, **keys):
     (tmp_path / "out").mkdir()
     context = Context(out=tmp_path / "out", seed=3, events=tmp_path / "events.jsonl")
-    folder = str(data_dir / "openai" / "gsm8k")
-    asked = config(checkpoints, data_dir, ["humaneval"], datasets={"openai/openai_humaneval": folder})
-    with pytest.raises(UserError, match="humaneval runs code that the models write; `confirm_unsafe_code: true`"):
-        benchmark.run(asked, context)
+    with pytest.raises(UserError) as caught:
+        benchmark.run(config(checkpoints, data_dir, tasks, **keys), context)
+    assert not (tmp_path / "out" / "lm_eval").exists(), "nothing is measured before"
+    return str(caught.value)
+
+
+def test_a_task_that_runs_what_models_write_has_to_be_confirmed(checkpoints, data_dir, tmp_path):
+    said = refused(checkpoints, data_dir, tmp_path, ["humaneval"])
+    assert said.endswith("humaneval runs code that the models write; `confirm_unsafe_code: true` if you accept that")
+
+
+@pytest.mark.parametrize(
+    ("unsafe", "module", "confirmed", "message"),
+    [
+        (
+            "unsafe_code: true\n",
+            "",
+            True,
+            "tasks: mine runs code that the models write by functions of its own, outside",
+        ),
+        ("", METRIC, False, "tasks: a task computes code_eval, which runs code that the models write; `confirm_unsafe"),
+    ],
+)
+def test_no_task_runs_what_models_write_outside_of_the_sandbox(
+    unsafe, module, confirmed, message, checkpoints, data_dir, tmp_path
+):
+    (tmp_path / "mine.yaml").write_text(f"{OWN}dataset_path: {data_dir}/openai/gsm8k\n{unsafe}")
+    (tmp_path / "judge.py").write_text(f"{module}def right(references, predictions): return 1.0\n")
+    tasks = [str(tmp_path / "mine.yaml")]
+    assert message in refused(checkpoints, data_dir, tmp_path, tasks, confirm_unsafe_code=confirmed)
+
+
+def test_what_models_write_is_run_in_the_sandbox_without_the_hub(checkpoints, data_dir, tmp_path, monkeypatch):
+    tasks = ["humaneval", "humaneval_single_line_infilling"]
+    (tmp_path / "out").mkdir()
+    context = Context(out=tmp_path / "out", seed=3, events=tmp_path / "events.jsonl")
+    keys = {"confirm_unsafe_code": True, "limit": 4, "gen_kwargs": {"max_gen_toks": 4}}
+    metrics = benchmark.run(config(checkpoints, data_dir, tasks, **keys), context)
+    assert metrics["humaneval_single_line_infilling.pass@1"] == 0.5
+    assert metrics["humaneval.pass@1"] == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert row["notes"] == {name: [] for name in tasks}
+    asked = config(checkpoints, data_dir, tasks, **keys)
+    (batch,) = batches.make(asked, tmp_path / "out", tmp_path, confirm_unsafe_code=True)
+    monkeypatch.setattr(sandbox, "check", lambda: False)
+    (said,) = code_eval.notes(batch.loaded["tasks"]["humaneval"])
+    assert "could read files" in said
