@@ -29,7 +29,7 @@ def make(folder: Path) -> Path:
             _write(folder / "cambridgeltl" / "xcopa" / language, split, rows)
     _readme(folder / "cambridgeltl" / "xcopa", XCOPA, ("validation", "test"))
     for name, config, prompt in (
-        ("openai/openai_humaneval", "openai_humaneval", f"{PROGRAM}def two():\n    return"),
+        ("openai/openai_humaneval", "openai_humaneval", f"{PROGRAM}def two():\n    return ("),
         ("loubnabnl/humaneval_infilling", "HumanEval-SingleLineInfilling", f"{PROGRAM}text = r'''"),
     ):
         rows = pa.Table.from_pylist([

@@ -65,7 +65,8 @@ def environment(tmp_path):
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
     paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     told = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return {**os.environ, **told, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    caches = {name: str(tmp_path / name) for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE")}
+    return {**os.environ, **told, **caches}
 
 
 def measured(config, tmp_path):
@@ -134,7 +135,10 @@ def test_of_lm_evals_own_tasks_and_groups(engine, checkpoints, tmp_path):
 
 
 CODE_EVAL = """
-import subprocess, sys, datasets, evaluate
+import subprocess
+import sys
+import datasets
+import evaluate
 
 class CodeEval(evaluate.Metric):
     def _info(self):
