@@ -163,9 +163,9 @@ def test_what_does_not_end_is_ended(name):
     assert left() == []
 
 
-def test_a_program_ends_with_the_process_that_started_it():
+def test_a_program_ends_with_the_process_that_started_it(tmp_path):
     code = "from eval.measuring import sandbox; sandbox.run('import time; time.sleep(60)', 60)"
-    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}) as parent:
         deadline = time.monotonic() + 20
         while not left() and time.monotonic() < deadline:
             time.sleep(0.05)
