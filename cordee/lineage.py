@@ -1,6 +1,6 @@
 """From a checkpoint back to the source files and licences that it comes from."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,23 +28,29 @@ class Step:
     """Why an artifact can't be read; empty for a file."""
 
 
-def walk(of: Artifact, store: Store) -> Iterator[Step]:
-    """An artifact, then everything it was made from, depth first; what two steps share is expanded at the first."""
-    yield from _walk(of, store, 0, "", set())
+def walk(of: Artifact, store: Store, apart: Collection[str] = ()) -> Iterator[Step]:
+    """An artifact, then everything it was made from, depth first; what two steps share is expanded at the first.
+
+    Inputs whose key is, or begins with, one of `apart` are left out.
+    """
+    yield from _walk(of, store, Step(0, "", of), apart, set())
 
 
-def _walk(of: Artifact, store: Store, depth: int, key: str, seen: set[str]) -> Iterator[Step]:
-    yield Step(depth, key, of)
+def _walk(of: Artifact, store: Store, step: Step, apart: Collection[str], seen: set[str]) -> Iterator[Step]:
+    yield step
     if of.name in seen:
         return
     seen.add(of.name)
+    depth = step.depth
     for read in of.manifest.inputs:
+        if read.key.partition(".")[0] in apart:
+            continue
         if not read.artifact:
             yield Step(depth + 1, read.key, None, read.file, read.sha256)
             continue
         found = _find(read, store)
         if isinstance(found, Artifact):
-            yield from _walk(found, store, depth + 1, read.key, seen)
+            yield from _walk(found, store, Step(depth + 1, read.key, found), apart, seen)
         else:
             yield Step(depth + 1, read.key, None, read.artifact, problem=found)
 

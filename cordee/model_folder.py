@@ -43,7 +43,7 @@ class ModelInput(Input):
 
     def further_files(self) -> list[Path]:
         """The files of an adapter's base, where they are found."""
-        base = _recorded_base(self) if is_adapter(self) else None
+        base = recorded_base(self) if is_adapter(self) else None
         return list(files.walk(base)) if base else []
 
 
@@ -143,7 +143,7 @@ def base_of(adapter: Path, given: Path | None = None, *, key: str | None = None,
     if given is not None:
         require(given, base_key)
         return given
-    if base := _recorded_base(adapter):
+    if base := recorded_base(adapter):
         require(base, key)
         return base
     recorded = files.read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -153,7 +153,7 @@ def base_of(adapter: Path, given: Path | None = None, *, key: str | None = None,
     raise UserError(problem, file=adapter, key=key, hint=hint)
 
 
-def _recorded_base(adapter: Path) -> Path | None:
+def recorded_base(adapter: Path) -> Path | None:
     """The base that an adapter's config names, where it is a model folder here."""
     recorded = files.read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     places = [(adapter / recorded).resolve(), Path(recorded).resolve()] if recorded else []

@@ -3,6 +3,7 @@
 vLLM reads only a few fields of `adapter_config.json` and takes no notice of the others: those are refused here.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,6 +34,29 @@ _SERVED = {  # what vLLM reads, and what matters only while an adapter is made
 _TABLES = {"trainable_token_indices", "modules_to_save"}
 """Fields by which an adapter may change the embedding and the head."""
 _NOT_SET: tuple[Any, ...] = (None, False, "none", {}, [])
+_placed: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def placed_on(folder: Path, base: Path) -> Path:
+    """An adapter's folder whose config names `base`: itself, or links to its files that last as long as this process.
+
+    Raises:
+        UserError: the folder is no adapter, or the adapter of another base.
+    """
+    model_folder.require_adapter(folder, base)
+    found = model_folder.recorded_base(folder)
+    if found and found.resolve() == base.resolve():
+        return folder
+    kept = tempfile.TemporaryDirectory(prefix="cordee-adapter-")
+    _placed.append(kept)  # deleted when the process ends
+    place = Path(kept.name) / folder.resolve().name
+    place.mkdir()
+    for path in folder.iterdir():
+        if path.name != model_folder.ADAPTER_CONFIG:
+            (place / path.name).symlink_to(path.resolve())
+    config = {**_config(folder), "base_model_name_or_path": str(base.resolve())}
+    files.write_json(place / model_folder.ADAPTER_CONFIG, config)
+    return place
 
 
 def open_served(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -30,15 +30,6 @@ from cordee.compute.probe import Probe
 from cordee.compute.tokenizer import open_tokenizer, tokenizer_folder
 from cordee.errors import Fault, UserError
 
-PROBE_LIMIT = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
-"""Largest difference of a log-probability from the probe's, in nats, by the dtype that vLLM computes in."""
-COMPILED_LIMIT = 0.05
-"""The least limit where vLLM compiles, which rounds differently: xIELU's float32 differs by 0.013 nats."""
-NEARER = 2
-"""How many times nearer than the model's own, on average over the probe, another's log-probabilities may be.
-
-Where two models differ by less than what is rounded, either may be a little nearer.
-"""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -244,33 +235,12 @@ class Engine:
         reference, longest = self.probes[folder], self.llm.llm_engine.model_config.max_model_len - 1
         ids = reference.ids[:longest]
         (own,) = self.score([ids])
-        apart = {  # how far each model is that reads the probe as the same ids
-            other: (own.logprobs - known.logprobs[: len(own.logprobs)]).abs()
-            for other, known in self.probes.items()
-            if known.ids == reference.ids
-        }
-        difference = float(apart[folder].max())
         is_eager = self.llm.llm_engine.model_config.enforce_eager
-        limit = max(PROBE_LIMIT[self.dtype], 0 if is_eager else COMPILED_LIMIT)
-        if not difference <= limit:
-            raise Fault(
-                f"vLLM's log-probabilities differ by up to {difference:.3g} nats from transformers', above {limit}: it "
-                "holds other weights",
-                file=folder,
-            )
-        nearest = min(apart, key=lambda other: float(apart[other].mean()))
-        if apart[folder].mean() > NEARER * apart[nearest].mean():
-            raise Fault(
-                f"vLLM's log-probabilities are nearer to those of {nearest}: it holds other weights", file=folder
-            )
+        difference = probe.require_own(own.logprobs, folder, self.probes, probe.limit(self.dtype, is_eager=is_eager))
         if base != folder:
             self._require(folder, _unused)
-        if base != folder and self.probes[base].ids == reference.ids:
-            effect = float((reference.logprobs - self.probes[base].logprobs).abs().max())
             (without,) = self.score([ids], without_adapter=True)
-            if effect > PROBE_LIMIT["float32"] and without.logprobs.equal(own.logprobs):
-                away = f"from which the adapter's own are up to {effect:.3g} nats away"
-                raise Fault(f"vLLM's log-probabilities are those of {base}, {away}: it is not used", file=folder)
+            probe.require_used(own.logprobs, without.logprobs, folder, base, self.probes)
         return difference
 
     def _require(self, folder: Path, look: Callable[..., str]) -> None:

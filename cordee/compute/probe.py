@@ -4,7 +4,7 @@ An engine that serves these weights gives the same log-probabilities, so it can 
 second time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,15 @@ from cordee.errors import Fault
 
 TEXT = "Article 1. All human beings are born free and equal in dignity and rights."
 NAME = "probe.json"
+PROBE_LIMIT = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+"""Largest difference of a log-probability from the probe's, in nats, by the dtype that vLLM computes in."""
+COMPILED_LIMIT = 0.05
+"""The least limit where vLLM compiles, which rounds differently: xIELU's float32 differs by 0.013 nats."""
+NEARER = 2
+"""How many times nearer than the model's own, on average over the probe, another's log-probabilities may be.
+
+Where two models differ by less than what is rounded, either may be a little nearer.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,3 +78,57 @@ def as_served(model: PreTrainedModel) -> PreTrainedModel:
                 module.beta.copy_(beta)
                 module.eps.copy_(module.eps.bfloat16())
     return model
+
+
+def limit(dtype: str, *, is_eager: bool) -> float:
+    """The largest difference, in nats, of the log-probabilities of vLLM that computes in `dtype`."""
+    return max(PROBE_LIMIT[dtype], 0 if is_eager else COMPILED_LIMIT)
+
+
+def require_own(own: torch.Tensor, folder: Path, probes: Mapping[Path, Probe], largest: float) -> float:
+    """Check that an engine's log-probabilities `[seq - 1]` are those of the model in `folder`, and of no other.
+
+    Args:
+        own: what the engine says of the first tokens of the folder's probe.
+        folder: the model or the adapter that it should serve.
+        probes: what transformers says of this model, and of the others that are served.
+        largest: the largest difference, in nats.
+
+    Returns:
+        The largest difference found, in nats.
+
+    Raises:
+        Fault: they are further away, or nearer to another model's.
+    """
+    apart = {  # how far each model is that reads the probe as the same ids
+        other: (own - known.logprobs[: len(own)]).abs()
+        for other, known in probes.items()
+        if known.ids == probes[folder].ids
+    }
+    difference = float(apart[folder].max())
+    if not difference <= largest:
+        raise Fault(
+            f"vLLM's log-probabilities differ by up to {difference:.3g} nats from transformers', above {largest}: it "
+            "holds other weights",
+            file=folder,
+        )
+    nearest = min(apart, key=lambda other: float(apart[other].mean()))
+    if apart[folder].mean() > NEARER * apart[nearest].mean():
+        raise Fault(f"vLLM's log-probabilities are nearer to those of {nearest}: it holds other weights", file=folder)
+    return difference
+
+
+def require_used(
+    own: torch.Tensor, without: torch.Tensor, folder: Path, base: Path, probes: Mapping[Path, Probe]
+) -> None:
+    """Check that an engine uses an adapter: that its log-probabilities are not the same bits as without it.
+
+    Raises:
+        Fault: they are, though transformers' differ.
+    """
+    if probes[base].ids != probes[folder].ids or not without.equal(own):
+        return
+    effect = float((probes[folder].logprobs - probes[base].logprobs).abs().max())
+    if effect > PROBE_LIMIT["float32"]:
+        away = f"from which the adapter's own are up to {effect:.3g} nats away"
+        raise Fault(f"vLLM's log-probabilities are those of {base}, {away}: it is not used", file=folder)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from cordee import model_folder
@@ -47,17 +48,27 @@ def groups(folders: Iterable[Path], settings: Settings) -> list[list[Path]]:
     """
     found: dict[tuple[Any, ...], list[Path]] = {}
     for folder in folders:
-        config = AutoConfig.from_pretrained(model_folder.served_base(folder), local_files_only=True)
+        base = model_folder.served_base(folder)
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
         # `auto` takes the stored dtype, but bfloat16 for float32
-        dtype = {"float32": "bfloat16"}.get(stored := str(config.dtype).removeprefix("torch."), stored)
+        dtype = {"float32": "bfloat16"}.get(stored := stored_dtype(base), stored)
         apart = model_folder.is_adapter(folder) and not settings.enforce_eager
-        tokens = _tokens(model_folder.tokenizer_of(folder))
+        tokens = tokens_of(model_folder.tokenizer_of(folder))
         key = (_shape(config), dtype if settings.dtype == "auto" else settings.dtype, tokens, apart)
         found.setdefault(key, []).append(folder)
     return list(found.values())
 
 
-def _tokens(folder: Path) -> str:
+def stored_dtype(folder: Path) -> Any:
+    """The dtype that a model is stored in, which transformers opens it in: `float32` and so on."""
+    dtype, first = AutoConfig.from_pretrained(folder, local_files_only=True).dtype, model_folder.weights(folder)[0]
+    if dtype is None and first.suffix == ".safetensors":
+        with safe_open(first, framework="pt") as stored:
+            dtype = stored.get_tensor(min(stored.keys())).dtype
+    return str(dtype or "float32").removeprefix("torch.")
+
+
+def tokens_of(folder: Path) -> str:
     """A digest of what a tokenizer does: how it encodes and decodes texts of many kinds, and all its tokens."""
     tokenizer = open_tokenizer(folder)
     ids = tokenizer(list(PROBE))["input_ids"]
@@ -119,7 +130,7 @@ class Engines:
     def _started(self, folder: Path) -> Engine:
         (group,) = (group for group in self.groups if folder in group)
         base = model_folder.served_base(folder)
-        arguments = self.settings.for_vllm(folder) | _for_adapters(filter(model_folder.is_adapter, group))
+        arguments = self.settings.for_vllm(folder) | for_adapters(filter(model_folder.is_adapter, group))
         self.running = Engine(self.start(str(base), arguments), self.probes, group, base)
         return self.running
 
@@ -140,7 +151,7 @@ def _start(model: str, arguments: Mapping[str, Any]) -> Any:
     return LLM(model=model, **arguments)
 
 
-def _for_adapters(folders: Iterable[Path]) -> dict[str, Any]:
+def for_adapters(folders: Iterable[Path]) -> dict[str, Any]:
     """Arguments for `vllm.LLM` to serve adapters: the least rank that it has a place for.
 
     Raises:

@@ -89,17 +89,26 @@ def _told(source: Path, entry: dict[str, Any]) -> list[tuple[str, list[str]]] | 
     return found
 
 
-def _subsets(source: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a header by their names."""
+def header(source: Path) -> dict[str, Any]:
+    """The header of a folder's `README.md`; empty where there is none.
+
+    Raises:
+        UserError: it can't be read.
+    """
     file = source / "README.md"
     if not file.is_file():
         return {}
-    header = _HEADER.match(file.read_text(encoding="utf-8-sig", errors="replace"))
+    found = _HEADER.match(file.read_text(encoding="utf-8-sig", errors="replace"))
     try:
-        values = yaml12.parse(header[1]) if header else None
+        values = yaml12.parse(found[1]) if found else None
     except yaml.YAMLError as error:
         raise UserError(f"its header is no valid YAML: {error}", file=file) from error
-    entries = values.get("configs") if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def _subsets(source: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a header by their names."""
+    entries = header(source).get("configs")
     return {
         str(entry["config_name"]): entry
         for entry in (entries if isinstance(entries, list) else [])

@@ -5,13 +5,15 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 
-from cordee.compute import adapter, talk
+from cordee import model_folder
+from cordee.compute import adapter, generators, talk, terminal
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import UserError
 
@@ -25,8 +27,8 @@ def piped(tmp_path, *arguments, lines):
     )  # fmt: skip
 
 
-def new(folder, **settings):
-    return talk.Chat(folder, talk.Settings(max_tokens=12, temperature=0.0, **settings))
+def new(folder):
+    return talk.Chat(generators.Transformers(folder, generators.Settings(max_tokens=12, temperature=0.0)))
 
 
 def said(chat, text):
@@ -88,14 +90,20 @@ def test_from_a_pipe_each_line_is_a_turn_and_the_chat_is_saved(checkpoints, adap
     rows = [json.loads(line)["messages"] for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
     assert [[message["role"] for message in row] for row in rows] == [["system", "user", "assistant"]] * 2
     assert [row[1]["content"] for row in rows] == ["Alle Menschen", "Tous"]
-    assert talk.plain(rows[0][2]["content"]) in done.stdout
+    assert terminal.plain(rows[0][2]["content"]) in done.stdout
     assert "/reset begins a new chat" in done.stdout
     assert "spells out" in done.stdout
 
 
-def test_an_adapter_answers_on_the_base_that_it_names_or_is_given(checkpoints, adapters):
-    base, settings = checkpoints["first"], talk.Settings(max_tokens=12, temperature=0.0)
-    own, given = (said(talk.Chat(adapters["small"], settings, other), "Alle Menschen") for other in (None, base))
+def test_an_adapter_answers_on_the_base_that_it_names_or_is_given(checkpoints, adapters, tmp_path):
+    base = checkpoints["first"]
+    moved = shutil.copytree(adapters["small"], tmp_path / "moved")  # the base's path leads nowhere from here
+    (moved / "adapter_config.json").chmod(0o444)
+    with pytest.raises(UserError, match="no model folder here"):
+        model_folder.served_base(moved)
+    placed = adapter.placed_on(moved, base)
+    assert adapter.placed_on(adapters["small"], base) == adapters["small"]
+    own, given = (said(new(folder), "Alle Menschen") for folder in (adapters["small"], placed))
     assert own == given != said(new(base), "Alle Menschen")
 
 
@@ -115,8 +123,6 @@ def test_what_is_no_model_is_one_line(arguments, message, tmp_path):
 
 
 def test_a_model_without_a_template_continues_the_text(checkpoints, tmp_path):
-    import shutil
-
     bare = tmp_path / "bare"
     shutil.copytree(checkpoints["first"], bare, ignore=shutil.ignore_patterns("chat_template.jinja"))
     written: list[str] = []
@@ -127,13 +133,13 @@ def test_a_model_without_a_template_continues_the_text(checkpoints, tmp_path):
             return line
         raise EOFError
 
-    talk.run(new(bare), read, written.append)
+    terminal.run(new(bare), read, written.append)
     assert written[0] == "This model has no chat template: it continues each text as it stands.\n"
     assert len("".join(written[1:]).strip()) > 0
 
 
 def test_signs_that_steer_a_terminal_are_left_out():
-    assert talk.plain("a\x1b[31mb\x07\r\n\tc\u202ed é 👩‍🔬") == "a[31mb\n\tcd é 👩‍🔬"
+    assert terminal.plain("a\x1b[31mb\x07\r\n\tc\u202ed é 👩‍🔬") == "a[31mb\n\tcd é 👩‍🔬"
 
 
 def test_ctrl_c_ends_an_answer_on_a_terminal_and_ctrl_d_the_chat(checkpoints, tmp_path):
