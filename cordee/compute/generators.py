@@ -1,5 +1,6 @@
 """What answers in a chat: transformers or vLLM, each of which continues token ids and gives the text piece by piece."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class Vllm:
                 config has fields that vLLM does not know.
             Fault: it is damaged, or vLLM holds other weights.
         """
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings would stand in the chat
         self.folder, self.settings = folder, settings
         base = model_folder.served_base(folder)
         asked = engine.Settings("vllm", dtype=serving.stored_dtype(base), enforce_eager=True)
@@ -132,7 +134,7 @@ class Vllm:
         running = self.engine.llm.llm_engine
 
         def work(streamer: TextIteratorStreamer, stop: threading.Event) -> None:
-            prompt = {"prompt_token_ids": list(ids)}
+            (prompt,) = running.renderer.render_cmpl([{"prompt_token_ids": list(ids)}])
             request = running.add_request(f"chat-{self.answers}", prompt, asked, lora_request=self.engine.request)
             known = 0
             while running.has_unfinished_requests():

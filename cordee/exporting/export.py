@@ -10,7 +10,7 @@ from cordee.exporting import folder as folders
 from cordee.exporting import origin, results
 from cordee.exporting.card import Card
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LICENCE = re.compile(r"[a-z0-9.-]+")
 
 

@@ -126,7 +126,7 @@ def _corpus(made: Artifact) -> dict[str, Any]:
 
 
 def settings(made: Artifact) -> str:
-    """The settings of a stage as YAML, without empty ones; what it read is named by its artifact, or by its own name."""
+    """The settings of a stage as YAML, without empty ones; what it read is named by its artifact or its own name."""
     names = {f"artifact {read.fingerprint}": read.artifact for read in made.manifest.inputs if read.artifact}
     names |= {f"content {read.sha256}": Path(read.file).name for read in made.manifest.inputs if read.file}
 

@@ -97,8 +97,7 @@ def test_from_a_pipe_each_line_is_a_turn_and_the_chat_is_saved(checkpoints, adap
 
 def test_an_adapter_answers_on_the_base_that_it_names_or_is_given(checkpoints, adapters, tmp_path):
     base = checkpoints["first"]
-    moved = shutil.copytree(adapters["small"], tmp_path / "moved")  # the base's path leads nowhere from here
-    (moved / "adapter_config.json").chmod(0o444)
+    moved = shutil.copytree(adapters["small"], tmp_path / "far" / "away")  # the base's path leads nowhere from here
     with pytest.raises(UserError, match="no model folder here"):
         model_folder.served_base(moved)
     placed = adapter.placed_on(moved, base)

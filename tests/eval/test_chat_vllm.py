@@ -37,11 +37,15 @@ def said(chat, text):
 
 def test_each_turn_is_answered_as_by_transformers(served, by_transformers):
     chats = [talk.Chat(generator, "Recht") for generator in (served, by_transformers)]
-    for turn in TURNS:
-        one, other = (said(chat, turn) for chat in chats)
-        assert one == other
-        assert len(one) > 1  # it came in pieces
+    answers = [[said(chat, turn) for chat in chats] for turn in TURNS]
+    assert all(one == other for one, other in answers)
     assert chats[0].messages == chats[1].messages
+
+
+def test_an_answer_comes_word_by_word(served, monkeypatch):
+    space = served.tokenizer.convert_tokens_to_ids("Ġ")
+    monkeypatch.setattr(served, "sampling", {"temperature": 0.0, "logit_bias": {space: 100.0}})
+    assert list(served.pieces([0, 5, 6])) == [" "] * GREEDY.max_tokens
 
 
 def test_an_answer_that_is_interrupted_is_kept_and_the_next_one_is_right(served, by_transformers):

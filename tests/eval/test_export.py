@@ -11,6 +11,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from cordee import files, units
+from cordee.artifact import Store
+from cordee.errors import Fault, UserError
+from cordee.exporting.export import run
 
 HOSTILE = "my|ch`ats<script>alert(1)</script>\n# _x_.jsonl"
 FINGERPRINTS = {"sft": "a" * 64, "lora": "b" * 64, "benchmark": "c" * 64}
@@ -222,29 +225,29 @@ def bare(runs):
 
 
 REFUSED = [
-    (None, ["mine/sft@1", "runs"], 2, "runs: DIR: is there already; name a new folder, or delete it"),
-    (None, ["mine/sft@2", "out"], 2, "no artifact 'mine/sft@2'"),
-    (None, ["mine/benchmark@1", "out"], 2, "is no Hugging Face model"),
-    (None, ["mine/sft@1", "out", "--license", "Apache 2"], 2, "'Apache 2' is no licence as the hub spells them"),
-    (None, ["mine/sft@1", "out", "--base-model", "../base"], 2, "'../base' is no name of a model on the hub"),
-    (None, ["mine/lora@1", "out", "--gguf"], 2, "is an adapter, which is not converted; merge it first"),
-    (None, ["mine/sft@1", "out", "--gguf"], 2, "--gguf: llama.cpp's convert_hf_to_gguf.py is not on PATH; get it"),
-    (pickled, ["mine/sft@1", "out"], 2, "holds weights that are no safetensors, which are not exported"),
-    (bare, ["mine/sft@1", "out"], 2, "has no tokenizer"),
-    (damaged, ["mine/sft@1", "out"], 1, "is damaged: its content differs from what was published"),
+    (None, "sft@1", {"out": "runs"}, UserError, "runs: DIR: is there already; name a new folder, or delete it"),
+    (None, "benchmark@1", {}, UserError, "is no Hugging Face model"),
+    (None, "sft@1", {"licence": "Apache 2"}, UserError, "'Apache 2' is no licence as the hub spells them"),
+    (None, "sft@1", {"base": "../base"}, UserError, "'../base' is no name of a model on the hub"),
+    (None, "lora@1", {"gguf": True}, UserError, "is an adapter, which is not converted; merge it first"),
+    (None, "sft@1", {"gguf": True}, UserError, "--gguf: llama.cpp's convert_hf_to_gguf.py is not on PATH; get it"),
+    (pickled, "sft@1", {}, UserError, "holds weights that are no safetensors, which are not exported"),
+    (bare, "sft@1", {}, UserError, "has no tokenizer"),
+    (damaged, "sft@1", {}, Fault, "is damaged: its content differs from what was published"),
 ]
 
 
-@pytest.mark.parametrize(("plant", "arguments", "code", "message"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("plant", "what", "given", "kind", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_can_not_be_exported_is_one_line_and_leaves_nothing(
-    plant, arguments, code, message, cordee, runs, tmp_path, monkeypatch
+    plant, what, given, kind, message, runs, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     if plant:
         plant(runs)
-    done = cordee("export", *arguments)
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (code, 1), done.stderr
-    assert message in done.stderr
+    options = {"out": "out", "licence": None, "base": None, "gguf": False, **given}
+    with pytest.raises(kind, match=re.escape(message)):
+        run(runs / "mine" / what, Path(options.pop("out")), Store(runs), **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
