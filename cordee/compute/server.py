@@ -158,6 +158,7 @@ def _started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
     """The server, which is stopped at the end."""
     engine.prepare()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    del environment["VLLM_ALLOW_INSECURE_SERIALIZATION"]  # for checks within vLLM, which a server is not asked for
     with log.open("wb") as out:
         child = subprocess.Popen(  # noqa: S603 - the argument vector is our own
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,

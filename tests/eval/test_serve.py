@@ -1,4 +1,4 @@
-"""`cordee serve` with the real server and the `openai` client."""
+"""`cordee serve` with the real server, which takes long to start, and the `openai` client."""
 
 import json
 import os
@@ -68,6 +68,7 @@ def shown(answer):
     return answer.rstrip("\ufffd")
 
 
+@pytest.mark.long
 def test_it_says_what_it_serves_and_its_example_works(running):
     assert f"http://127.0.0.1:{running.port}/v1 serves first, small, large; Ctrl-C stops it" in running.ready
     assert [model.id for model in running.client.models.list()] == ["first", "small", "large"]
@@ -76,6 +77,7 @@ def test_it_says_what_it_serves_and_its_example_works(running):
     assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["first", "small", "large"])
 def test_a_chat_is_answered_as_cordee_chat_answers_it(name, running, checkpoints, adapters):
     folder = checkpoints["first"] if name == "first" else adapters[name]
@@ -91,6 +93,7 @@ def test_a_chat_is_answered_as_cordee_chat_answers_it(name, running, checkpoints
         messages.append({"role": "assistant", "content": answer})
 
 
+@pytest.mark.long
 def test_a_text_is_completed(running, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["first"], tmp_path / "untemplated")
     (folder / "chat_template.jinja").unlink()
@@ -98,6 +101,7 @@ def test_a_text_is_completed(running, checkpoints, tmp_path):
     assert running.client.completions.create(**asked).choices[0].text == shown(greedy(folder, ["Alle Menschen"])[0])
 
 
+@pytest.mark.long
 def test_an_answer_ends_at_the_end_of_a_turn(running, checkpoints):
     from cordee.compute import adapter
 
@@ -108,6 +112,7 @@ def test_an_answer_ends_at_the_end_of_a_turn(running, checkpoints):
         assert not answer.choices[0].message.content
 
 
+@pytest.mark.long
 def test_it_listens_on_loopback_alone(running):
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     rows += [line.split() for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
@@ -129,6 +134,7 @@ def proven(running, checkpoints, adapters):
     return call
 
 
+@pytest.mark.long
 def test_other_weights_than_the_folders_are_a_fault(proven, checkpoints, adapters):
     with pytest.raises(Fault, match=r"second: vLLM's log-probabilities differ by up to .* it holds other weights"):
         proven(first=checkpoints["second"])
@@ -138,6 +144,7 @@ def test_other_weights_than_the_folders_are_a_fault(proven, checkpoints, adapter
         proven(absent=checkpoints["first"])
 
 
+@pytest.mark.long
 def test_another_chat_template_is_a_fault(proven, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["first"], tmp_path / "other")
     template = folder / "chat_template.jinja"
@@ -154,6 +161,7 @@ def test_a_server_that_does_not_start_is_a_fault_with_its_first_error(tmp_path):
         server._wait(child, "http://127.0.0.1:9", log)
 
 
+@pytest.mark.long
 def test_what_can_not_be_served_is_one_line(checkpoints, running, cordee, monkeypatch):
     given = {"port": running.port, "max_length": 64, "dtype": None, "say": print}
     in_use = f"--port: 127.0.0.1:{running.port} can't be used: address already in use; choose another one"
@@ -211,6 +219,7 @@ def alive(pids):
     ]
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_it_and_nothing_is_left(running):
     """The last test: it ends the server."""
     started = group(running.process.pid)
