@@ -22,10 +22,10 @@ BFLOAT16_CAPABILITY = 8
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def die_with_parent() -> None:
-    """Have this process killed when the one that started it ends (Linux: prctl(2), option 1); exec keeps it so."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Send this process a signal when the one that started it ends (Linux: prctl(2), option 1); exec keeps it so."""
     if _LIBC:
-        _LIBC.prctl(1, signal.SIGKILL)
+        _LIBC.prctl(1, number)
 
 
 def has_gpu() -> bool:

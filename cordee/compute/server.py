@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ def _started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
         child = subprocess.Popen(  # noqa: S603 - the argument vector is our own
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, which waits for no other thread
+            # not killed: it has to end vLLM's other processes
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),  # noqa: PLW1509 - one system call, which waits for none
         )  # fmt: skip
     try:
         yield child

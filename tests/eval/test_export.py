@@ -168,7 +168,7 @@ def test_the_card_shows_figures_data_and_procedure(export):
     text = ModelCard.load(export("mine/sft@1", "tuned") / "README.md").text
     shown = [row for row in rows_of(text, "Evaluation") if row]
     assert [(row[0], row[1], row[3], row[4], row[6]) for row in shown] == [
-        ("<code>gsm8k</code>", "chat-2-shot, 2-shot", "0.1235", units.NO_VALUE, "7"), ("", "", "0.2500", "0.0123", "7"),
+        ("<code>gsm8k</code>", "chat-2-shot", "0.1235", units.NO_VALUE, "7"), ("", "", "0.2500", "0.0123", "7"),
     ]  # fmt: skip
     assert rows_of(text, "Procedure")[1][1:6] == ["supervised fine-tuning (SFT)", "9", "500", "1.5", "1 min 05 s"]
     chats, read = [row for row in rows_of(text, "Training data") if row]
