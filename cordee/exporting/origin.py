@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from cordee import artifact, files, lineage, model_folder
+from cordee import artifact, files, hub, lineage, model_folder
 from cordee.artifact import Artifact, Store
-from cordee.data import hub
+from cordee.data import hub as data_hub
 from cordee.errors import UserError
 
 APART = ("prompts", "heldout", "chat_template")
@@ -18,7 +18,6 @@ APART = ("prompts", "heldout", "chat_template")
 _MODEL_KEYS = ("model", "base", "adapter")
 _SETTINGS_FILES = (".yaml", ".yml")
 _HUB_FOLDER = re.compile(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?$")
-_HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?=-|$)")
 
 
@@ -27,7 +26,7 @@ class Source:
     """A file or a folder that a stage read and no stage made."""
 
     name: str
-    """Its own name, without the folders that it lay in."""
+    """Its own name, without the folders that it lay in; of one of the hub, with its commit."""
     sha256: str
     stage: str
     """That read it."""
@@ -98,22 +97,27 @@ def _add_source(found: Origin, step: lineage.Step, stage: str) -> None:
     path, is_model = Path(step.name), step.key.partition(".")[0] in _MODEL_KEYS
     if path.suffix in _SETTINGS_FILES and is_model:
         return  # the shape of a model that is trained from the start
-    header = hub.header(path) if path.is_dir() else {}
-    licence = header.get("license")
-    source = Source(
-        path.name, step.sha256, stage, _name_on_hub(step.name), licence if isinstance(licence, str) else None
-    )
+    name, folder = _on_hub(step.name)
+    licence = data_hub.header(folder).get("license") if folder.is_dir() else None
+    told = licence if isinstance(licence, str) else None
+    source = Source(_shown(step.name), step.sha256, stage, name, told)
     known = found.bases if is_model else found.data
     if source not in known:
         known.append(source)
 
 
-def _name_on_hub(path: str) -> str | None:
-    """The name of a folder in the hub's cache, or of a reference to the hub."""
-    if cached := _HUB_FOLDER.search(path):
-        return f"{cached[1]}/{cached[2]}"
-    named = _HUB_NAME.match(path)
-    return named[1] if named else None
+def _on_hub(path: str) -> tuple[str | None, Path]:
+    """What the hub calls a reference to it, or a folder in its cache, if that is known; and where it lies here."""
+    if hub.is_reference(path):
+        reference = hub.parse(path, None, "")
+        return reference.name, reference.folder(reference.revision, None)
+    cached = _HUB_FOLDER.search(path)
+    return f"{cached[1]}/{cached[2]}" if cached else None, Path(path)
+
+
+def _shown(path: str) -> str:
+    """A path without the folders that it lies in on this machine."""
+    return path.removeprefix(hub.PREFIX) if hub.is_reference(path) else Path(path).name
 
 
 def _is_model(made: Artifact) -> bool:
@@ -128,7 +132,7 @@ def _corpus(made: Artifact) -> dict[str, Any]:
 def settings(made: Artifact) -> str:
     """The settings of a stage as YAML, without empty ones; what it read is named by its artifact or its own name."""
     names = {f"artifact {read.fingerprint}": read.artifact for read in made.manifest.inputs if read.artifact}
-    names |= {f"content {read.sha256}": Path(read.file).name for read in made.manifest.inputs if read.file}
+    names |= {f"content {read.sha256}": _shown(read.file) for read in made.manifest.inputs if read.file}
 
     def named(value: Any) -> Any:
         if isinstance(value, dict):

@@ -58,10 +58,11 @@ def runs(checkpoints, adapters, tmp_path):
     files.write_json(sft / "rows.json", {"sources": [rows]})
     data = {"key": "data.0.path", "file": f"/home/someone/{HOSTILE}", "sha256": "d" * 64}
     base = {"key": "model", "file": "/home/someone/hub/models--owner--base/snapshots/0123abcd", "sha256": "e" * 64}
+    fetched = {"key": "data.1.path", "file": "hub:datasets/owner/chats@0123abcd", "sha256": "9" * 64}
     apart = {"key": "heldout.0.path", "file": "/home/someone/heldout.jsonl", "sha256": "f" * 64}
     config = {"data": [{"path": f"content {'d' * 64}/.jsonl"}], "model": f"content {'e' * 64}", "trainer": {"lr": 1e-4}}
     publish(
-        root, "sft", "posttrain.sft", inputs=[base, data, apart], seconds=65.0,
+        root, "sft", "posttrain.sft", inputs=[base, data, fetched, apart], seconds=65.0,
         identity={"config": config, "seed": 17}, metrics={"steps": 9, "tokens": 500, "loss": 1.5, "parameters": 98816},
     )  # fmt: skip
     shutil.copytree(adapters["small"], lora)
@@ -145,8 +146,10 @@ def test_the_cards_header_is_the_hubs(export):
     assert {key: data[key] for key in data if key != "model-index"} == {
         "license": "apache-2.0", "base_model": "owner/base", "base_model_relation": "finetune",
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["cordee", "sft"],
+        "datasets": ["owner/chats"],
     }  # fmt: skip
     assert card.data.model_name == "tuned"
+    assert "| `datasets/owner/chats@0123abcd` | sft | owner/chats |" in card.text
     main, other = card.data.eval_results
     assert (main.dataset_type, main.dataset_config, main.dataset_split) == ("openai/gsm8k", "main", "test")
     assert (main.dataset_name, main.dataset_args) == ("gsm8k (chat-2-shot)", {"num_few_shot": 2, "task_version": 3.0})
@@ -171,7 +174,7 @@ def test_the_card_shows_figures_data_and_procedure(export):
         ("<code>gsm8k</code>", "chat-2-shot", "0.1235", units.NO_VALUE, "7"), ("", "", "0.2500", "0.0123", "7"),
     ]  # fmt: skip
     assert rows_of(text, "Procedure")[1][1:6] == ["supervised fine-tuning (SFT)", "9", "500", "1.5", "1 min 05 s"]
-    chats, read = [row for row in rows_of(text, "Training data") if row]
+    chats, _, read = [row for row in rows_of(text, "Training data") if row]
     assert chats[1:] == ["sft", "unknown", "not recorded", f"<code>{'d' * 16}</code>"]
     assert read[2:] == ["12", "1", "11", "500", "200"]
     assert "Licence | not given" in text
