@@ -173,7 +173,9 @@ class Asked(LM):
             digest = _digest([kind, *request.args])
             keys.append(f"{digest}-{seen[digest]}")
             seen[digest] += 1
-        missing = [(key, ask) for key, ask in zip(keys, requests, strict=True) if key not in self.answers.known]
+        # All answers to a request together: an engine that starts again would draw the first one again.
+        again = {key.partition("-")[0] for key in keys if key not in self.answers.known}
+        missing = [(key, ask) for key, ask in zip(keys, requests, strict=True) if key.partition("-")[0] in again]
         self.asked += len(keys)
         self.found += len(keys) - len(missing)
         if missing:

@@ -140,3 +140,25 @@ def test_samples_of_the_same_prompt_stay_apart(checkpoints, held_out, tmp_path):
         texts.append([json.loads(line)["resps"][0] for line in file.read_text().splitlines()])
     assert texts[0] == texts[1]
     assert all(len(set(answers)) > 1 for answers in texts[0])
+
+
+def test_a_further_sample_of_a_prompt_is_drawn_anew(checkpoints, held_out, tmp_path):
+    """Its engine starts with the seed of the first sample: alone, it would say the same."""
+    from eval import benchmark
+
+    task = tmp_path / "samples.yaml"
+    texts = []
+    for count in (1, 2):
+        task.write_text(
+            "task: samples\ndataset_path: json\ndataset_kwargs: {data_files: {test: language}}\ntest_split: test\n"
+            'output_type: generate_until\ndoc_to_text: "{{prompt}}"\ndoc_to_target: "{{answer}}"\n'
+            f"repeats: {count}\nfilter_list: [{{name: all, filter: [{{function: take_first_k, k: {count}}}]}}]\n"
+            "generation_kwargs: {do_sample: true, temperature: 1.5, max_gen_toks: 8, until: []}\n"
+            "metric_list: [{metric: exact_match}]\n"
+        )
+        config = settings({"first": checkpoints["first"]}, held_out, tasks=[str(task)], limit=3)
+        benchmark.run(config, context := context_of(tmp_path / str(count)))
+        (file,) = (context.out / "lm_eval").rglob("samples_samples_*.jsonl")
+        texts.append([json.loads(line)["resps"][0] for line in file.read_text().splitlines()])
+    assert [answers[:1] for answers in texts[1]] == texts[0]
+    assert all(first != second for first, second in texts[1])
