@@ -29,6 +29,7 @@ def translate(draft: Draft, processes: int) -> None:
     draft.came("seed", "seed")
     _batch(draft, processes)
     draft.take("trainer.num_train_epochs", 1)
+    draft.take("trainer.max_length", 512)
     if draft.stage == "dpo":
         draft.skip("sample_packing", "pairs are not packed")
         draft.take("trainer.beta", 0.1)
@@ -99,10 +100,11 @@ def _schedule(draft: Draft) -> None:
 
 def _precision(draft: Draft) -> None:
     """What is computed in, and what the weights are stored in."""
-    half = next((key for key in ("bf16", "bfloat16") if draft.is_on(key)), None)
+    is_default = draft.given.keys().isdisjoint(("bf16", "bfloat16", "fp16", "float16", "float32"))
+    half = "bf16" if is_default else next((key for key in ("bf16", "bfloat16") if draft.is_on(key)), None)
     single = next((key for key in ("fp16", "float16") if draft.is_on(key)), None)
     if half:
-        is_told = draft.get(half) != "auto"
+        is_told = draft.get(half, "auto") != "auto"
         draft.take("precision", "bfloat16" if is_told else "auto", half)
         if not is_told:
             draft.beside.append(

@@ -27,7 +27,6 @@ TEMPLATES = {
     "gpt_oss": "gptoss",
     "qwen2_vl": "qwen2_5_vl",
     "qwen3_vl_nothink": "qwen3_vl",
-    "empty": "",
 }
 """LLaMA-Factory's name of a chat template → ours; any other is looked up as it is."""
 NOT_HERE = {"rm": "a reward model", "ppo": "PPO", "kto": "KTO"}

@@ -52,7 +52,7 @@ def translate(draft: Draft, processes: int) -> None:
     kind = {"bf16": "bfloat16", "fp32": "float32"}.get(draft.get("dtype", "bf16"))
     if kind:
         draft.take("precision", kind, "dtype")
-        draft.take("trainer.model_init_kwargs.dtype", kind, "dtype", remark=f"dtype {draft.get('dtype')}: weights too")
+        draft.take("trainer.model_init_kwargs.dtype", kind, "dtype", remark=f"dtype {draft.get('dtype', 'bf16')}: weights too")
     if draft.is_on("enable_activation_checkpointing"):
         draft.take("trainer.gradient_checkpointing", True, "enable_activation_checkpointing")
     if draft.get("compile") is not None:
@@ -95,7 +95,8 @@ def _method(draft: Draft) -> None:
     if loss in ("DPOLoss", "RSOLoss"):
         draft.stage = "dpo"
         draft.take("trainer.loss_type", ["sigmoid" if loss == "DPOLoss" else "hinge"], f"loss.{COMPONENT}")
-        draft.take("trainer.beta", draft.get("loss.beta", 0.1), "loss.beta", "loss.gamma")
+        name = "loss.beta" if loss == "DPOLoss" else "loss.gamma"
+        draft.take("trainer.beta", draft.get(name, 0.1), name)
     elif loss in SAME_LOSS:
         draft.skip("loss", "cross entropy, as it is here; in chunks for memory")
 
@@ -111,7 +112,7 @@ def _optimizer(draft: Draft) -> None:
         draft.lose(f"optimizer.{COMPONENT}", "transformers has no such optimizer: AdamW is used")
     draft.skip("optimizer.fused", common.KERNELS)
     common.copy(draft, {"optimizer.lr": "trainer.learning_rate"})
-    draft.take("trainer.weight_decay", draft.get("optimizer.weight_decay", 0.01 if ours != "sgd" else 0.0),
+    draft.take("trainer.weight_decay", draft.get("optimizer.weight_decay", 0.0 if ours in ("sgd", "adagrad") else 0.01),
                "optimizer.weight_decay", remark="" if draft.get("optimizer.weight_decay") is not None
                else "the default of torch's optimizer")  # fmt: skip
     for at, beta in enumerate(draft.get("optimizer.betas", [])):

@@ -103,6 +103,13 @@ def test_without_a_warmup_axolotl_has_one(write):
     assert keys(draft)["trainer"]["warmup_steps"] == 0.03
 
 
+def test_axolotls_defaults_are_written(write):
+    few = "base_model: owner/model\ndatasets: [{path: chats.jsonl, type: chat_template}]\nlearning_rate: 1e-4\n"
+    stage = keys(peers.read(write("a.yaml", few)))
+    assert (stage["precision"], stage["global_batch_size"]) == ("auto", 1)
+    assert {"num_train_epochs": 1, "max_length": 512, "optim": "adamw_torch_fused"}.items() <= stage["trainer"].items()
+
+
 def test_llama_factorys_defaults_are_written(write):
     stage = keys(peers.read(write("a.yaml", LLAMA_FACTORY)))
     assert stage["global_batch_size"] == 8
@@ -137,6 +144,16 @@ def test_torchtunes_values(write):
     assert trainer["weight_decay"] == 0.01, "torch's default; transformers' is 0"
     assert (trainer["max_grad_norm"], trainer["lr_scheduler_type"]) == (0, "constant")
     assert (trainer["num_train_epochs"], trainer["max_steps"], trainer["packing"]) == (2, 100, True)
+
+
+def test_torchtunes_losses_and_optimizers_have_their_own_numbers(write):
+    more = TUNE.replace("torch.optim.AdamW", "torch.optim.Adagrad").replace(
+        "torchtune.modules.loss.LinearCrossEntropyLoss", "torchtune.rlhf.loss.RSOLoss, gamma: 0.3"
+    )
+    draft = peers.read(write("a.yaml", more.replace("chat_dataset", "preference_dataset")))
+    trainer = draft.keys
+    assert (trainer["trainer.loss_type"], trainer["trainer.beta"]) == (["hinge"], 0.3)
+    assert trainer["trainer.weight_decay"] == 0, "torch's default for Adagrad"
 
 
 def test_the_rest_of_a_split_is_held_out(write):
@@ -181,6 +198,7 @@ FELT = {
     "a schedule": (AXOLOTL, "lr_scheduler: rex", "lr_scheduler"),
     "a shape": (AXOLOTL.replace("type: chat_template", "type: oasst"), "", "datasets.0.type"),
     "LLaMA-Factory": (LLAMA_FACTORY, "mask_history: true", "mask_history"),
+    "bare texts": (LLAMA_FACTORY, "template: empty", "template"),
     "TRL": (TRL, "assistant_only_loss: false", "assistant_only_loss"),
     "a packing": (TRL, "packing: true\npacking_strategy: wrapped", "packing_strategy"),
     "torchtune": (TUNE, "shuffle: false", "shuffle"),
