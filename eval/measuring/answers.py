@@ -42,6 +42,8 @@ class Answers:
         """What the engine said of itself when it had started."""
         self.known: dict[str, Any] = {}
         self._file: TextIO | None = None
+        if self.folder.is_dir():
+            os.utime(self.folder)  # when it was last used, for `cordee clean`
         for path in sorted(self.folder.glob("*.jsonl")):
             lines = _lines(path)
             if facts := next(lines, None):
@@ -94,7 +96,7 @@ def key_of(folder: Path, settings: engine.Settings, batch_size: int | str) -> di
     """What a model's answers depend on, besides the requests: its files, and all that changes how they are rounded."""
     folders = dict.fromkeys((model_folder.served_base(folder), model_folder.tokenizer_of(folder), folder))
     return {
-        "version": [VERSION, version("lm_eval")],
+        "version": [VERSION, *map(version, ("lm_eval", "torch", "transformers"))],
         "engine": [settings.describe(), settings.command_arguments, batch_size],
         "files": [
             {path.name: hashes.of_file(path) for path in sorted(one.iterdir()) if path.suffix in WEIGHTS_AND_TOKENS}

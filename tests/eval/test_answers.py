@@ -1,6 +1,7 @@
 """What was answered before is not asked again: after a stop, in another recipe, and only of the same weights."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -71,17 +72,22 @@ def test_a_benchmark_that_was_stopped_within_a_task_goes_on_there(checkpoints, h
     assert figures(again) == figures(whole)
 
 
-def test_what_another_recipe_has_measured_needs_no_engine(checkpoints, held_out, rolling, monkeypatch, tmp_path):
+def test_what_another_recipe_has_measured_needs_no_engine(
+    checkpoints, held_out, rolling, cache, monkeypatch, tmp_path
+):
     from eval import benchmark
     from eval.measuring import backends
 
     config = settings(checkpoints, held_out, [rolling])
     benchmark.run(config, first := context_of(tmp_path / "first"))
+    for folder in (cache / "answers").iterdir():
+        os.utime(folder, (0, 0))
     with monkeypatch.context() as patch:
         patch.setattr(backends.Models, "open", lambda *_: pytest.fail("an engine was started"))
         benchmark.run(config, second := context_of(tmp_path / "second"))
         benchmark.run(settings({"renamed": checkpoints["second"]}, held_out, limit=1), context_of(tmp_path / "fewer"))
     assert figures(second) == figures(first)
+    assert all(folder.stat().st_mtime for folder in (cache / "answers").iterdir()), "in use, for `cordee clean`"
     assert len([note for note in notes(second) if "answered earlier" in note]) == 2
 
 
@@ -101,6 +107,20 @@ def test_other_weights_settings_and_engines_are_asked_anew(checkpoints, held_out
     for context in (before, changed, batched):
         assert not any("answered earlier" in note for note in notes(context))
     assert figures(changed) != figures(before)
+
+
+def test_other_packages_are_asked_anew(checkpoints, monkeypatch):
+    from cordee.compute.engine import Settings
+    from eval.measuring import answers
+
+    def key():
+        return answers.key_of(checkpoints["first"], Settings("vllm"), 1)
+
+    before, installed = key(), answers.version
+    assert key() == before
+    for package in ("lm_eval", "torch", "transformers"):
+        monkeypatch.setattr(answers, "version", lambda name, other=package: "9" if name == other else installed(name))
+        assert key() != before
 
 
 def test_a_line_that_was_cut_off_or_damaged_is_asked_again(checkpoints, held_out, cache, tmp_path):
