@@ -99,9 +99,10 @@ def run(
 
 def _locked(all_wanted: list[Wanted], lock: Lock, file: Path) -> Commits:
     """The commits that a lock has for what is wanted: all references to one repository and revision have one."""
-    found = {hub.parse(text, file, "references").repository: entry.commit for text, entry in lock.references.items()}
-    repositories = {wanted.reference.repository for wanted in all_wanted}
-    return {repository: commit for repository, commit in found.items() if repository in repositories}
+    wanted = {one.reference.text: one.reference.repository for one in all_wanted}
+    entries = sorted(lock.references.items(), key=lambda item: item[0] in wanted)  # those that are not wanted are old
+    found = {hub.parse(text, file, "references").repository: entry.commit for text, entry in entries}
+    return {repository: found[repository] for repository in wanted.values() if repository in found}
 
 
 def _wanted(recipe: Recipe) -> list[Wanted]:
@@ -155,11 +156,20 @@ def _fetch(wanted: Wanted, lock: Lock, commits: Commits, hash_file: Callable[[Pa
         for name in names:
             fetched[name] = _file(reference, listed[name], commit, lock.folder, hash_file)
     entry = Entry(commit=commit, reads=reads, files=fetched)
+    if earlier and lock.folder is not None:
+        _remove(folder, earlier, listed, hash_file)
     if lock.folder is not None:  # notes of huggingface_hub, which are no part of the data
         shutil.rmtree(folder / ".cache", ignore_errors=True)
     if problem := hub.damage(reference, entry, lock.folder, hash_file):
         raise UserError(problem, file=folder, hint="delete it, or choose another folder: --to FOLDER")
     return entry
+
+
+def _remove(folder: Path, earlier: Entry, listed: Mapping[str, RepoFile], hash_file: Callable[[Path], str]) -> None:
+    """Remove the files of an earlier commit that the repository has no more, unless they were changed since."""
+    for name, told in earlier.files.items():
+        if name not in listed and (folder / name).is_file() and hash_file(folder / name) == told.sha256:
+            (folder / name).unlink()
 
 
 def _require_one_commit(reference: Reference, commits: Commits) -> None:

@@ -240,6 +240,29 @@ def test_a_commit_stays_until_it_is_updated(hub, fetch):
     assert planned().stages[0].fingerprint != before
 
 
+def test_a_reference_that_is_gone_does_not_bring_its_commit_back(hub, fetch):
+    write(file="hub:datasets/org/chats/data/train.jsonl", folder="hub:datasets/org/chats/data")
+    assert fetch().returncode == 0
+    hub.write("datasets/org/chats", {"data/train.jsonl": CHATS + CHATS})
+    write(file="hub:datasets/org/chats/data/train.jsonl")
+    assert fetch("--update").returncode == 0
+    assert fetch().returncode == 0
+    entry = lock()["references"]["hub:datasets/org/chats/data/train.jsonl"]
+    assert entry["commit"] == hub.commit("datasets", "org/chats")
+
+
+def test_what_a_repository_has_no_more_leaves_the_folder(hub, fetch):
+    write(data="hub:datasets/org/chats")
+    assert fetch("--to", "there").returncode == 0
+    data = hub.root / "datasets/org/chats/data"
+    (data / "train.jsonl").rename(data / "train-00000-of-00001.jsonl")
+    done = fetch("--update")
+    assert done.returncode == 0, done.stderr
+    (there,) = Path("there/datasets/org/chats/data").iterdir()
+    assert there.name == "train-00000-of-00001.jsonl"
+    assert planned()
+
+
 def test_two_revisions_lie_in_the_cache_not_in_one_folder(hub, fetch):
     first = hub.commit("models", "org/model")
     hub.write("models/org/model", {"config.json": '{"model_type": "qwen3"}'})
