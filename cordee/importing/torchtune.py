@@ -52,7 +52,9 @@ def translate(draft: Draft, processes: int) -> None:
     kind = {"bf16": "bfloat16", "fp32": "float32"}.get(draft.get("dtype", "bf16"))
     if kind:
         draft.take("precision", kind, "dtype")
-        draft.take("trainer.model_init_kwargs.dtype", kind, "dtype", remark=f"dtype {draft.get('dtype', 'bf16')}: weights too")
+        draft.take(
+            "trainer.model_init_kwargs.dtype", kind, "dtype", remark=f"dtype {draft.get('dtype', 'bf16')}: weights too"
+        )
     if draft.is_on("enable_activation_checkpointing"):
         draft.take("trainer.gradient_checkpointing", True, "enable_activation_checkpointing")
     if draft.get("compile") is not None:

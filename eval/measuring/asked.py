@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
@@ -150,7 +151,12 @@ def _datasets(config: TasksConfig, tasks: list[dict[str, Any]]) -> dict[str, Inp
             found[name] = Input(folder)
             continue
         reads[name] = reads.get(name, Reads()) | {_read(told)}
-        found[name] = data_set = DataSet(f"{hub.PREFIX}datasets/{name}")
+        revision = (told.get("dataset_kwargs") or {}).get("revision")
+        text = f"{hub.PREFIX}datasets/{name}" + (f"@{quote(str(revision), safe='')}" if revision else "")
+        if str(found.get(name, text)) != text:
+            problem = f"tasks read two revisions of {name}: {found[name]} and {text}"
+            raise UserError(problem, key="tasks", hint=f"`datasets: {{{name}: …}}` says which one is read")
+        found[name] = data_set = DataSet(text)
         data_set.reads = reads[name]
     return found
 

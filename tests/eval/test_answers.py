@@ -72,9 +72,7 @@ def test_a_benchmark_that_was_stopped_within_a_task_goes_on_there(checkpoints, h
     assert figures(again) == figures(whole)
 
 
-def test_what_another_recipe_has_measured_needs_no_engine(
-    checkpoints, held_out, rolling, cache, monkeypatch, tmp_path
-):
+def test_what_another_recipe_has_measured_needs_no_engine(checkpoints, held_out, rolling, cache, monkeypatch, tmp_path):
     from eval import benchmark
     from eval.measuring import backends
 

@@ -84,6 +84,17 @@ def test_what_tasks_read_is_named_fetched_and_read(here, cordee, monkeypatch):
     assert [row["question"] for row in documents["gsm8k"]] == questions
 
 
+def test_the_revision_that_a_task_names_is_the_one_that_is_fetched(here):
+    given = "{data_files: {test: hf://datasets/org/own@main/rows.jsonl}}"
+    text = OWN.replace("task: own", "task: pinned").replace("json\n", "org/pinned\n").replace(given, "{revision: v1/a}")
+    (here / "pinned.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"not fetched: hub:datasets/org/pinned@v1%2Fa \("):
+        planned("bench.tasks=[pinned.yaml]")
+    (here / "other.yaml").write_text(text.replace("v1/a", "v2").replace("task: pinned", "task: other"))
+    with pytest.raises(UserError, match=r"tasks: tasks read two revisions of org/pinned: .*@v1%2Fa and .*@v2; `data"):
+        planned("bench.tasks=[pinned.yaml,other.yaml]")
+
+
 def test_a_folder_of_the_hubs_layout_comes_before_what_was_fetched(here):
     hub.make(here / "hub")
     with pytest.raises(UserError, match=r"not fetched: hub:datasets/org/own@main/rows\.jsonl \([^,]*\); `"):
