@@ -3,7 +3,6 @@
 Each setting follows from the model's files, the beginning of the data and this machine, without torch.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cordee import files, machine, model_folder, units
+from cordee import files, machine, model_folder, units, yaml12
 from cordee.chat import formats
 from cordee.chat.source import Source
 from cordee.config import Input
@@ -153,7 +152,7 @@ def _train(has: Has, path: Path, stage: str) -> Iterator[str]:
     yield f"  {stage}:"
     yield f"    uses: posttrain.{stage}"
     yield f"    model: {start}  # {_size(parameters)}"
-    columns = f", columns: {_mapping(data.columns)}" if data.columns else ""
+    columns = f", columns: {yaml12.inline(data.columns)}" if data.columns else ""
     yield f"    # {_told(data)}"
     yield f"    data: [{{path: {_word(path)}{columns}}}]"
     if stage == "sft" or not has.chats:
@@ -255,7 +254,7 @@ def _measure(has: Has) -> Iterator[str]:
         yield f"    models: {{{models}}}"
         yield f"    prompts: {_word(path)}  # better: prompts of your own that are not trained on"
         if asked := {old: new for old, new in look(path, None, "--chats").columns.items() if new == "prompt"}:
-            yield f"    columns: {_mapping(asked)}"
+            yield f"    columns: {yaml12.inline(asked)}"
         yield f"    max_prompts: {SHOWN_ANSWERS}"
         yield "    max_tokens: 256  # of an answer"
         yield from settings
@@ -332,12 +331,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _word(path: object) -> str:
     """A path or a name as YAML has it."""
-    text = str(path)
-    return text if re.fullmatch(r"[A-Za-z_./][\w./+@-]*", text) else json.dumps(text, ensure_ascii=False)
-
-
-def _mapping(names: dict[str, str]) -> str:
-    return f"{{{', '.join(f'{_word(old)}: {new}' for old, new in names.items())}}}"
+    return yaml12.inline(str(path))
 
 
 def _told(data: Data) -> str:
