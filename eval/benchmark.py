@@ -30,8 +30,8 @@ class Config(ModelsConfig, TasksConfig):
     confirm_unsafe_code: bool = False
     """Whether tasks may run code that the models write, as HumanEval does; each program is run in a sandbox."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
-    """Requests at once, as in the `lm_eval` command; with `auto`, vLLM is given all of them, which is many times faster
-    and rounds differently."""
+    """Requests at once, as in the `lm_eval` command; with `auto`, vLLM is given many (64 on a CPU, 256 on a GPU), which
+    is many times faster and rounds differently."""
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:

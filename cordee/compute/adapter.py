@@ -42,8 +42,10 @@ def placed_on(folder: Path, base: Path) -> Path:
 
     Raises:
         UserError: the folder is no adapter, or the adapter of another base.
+        Fault: it is damaged, which the links would not tell.
     """
     model_folder.require_adapter(folder, base)
+    model_folder.require_undamaged(folder, [path.relative_to(folder).as_posix() for path in files.walk(folder)])
     found = model_folder.recorded_base(folder)
     if found and found.resolve() == base.resolve():
         return folder

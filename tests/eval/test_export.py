@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 
 from cordee import files, units
 from cordee.artifact import Store
+from cordee.compute import adapter
 from cordee.errors import Fault, UserError
 from cordee.exporting.export import run
 
@@ -210,11 +211,19 @@ def test_a_damaged_benchmark_is_named_and_no_figure_of_it_is_shown(export, runs)
     assert "A benchmark is left out: mine/benchmark@1, whose results.json is not what was published." in text
 
 
-def damaged(runs):
-    path = runs / "mine" / "sft@1" / "model.safetensors"
+def damaged(runs, name="sft@1/model.safetensors"):
+    path = runs / "mine" / name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def test_a_damaged_adapter_is_not_put_on_another_folder_of_its_base(runs, checkpoints):
+    lora = runs / "mine" / "lora@1"
+    assert adapter.placed_on(lora, checkpoints["first"]) != lora
+    damaged(runs, "lora@1/adapter_model.safetensors")
+    with pytest.raises(Fault, match="is damaged"):
+        adapter.placed_on(lora, checkpoints["first"])
 
 
 def pickled(runs):
