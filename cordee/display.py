@@ -46,7 +46,7 @@ class Display:
     def begin(self, stage: str, text: str) -> None:
         """A stage starts."""
         self.stage, self.shown_at, self.first = stage, time.monotonic(), None
-        self.waits = ("its packages to load", time.monotonic())
+        self.waits = ("its first report", time.monotonic())
         if self.live:
             self.bar = self.bars.add_task(stage, total=None, text=text)
         else:

@@ -242,7 +242,8 @@ def locate(given: Mapping[str, Input], recipe: Path, hash_file: Callable[[Path],
         reference = parse(text, recipe, key)
         entry = lock.references.get(text)
         problem = damage(reference, entry, lock.folder, hash_file) if entry else ""
-        located = _located(reference, entry, lock.folder)
+        is_whole = entry or reference.kind == "model" or isinstance(value, DataSet)  # a cache may hold half a data set
+        located = _located(reference, entry, lock.folder) if is_whole else None
         if located and not problem:
             found[text] = located
         else:

@@ -6,7 +6,7 @@ A folder may also be a LoRA adapter (Hu et al. 2021, arXiv 2106.09685), as PEFT 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,14 +150,27 @@ def base_of(adapter: Path, given: Path | None = None, *, key: str | None = None,
     problem = f"its base {recorded!r} is no model folder here" if recorded else "its config names no base"
     where = f"`{base_key}:`" if base_key else f"base_model_name_or_path in {ADAPTER_CONFIG}"
     hint = f"give the folder of the model that it was trained on as {where}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded or ""):
+        hint += f"; of the hub, it is found where hub:{recorded} is fetched too, as another model of the recipe"
     raise UserError(problem, file=adapter, key=key, hint=hint)
 
 
 def recorded_base(adapter: Path) -> Path | None:
     """The base that an adapter's config names, where it is a model folder here."""
     recorded = files.read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    places = [(adapter / recorded).resolve(), Path(recorded).resolve()] if recorded else []
+    if not recorded:
+        return None
+    places = [(adapter / recorded).resolve(), Path(recorded).resolve(), *_beside_on_hub(adapter.resolve(), recorded)]
     return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _beside_on_hub(adapter: Path, name: str) -> Iterator[Path]:
+    """Where the base of an adapter of the hub lies: in the same folder, or in the same cache."""
+    if len(adapter.parents) > 2:
+        yield adapter.parents[1] / name
+        cached = adapter.parents[2] / f"models--{name.replace('/', '--')}"
+        if (ref := cached / "refs" / "main").is_file():
+            yield cached / "snapshots" / ref.read_text(encoding="utf-8").strip()
 
 
 def served_base(folder: Path, key: str | None = None) -> Path:

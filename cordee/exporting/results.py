@@ -1,6 +1,7 @@
 """The figures of all benchmarks in a store that measured these weights, as their `results.json` has them."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ class Result:
     description: str
     asked: str
     """`plain`, `chat`, `chat-5-shot`, …"""
+    how: Mapping[str, Any]
+    """The arguments of lm-eval's call that were given."""
     shots: int | None
     version: Any
     metric: str
@@ -59,7 +62,8 @@ def find(folder: Path, sha256s: frozenset[str], store: Store) -> tuple[list[Resu
         table: dict[str, Any] = files.read_json(one.path / RESULTS)
         for row in (row for row in table["models"] if row["name"] in names):
             for result in _results(one, table["engine"], row):
-                key = (result.task, result.asked, result.metric, result.filter, result.engine, result.documents)
+                how = json.dumps(result.how, sort_keys=True)
+                key = (result.task, how, result.metric, result.filter, result.engine, result.documents)
                 found[key] = result
     return list(found.values()), unread
 
@@ -95,6 +99,7 @@ def _results(made: Artifact, engine: dict[str, Any], row: dict[str, Any]) -> Ite
         for one in sorted(own, key=lambda one: (one["metric"], one["filter"]) != (task["metric"], task["filter"])):
             yield Result(
                 artifact=made.name, task=task["task"], description=task.get("description") or "", asked=task["asked"],
+                how=task.get("how") or {},
                 shots=task.get("shots"), version=task.get("version"), metric=one["metric"], filter=one["filter"],
                 is_main=(one["metric"], one["filter"]) == (task["metric"], task["filter"]), value=one["value"],
                 standard_error=one.get("standard_error"), documents=one.get("documents"), chance=task.get("chance"),

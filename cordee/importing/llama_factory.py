@@ -104,7 +104,8 @@ def _precision(draft: Draft) -> None:
     elif key:
         draft.take("trainer.fp16", True, key)
     else:
-        draft.take("precision", "float32")
+        draft.take("precision", "auto")
+        draft.beside.append("without `bf16` or `fp16` it computes in the dtype that the model's config names")
     for other in ("pure_bf16", "bf16", "fp16"):
         draft.skip(other, "switched off, or another of these counts")
 

@@ -20,7 +20,7 @@ from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import configure_pad_token
 
-from cordee import files, hashes, model_folder
+from cordee import files, hashes, machine, model_folder
 from cordee.compute import engine
 from cordee.compute.tokenizer import open_tokenizer
 from eval.measuring.backends import Models
@@ -97,12 +97,17 @@ def key_of(folder: Path, settings: engine.Settings, batch_size: int | str) -> di
     folders = dict.fromkeys((model_folder.served_base(folder), model_folder.tokenizer_of(folder), folder))
     return {
         "version": [VERSION, *map(version, ("lm_eval", "torch", "transformers"))],
-        "engine": [settings.describe(), settings.command_arguments, batch_size],
+        "engine": [settings.describe(), settings.command_arguments, batch_size, machine.gpu() or _processor()],
         "files": [
             {path.name: hashes.of_file(path) for path in sorted(one.iterdir()) if path.suffix in WEIGHTS_AND_TOKENS}
             for one in folders
         ],
     }
+
+
+def _processor() -> list[Any]:
+    """What sums are rounded by on a CPU: its instruction sets and the number of threads."""
+    return [machine.instruction_sets(), machine.cores()]
 
 
 class Asked(LM):

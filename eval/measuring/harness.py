@@ -163,6 +163,7 @@ def _add(
                 {
                     "task": name,
                     "asked": batch.label,
+                    "how": {key: value for key, value in batch.how.items() if value not in (None, False)},
                     "is_asked": name in asked,
                     "is_group": name not in batch.loaded["tasks"],
                     "shots": outcome["n-shot"].get(name),

@@ -22,7 +22,7 @@ def test_what_a_stage_waits_for_is_said_until_it_makes_progress(is_terminal):
     with Display(Console(file=written, force_terminal=is_terminal, width=100)) as shown:
         shown.begin("bench", "starts as mine/bench@1")
         shown.tick()
-        assert "waits for its packages to load, 0 s" in look(shown, written)
+        assert "waits for its first report, 0 s" in look(shown, written)
         shown.event({"event": "waits", "time": 0.0, "text": "vllm with models/a"})
         shown.tick()
         assert "waits for vllm with models/a, 0 s" in look(shown, written)

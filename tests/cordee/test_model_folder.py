@@ -112,3 +112,23 @@ def test_whole_weights_beside_an_adapter_config_are_refused(folder):
         path.unlink()
     with pytest.raises(UserError, match="is an adapter, not a model"):
         model_folder.require(folder)
+
+
+def test_an_adapter_of_the_hub_finds_its_base_beside_it_and_in_the_cache(tmp_path):
+    cached, beside = tmp_path / "cache", tmp_path / "fetched" / "models"
+    (cached / "models--o--m" / "refs").mkdir(parents=True)
+    (cached / "models--o--m" / "refs" / "main").write_text("abc")
+    adapters = [cached / "models--o--lora" / "snapshots" / "def", beside / "o" / "lora"]
+    bases = [cached / "models--o--m" / "snapshots" / "abc", beside / "o" / "m"]
+    for adapter, base in zip(adapters, bases, strict=True):
+        for place, name, told in (
+            (adapter, "adapter_config", {"base_model_name_or_path": "o/m"}),
+            (base, "config", {}),
+        ):
+            place.mkdir(parents=True)
+            (place / f"{name}.json").write_text(json.dumps(told))
+        assert model_folder.recorded_base(adapter) == base
+        (base / "config.json").unlink()
+        assert model_folder.recorded_base(adapter) is None
+        with pytest.raises(UserError, match="'o/m' is no model folder here; .*where hub:o/m is fetched too"):
+            model_folder.base_of(adapter)
