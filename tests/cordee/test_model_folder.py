@@ -130,5 +130,5 @@ def test_an_adapter_of_the_hub_finds_its_base_beside_it_and_in_the_cache(tmp_pat
         assert model_folder.recorded_base(adapter) == base
         (base / "config.json").unlink()
         assert model_folder.recorded_base(adapter) is None
-        with pytest.raises(UserError, match="'o/m' is no model folder here; .*where hub:o/m is fetched too"):
+        with pytest.raises(UserError, match=r"'o/m' is no model folder here; .*where hub:o/m is fetched too"):
             model_folder.base_of(adapter)

@@ -183,7 +183,7 @@ def test_after_a_kill_finished_parts_are_kept_and_the_answers_are_the_same(check
     """Killed with -9, by the stage's own entry point; it goes on with other parts."""
     rows = rows_in(held_out["language"]) * 3
     keys = {
-        "models": {name: str(path) for name, path in checkpoints.items()}, "max_prompts": None, "n": 2,
+        "models": {"first": str(checkpoints["first"])}, "max_prompts": None, "n": 2,
         "prompts": str(written(tmp_path / "p.jsonl", rows)), "sampling": HOT, "max_tokens": 12,
         "engine": "transformers",
     }  # fmt: skip
@@ -204,12 +204,10 @@ def test_after_a_kill_finished_parts_are_kept_and_the_answers_are_the_same(check
     (found[0].parent / ".000000000-000000001.jsonl.1.tmp").write_text("{")  # as a kill within a part leaves one
     done = subprocess.run([*command, "batch_size=6"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in checkpoints:
-        (file,) = runs.rglob(f"answers/{name}.jsonl")
-        expected = rows_in(whole.out / "answers" / f"{name}.jsonl")
-        if name == "first":
-            expected[0]["messages"][-1]["content"] += "!"
-        assert rows_in(file) == expected
+    (file,) = runs.rglob("answers/first.jsonl")
+    expected = rows_in(whole.out / "answers" / "first.jsonl")
+    expected[0]["messages"][-1]["content"] += "!"
+    assert rows_in(file) == expected
 
 
 def test_a_model_that_has_answered_is_not_opened_again(checkpoints, held_out, context, monkeypatch):
@@ -454,11 +452,11 @@ def test_memory_does_not_grow_with_the_prompts(context, tmp_path):
         asked = prompts.choose(Source(path=Input(path)), None, context.note)
         asked, _ = prompts.checked(asked, [], context, may_drop=False)
         writer = parts.Writer(context.out, str(count), as_text=False, samples=2, seed=0)
-        writer.write(asked, 1000, lambda _, seeds: [Generated("x" * 400, 9, "stop") for _ in seeds], context, 0, 1)
+        writer.write(asked, 300, lambda _, seeds: [Generated("x" * 400, 9, "stop") for _ in seeds], context, 0, 1)
         assert parts.tell(writer.file, {3}).answers == 2 * count
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
 
-    small = peak(2500)
-    assert peak(7500) < small + 1_000_000  # of 10 MB of prompts and answers
+    small = peak(900)
+    assert peak(2700) < small + 400_000  # of 3.6 MB of prompts and answers
