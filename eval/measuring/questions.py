@@ -3,6 +3,7 @@
 import json
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from cordee.data.rows import batches
 from cordee.errors import UserError
 
 LETTERS = string.ascii_uppercase
-_APART = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORDS = re.compile(rf"[{_APART}]|[^\W{_APART}]+")
+_APART = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_MARKS = "".join(sign for sign in map(chr, range(0x20000)) if unicodedata.category(sign)[0] == "M")
+_SIGN = r"(?<!\w)-(?=\d)"
+# `\w` has no marks, among them the vowel signs of Indic scripts
+WORDS = re.compile(rf"[{_APART}]|(?:{_SIGN})?\d+(?:\.\d+)+|(?:{_SIGN})?(?:[^\W{_APART}]|(?![{_APART}])[{_MARKS}])+")
 NEEDED = "a row of questions has `question`, `answer` and, for multiple choice, `choices`"
 ASKED = {False: "Question: {{question}}\nAnswer:", True: "{{question}}"}
 """How a question is written, by whether it is asked in a chat."""
@@ -26,7 +30,8 @@ ASKED = {False: "Question: {{question}}\nAnswer:", True: "{{question}}"}
 def write(name: str, path: Path, folder: Path, *, is_chat: bool) -> None:
     """Write a file's questions as a task of lm-eval: `<name>.yaml` and, beside it, `<name>.jsonl`.
 
-    With choices, the one to which a model gives most probability counts, by itself (`acc`) and per byte (`acc_norm`).
+    With choices, the one to which a model gives most probability counts, by itself (`acc`) and per character
+    (`acc_norm`).
     Without, an answer counts where it is the reference but for case, punctuation and space (`exact_match`), or where
     the reference's words stand in it (`contains`).
 
@@ -84,9 +89,11 @@ def judge(document: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
 def _words(text: str) -> list[str]:
     """The words of a text without case and punctuation, or its signs where it has no words.
 
-    In scripts without spaces (kana, Chinese characters, Thai) each character is a word.
+    A number is one word with its sign and its decimals. In scripts without spaces (kana, Chinese characters, Thai, Lao,
+    Burmese, Khmer) each character is a word.
     """
-    return WORDS.findall(text.casefold()) or text.split()
+    text = unicodedata.normalize("NFC", text.casefold()).replace("\N{MINUS SIGN}", "-")
+    return WORDS.findall(text) or text.split()
 
 
 def _question(row: Row) -> dict[str, Any]:
@@ -95,10 +102,14 @@ def _question(row: Row) -> dict[str, Any]:
     if isinstance(values, Broken):
         raise UserError(f"{row.place}: {values.problem}", file=row.file, key="questions")
     asked, answer, choices = values.get("question"), values.get("answer"), values.get("choices")
-    if not isinstance(asked, str) or not asked.strip() or answer is None:
+    if not isinstance(asked, str) or not asked.strip() or answer is None or not str(answer).strip():
         absent = "question" if not isinstance(asked, str) or not asked.strip() else "answer"
         problem = f"{row.place} has no {absent}: its columns are {', '.join(map(repr, values))}"
         raise UserError(problem, file=row.file, key="questions", hint=NEEDED)
+    if not isinstance(answer, str | int | float):
+        problem = f"the answer in {row.place} is no text and no number: {str(answer)[:40]}"
+        hint = "write one right answer; for several, a task file of lm-eval's says how they count"
+        raise UserError(problem, file=row.file, key="questions", hint=hint)
     told = {"language": values["language"]} if isinstance(values.get("language"), str) else {}
     if choices is None:
         return {**told, "question": asked, "answer": str(answer)}
