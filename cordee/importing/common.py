@@ -88,7 +88,8 @@ def schedule(draft: Draft, path: str, options: str) -> None:
         draft.take("trainer.lr_scheduler_type", asked, path)
         copy(draft, {options: "trainer.lr_scheduler_kwargs"})
     elif asked is not None:
-        draft.lose(path, "transformers has no such schedule: it falls linearly")
+        instead = draft.keys.get("trainer.lr_scheduler_type", "linear")
+        draft.lose(path, f"transformers has no such schedule: {instead} is used")
         draft.lose(options, "belongs to a schedule that is not here")
 
 

@@ -44,9 +44,6 @@ def translate(draft: Draft, processes: int) -> None:
     common.batch(draft, "batch_size", "gradient_accumulation_steps", processes, (1, 1))
     names = {"epochs": "trainer.num_train_epochs", "log_every_n_steps": "logging_steps"}
     common.copy(draft, names)
-    if most := draft.get("max_steps_per_epoch"):
-        steps = most * draft.get("epochs", 1)
-        draft.take("trainer.max_steps", steps, "max_steps_per_epoch", "epochs", remark=f"at most {most} in each epoch")
     _optimizer(draft)
     _adapter(draft, builder)
     kind = {"bf16": "bfloat16", "fp32": "float32"}.get(draft.get("dtype", "bf16"))

@@ -50,6 +50,7 @@ TABLES = Tables(
     felt={
         "*.train_on_input": "only answers carry loss; a `text` column is trained on as a whole",
         "*.new_system_prompt": "rows say it, in a column `system` or as a message",
+        "max_steps_per_epoch": "an epoch has all its steps: `trainer: {max_steps: …}` ends a training early",
         "*.filter_fn": "rows are filtered before they are read",
         "ref_checkpointer*": "the reference is the model that training starts from",
         "*.partition": "`limit` and `shuffle` read a part of the rows",

@@ -98,6 +98,12 @@ def test_a_share_of_a_warmup_and_a_least_rate(write):
     assert trainer["lr_scheduler_kwargs"] == {"min_lr_rate": 0.2}
 
 
+def test_what_stands_for_an_unknown_schedule_is_named(write):
+    draft = peers.read(write("a.yaml", f"{AXOLOTL}lr_scheduler: rex\n"))
+    used = keys(draft)["trainer"]["lr_scheduler_type"]
+    assert draft.felt()["lr_scheduler"] == f"transformers has no such schedule: {used} is used"
+
+
 def test_without_a_warmup_axolotl_has_one(write):
     draft = peers.read(write("a.yaml", AXOLOTL.replace("warmup_steps: 20", "")))
     assert keys(draft)["trainer"]["warmup_steps"] == 0.03
@@ -143,7 +149,8 @@ def test_torchtunes_values(write):
     trainer = stage["trainer"]
     assert trainer["weight_decay"] == 0.01, "torch's default; transformers' is 0"
     assert (trainer["max_grad_norm"], trainer["lr_scheduler_type"]) == (0, "constant")
-    assert (trainer["num_train_epochs"], trainer["max_steps"], trainer["packing"]) == (2, 100, True)
+    assert (trainer["num_train_epochs"], trainer["packing"]) == (2, True)
+    assert "max_steps" not in trainer, "max_steps_per_epoch is a limit, which a short epoch does not reach"
 
 
 def test_torchtunes_losses_and_optimizers_have_their_own_numbers(write):
@@ -202,6 +209,7 @@ FELT = {
     "TRL": (TRL, "assistant_only_loss: false", "assistant_only_loss"),
     "a packing": (TRL, "packing: true\npacking_strategy: wrapped", "packing_strategy"),
     "torchtune": (TUNE, "shuffle: false", "shuffle"),
+    "a limit of each epoch": (TUNE, "", "max_steps_per_epoch"),
     "an unknown key": (TRL, "moon: 1", "moon"),
     "an unknown switch": (TRL, "moon: false", "moon"),
 }
