@@ -19,7 +19,7 @@ from cordee.stage import Context
 from eval.measuring.asked import Name, TasksConfig
 from eval.measuring.settings import ModelsConfig
 
-VERSION = 5
+VERSION = 6
 
 
 class Config(ModelsConfig, TasksConfig):

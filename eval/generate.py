@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from eval.measuring.parts import Ask, Told, Writer
     from eval.measuring.prompts import Encoder, Prompt, Prompts
 
-VERSION = 5
+VERSION = 6
 SHOWN = 200
 """Prompts whose answers stand side by side in `samples.jsonl`, for the report."""
 
@@ -188,7 +188,8 @@ def _summary(config: Config, context: Context, asked: "Prompts", writers: "dict[
     shown = {int(number) for number in some.kept.nonzero()[0]}
     told: dict[str, Told] = {model: parts.tell(writer.file, shown) for model, writer in writers.items()}
     for model, found in told.items():
-        for count, what in ((found.cut, f"cut off at max_tokens={config.max_tokens}"), (found.empty, "empty")):
+        for count, what in ((found.cut, f"cut off at max_tokens={config.max_tokens}"), (found.empty, "empty"),
+                            (found.special, "without special tokens that were generated")):  # fmt: skip
             if count:
                 share = units.score(count / found.answers, percent=True)
                 context.note(f"{model}: {count} of {found.answers} answers ({share}) are {what}")

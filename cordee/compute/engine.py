@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from cordee import machine, model_folder
 from cordee.compute import adapter, probe
 from cordee.compute.device import default
-from cordee.compute.generating import Generated
+from cordee.compute.generating import Generated, special
 from cordee.compute.logprobs import Scores
 from cordee.compute.probe import Probe
 from cordee.compute.tokenizer import open_tokenizer, tokenizer_folder
@@ -284,10 +284,10 @@ class Engine:
             raise Fault("the engine holds no checkpoint's weights")
         self._forget(self.folder)
         tokenizer = open_tokenizer(model_folder.tokenizer_of(self.folder))
-        has_stops = bool(sampling.get("stop"))
+        has_stops, stops = bool(sampling.get("stop")), adapter.stop_token_ids(self.folder)
         common = {
             **sampling, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": has_stops,
-            "stop_token_ids": adapter.stop_token_ids(self.folder),
+            "stop_token_ids": stops,
         }  # fmt: skip
         asked = [SamplingParams(**common, seed=seed) for seed in seeds]
         outputs = [output.outputs[0] for output in self._ask(prompts, asked, self.request)]
@@ -295,9 +295,12 @@ class Engine:
             [output.token_ids for output in outputs], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return [
-            Generated(output.text if has_stops else str(text), len(output.token_ids), output.finish_reason)
+            Generated(
+                output.text if has_stops else str(text), len(output.token_ids), output.finish_reason,
+                special(tokenizer, output.token_ids, stops),
+            )
             for output, text in zip(outputs, texts, strict=True)
-        ]
+        ]  # fmt: skip
 
     def _forget(self, folder: Path) -> None:
         if not self.llm.reset_prefix_cache():

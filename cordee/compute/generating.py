@@ -23,6 +23,8 @@ class Generated:
     """All that were generated, the one that ended it among them."""
     finish_reason: str
     """As vLLM has it: `stop`, or `length` where the largest number of tokens cut it off."""
+    special: int = 0
+    """Special tokens that the text lacks, those that ended it aside."""
 
 
 def generate(
@@ -80,7 +82,14 @@ def _generated(
     text = _decoded(tokenizer, ids[:end])
     cut = _cut(text, texts)
     is_ended = end is not None or cut is not None
-    return Generated(text if cut is None else cut, end or len(ids), "stop" if is_ended else "length")
+    reason = "stop" if is_ended else "length"
+    return Generated(text if cut is None else cut, end or len(ids), reason, special(tokenizer, ids[:end], stops))
+
+
+def special(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[int]) -> int:
+    """How many special tokens are among generated ids, those that end a generation aside."""
+    left_out = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sum(number in left_out and number not in stops for number in ids)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

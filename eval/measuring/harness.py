@@ -16,6 +16,7 @@ from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from cordee import files
@@ -26,6 +27,8 @@ from eval.measuring import code_eval
 from eval.measuring.batches import TASKS, Batch
 from eval.measuring.statistics import BITS_PER_BYTE, ratio_mean, score
 
+MAX_GEN_TOKS = 256
+"""Tokens of the longest answer where a task does not say, in both of lm-eval's backends."""
 BOOTSTRAP_ITERATIONS = 1000
 """Resamples for the standard errors of metrics that are no means; lm-eval's own 100,000 take minutes."""
 
@@ -129,6 +132,11 @@ def _notes(lm: Any, batch: Batch, name: str, rows: list[dict[str, Any]]) -> list
     if times:
         notes.append(f"{', '.join(times)}: the file's text was read as a time, which is written differently")
     task = batch.loaded["tasks"][name]
+    if task.OUTPUT_TYPE == "generate_until" and (cut := sum(_is_full(lm.tokenizer, row) for row in rows)):
+        notes.append(
+            f"{cut} of {len(rows)} documents have an answer of as many tokens as `max_gen_toks` allows: it may be cut "
+            "off; `gen_kwargs: {max_gen_toks: …}` allows more"
+        )
     first = lm.tokenizer.eos_token_id if lm.tokenizer.bos_token_id is None else lm.tokenizer.bos_token_id
     if task.OUTPUT_TYPE == "loglikelihood_rolling" and lm.tokenizer("a")["input_ids"][:1] == [first]:
         start = lm.tokenizer.decode(first)
@@ -142,6 +150,16 @@ def _notes(lm: Any, batch: Batch, name: str, rows: list[dict[str, Any]]) -> list
     if batch.is_chat and lm.note:
         notes.append(lm.note)
     return notes + code_eval.notes(task)
+
+
+def _is_full(tokenizer: Any, row: Mapping[str, Any]) -> bool:
+    """Whether an answer to a document has all the tokens that it may have."""
+    return any(
+        len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        >= normalize_gen_kwargs(dict(asked[1]), MAX_GEN_TOKS)["max_gen_toks"]
+        for asked, said in zip(row["arguments"], row["resps"], strict=True)
+        for text in said
+    )
 
 
 def _add(

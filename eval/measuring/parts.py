@@ -22,7 +22,7 @@ from cordee.stage import Context
 from eval.measuring.prompts import Prompt, Prompts, plain
 
 PARTS, ANSWERS, PART = "parts", "answers", "[0-9]*.jsonl"
-OWN = ("prompt_id", "sample", "model", "finish_reason", "tokens")
+OWN = ("prompt_id", "sample", "model", "finish_reason", "tokens", "special_tokens")
 """What a row says of its answer."""
 LEFT_OUT = {*formats.COLUMNS, "label", "messages", "answer", *OWN}
 """Columns of a prompt that are not carried to its answers as they are: they hold, or judge, another answer."""
@@ -93,7 +93,7 @@ class Writer:
             said = {"messages": [*map(_given, prompt.messages), {"role": "assistant", "content": answer.text}]}
         others = {name: value for name, value in prompt.record.values.items() if name not in LEFT_OUT}
         reference = {} if prompt.answer is None else {"answer": prompt.answer}
-        own = (prompt.number, sample, self.model, answer.finish_reason, answer.tokens)
+        own = (prompt.number, sample, self.model, answer.finish_reason, answer.tokens, answer.special)
         return {**said, **reference, **others, **dict(zip(OWN, own, strict=True))}
 
     def _join(self, folder: Path) -> None:
@@ -118,6 +118,8 @@ class Told:
     cut: int = 0
     """Answers that the largest number of tokens cut off."""
     empty: int = 0
+    special: int = 0
+    """Answers with special tokens, which their texts lack."""
     shown: dict[int, str] = field(default_factory=dict)
     """Of the prompts to show, the first answer, by the prompt's number."""
 
@@ -132,6 +134,7 @@ def tell(file: Path, shown: set[int]) -> Told:
             told.tokens += row["tokens"]
             told.cut += row["finish_reason"] == "length"
             told.empty += not text.strip()
+            told.special += row["special_tokens"] > 0
             if row["prompt_id"] in shown and row["sample"] == 0:
                 told.shown[row["prompt_id"]] = text
     return told

@@ -272,7 +272,8 @@ def test_documents_that_spell_out_a_special_token_are_counted(path, models, chec
     data = {**with_prompt("frei</s>", held_out, tmp_path), "documents": tmp_path / "documents.parquet"}
     context = Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl")
     tasks = asked([path], data, checkpoints["first"], tmp_path)
-    ((note,),) = harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", tasks, context)["notes"].values()
+    row = harness.measure(Asked(models, checkpoints["first"], tmp_path), "m", tasks, context)
+    ((note, *_),) = row["notes"].values()
     assert re.search(r"1 of \d documents spell out a special token such as '</s>', which lm-eval encodes", note)
 
 

@@ -132,6 +132,20 @@ def test_a_row_of_answers_has_its_prompt_and_what_is_told_of_it(first, context, 
     assert said == f"first: {len(cut)} of 3 answers ({100 * len(cut) / 3:.1f}%) are cut off at max_tokens=6"
 
 
+def test_special_tokens_that_an_answer_lacks_are_counted(first, held_out, context):
+    from cordee.compute.tokenizer import open_tokenizer
+
+    keys = {"n": 8, "max_tokens": 64, "sampling": {"temperature": 1.0}}
+    generate.run(config(first, held_out["language"], **keys), context)
+    rows = answers(context)
+    counts = [row["special_tokens"] for row in rows]
+    special = open_tokenizer(first["first"]).all_special_tokens
+    assert sum(counts) > 0
+    assert not any(token in row["messages"][-1]["content"] for row in rows for token in special)
+    (said,) = [note for note in notes(context) if "special tokens" in note]
+    assert said.startswith(f"first: {sum(count > 0 for count in counts)} of {len(rows)} answers")
+
+
 def test_tools_are_asked_as_the_template_has_them(checkpoints, context, tmp_path):
     from cordee.chat.templates import Template
     from cordee.compute.tokenizer import open_tokenizer

@@ -69,8 +69,17 @@ def test_the_metric_that_is_shown_first_is_the_one_that_was_asked_for(measured):
         measured(metric="exact_match,alwys")
 
 
+@pytest.mark.parametrize(("longest", "is_said"), [(4, True), (64, False)])
+def test_answers_that_may_be_cut_off_are_counted(measured, longest, is_said):
+    text = TASK.replace("max_gen_toks: 4", f"max_gen_toks: {longest}").replace(
+        'until: ["\\n"]', "until: ['e', 'a', ' ']"
+    )
+    notes = measured(text)["notes"]["dates"]
+    assert any("as many tokens as `max_gen_toks` allows" in note for note in notes) == is_said
+
+
 def test_a_text_that_was_read_as_a_time_is_said(measured):
-    assert measured()["notes"]["dates"] == ["answer: the file's text was read as a time, which is written differently"]
+    assert "answer: the file's text was read as a time, which is written differently" in measured()["notes"]["dates"]
 
 
 def test_documents_without_a_column_that_others_have_are_counted(measured):

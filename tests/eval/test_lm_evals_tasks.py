@@ -255,7 +255,7 @@ def test_what_models_write_is_run_in_the_sandbox_without_the_hub(checkpoints, da
     assert metrics["humaneval_single_line_infilling.pass@1"] == 0.5
     assert metrics["humaneval.pass@1"] == 0
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
-    assert row["notes"] == {name: [] for name in tasks}
+    assert not any("Landlock" in note for notes in row["notes"].values() for note in notes)
     asked = config(checkpoints, data_dir, tasks, **keys)
     (batch,) = batches.make(asked, tmp_path / "out", tmp_path, confirm_unsafe_code=True)
     monkeypatch.setattr(sandbox, "check", lambda: False)
