@@ -213,8 +213,10 @@ def require_adapter(folder: Path, base: Path, key: str | None = None) -> None:
         raise UserError(what, file=folder, key=key)
     if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
         raise UserError(f"holds no weights: it has no {ADAPTER_WEIGHTS[0]}", file=folder, key=key)
-    recorded = folder / ADAPTERS_BASE
-    if recorded.is_file() and files.read_json(recorded)["files"] != weight_hashes(base):
+    known = folder / ADAPTERS_BASE
+    named = recorded_base(folder)
+    recorded = files.read_json(known)["files"] if known.is_file() else weight_hashes(named) if named else None
+    if recorded not in (None, weight_hashes(base)):
         hint = f"its base was {files.read_json(folder / ADAPTER_CONFIG).get('base_model_name_or_path')}"
         raise UserError(f"was trained on other weights than those of {base}", file=folder, key=key, hint=hint)
 

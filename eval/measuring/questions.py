@@ -79,11 +79,11 @@ def _in_own_words() -> dict[str, Any]:
 
 
 def judge(document: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm-eval's `process_results`: whether an answer is the reference, and whether it contains its words."""
+    """lm-eval's `process_results`: whether an answer is a reference, and whether it contains the words of one."""
     (answer,) = results
-    said, wanted = _words(answer), _words(document["answer"])
-    inside = any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))
-    return {"exact_match": float(said == wanted), "contains": float(inside)}
+    said, right = _words(answer), [_words(one) for one in document.get("answers") or [document["answer"]]]
+    inside = any(said[at : at + len(words)] == words for words in right for at in range(len(said) - len(words) + 1))
+    return {"exact_match": float(said in right), "contains": float(inside)}
 
 
 def _words(text: str) -> list[str]:
@@ -106,13 +106,13 @@ def _question(row: Row) -> dict[str, Any]:
         absent = "question" if not isinstance(asked, str) or not asked.strip() else "answer"
         problem = f"{row.place} has no {absent}: its columns are {', '.join(map(repr, values))}"
         raise UserError(problem, file=row.file, key="questions", hint=NEEDED)
-    if not isinstance(answer, str | int | float):
-        problem = f"the answer in {row.place} is no text and no number: {str(answer)[:40]}"
-        hint = "write one right answer; for several, a task file of lm-eval's says how they count"
-        raise UserError(problem, file=row.file, key="questions", hint=hint)
+    right = answer if isinstance(answer, list) and choices is None else [answer]
+    if not right or not all(isinstance(one, str | int | float) and str(one).strip() for one in right):
+        problem = f"the answer in {row.place} is no text, no number and no list of them: {str(answer)[:40]}"
+        raise UserError(problem, file=row.file, key="questions", hint=NEEDED)
     told = {"language": values["language"]} if isinstance(values.get("language"), str) else {}
     if choices is None:
-        return {**told, "question": asked, "answer": str(answer)}
+        return {**told, "question": asked, "answer": str(right[0]), "answers": [str(one) for one in right]}
     if isinstance(choices, dict):  # as ARC has them
         labels, choices = choices.get("label"), choices.get("text")
     else:

@@ -74,6 +74,8 @@ def test_a_file_is_enough(checkpoints, tmp_path, is_chat):
 )
 def test_an_answer_is_judged_by_its_words(said, wanted, exact, contains):
     assert questions.judge({"answer": wanted}, [said]) == {"exact_match": exact, "contains": contains}
+    several = {"answer": "something else", "answers": ["something else", wanted]}
+    assert questions.judge(several, [said]) == {"exact_match": exact, "contains": contains}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,8 @@ def test_an_answer_is_judged_by_its_words(said, wanted, exact, contains):
         ([{"prompt": "x", "answer": "y"}], r"line 1 has no question: its columns are 'prompt', 'answer'"),
         ([{"question": " ", "answer": "y"}], "line 1 has no question"),
         ([{"question": "x", "answer": ""}], "line 1 has no answer"),
-        ([{"question": "x", "answer": ["y", "z"]}], r"the answer in line 1 is no text and no number: \['y', 'z'\]"),
+        ([{"question": "x", "answer": ["y", None]}], r"the answer in line 1 is no text, .*: \['y', None\]"),
+        ([{"question": "x", "answer": []}], r"the answer in line 1 is no text, no number and no list of them: \[\]"),
         ([OWN[0], CHOICES[0]], "some rows have choices, others not"),
         ([{"question": "x", "choices": ["a"], "answer": "a"}], "the choices in line 1 are no list of texts"),
         ([{"question": "x", "choices": ["a", 5], "answer": "a"}], "the choices in line 1 are no list of texts"),
