@@ -3,35 +3,19 @@
 Each setting follows from the model's files, the beginning of the data and this machine, without torch.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
 
 from cordee import files, machine, model_folder, units, yaml12
-from cordee.chat import formats
-from cordee.chat.source import Source
-from cordee.config import Input
-from cordee.data.folder import find_files
-from cordee.data.rows import batches, estimate
 from cordee.errors import UserError
+from cordee.look import Data, look
 
-ROWS = 1000
-"""How many rows are looked at."""
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 SMALL = 30_000_000
 """Parameters up to which all weights are trained; of a larger model an adapter."""
 SHOWN_ANSWERS = 8
-RENAMED = tuple({asked: "prompt", answer: "completion"} for asked, answer in (
-    ("question", "answer"), ("question", "response"), ("query", "response"), ("instruction", "response"),
-    ("input", "output"),
-))  # fmt: skip
-"""Columns that many data sets have, under the names that training knows."""
 EPOCHS = 3
 """Passes over a corpus."""
 MODEL = """# Llama's architecture with about 7 million parameters; other fields are those of transformers' LlamaConfig.
@@ -59,26 +43,6 @@ class Has:
     data_dir: Path | None = None
 
 
-@dataclass
-class Data:
-    """What the beginning of a data file shows."""
-
-    rows: int
-    """About how many there are."""
-    shape: str
-    """As `cordee data` names it."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Columns to rename."""
-    words: int = 0
-    """Distinct words in the rows that were looked at."""
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each row that was looked at, in order of size."""
-
-    def percentile(self, share: float) -> int:
-        """The length, in tokens, that this share of the rows do not exceed."""
-        return self.lengths[min(len(self.lengths) - 1, int(share * len(self.lengths)))] if self.lengths else 0
-
-
 def ask(prompt: Callable[..., str]) -> Has:
     """What a person says that there is; an empty answer: none."""
 
@@ -95,14 +59,18 @@ def ask(prompt: Callable[..., str]) -> Has:
     return replace(has, questions=questions, tasks=tuple(filter(None, tasks.replace(" ", "").split(","))))
 
 
-def write(has: Has, out: Path) -> None:
+def write(has: Has, out: Path) -> list[Path]:
     """Write a recipe, and for a corpus the shape of the model that is trained on it beside the recipe.
+
+    Returns:
+        The files that were written.
 
     Raises:
         UserError: there is such a file, nothing can be made of what there is, or a file can't be read.
     """
     if out.exists():
         raise UserError("is there already", file=out, hint="name another file")
+    made = [out]
     name = re.sub(r"[^\w-]+", "-", out.name.partition(".")[0]).strip("-") or "recipe"
     if has.chats or has.pairs:
         stages = list(_train(has, has.chats, "sft")) if has.chats else []
@@ -111,6 +79,7 @@ def write(has: Has, out: Path) -> None:
         shape = out.with_suffix(".model.yaml")
         stages = list(_pretrain(has.corpus, shape))
         files.write_text(shape, MODEL)
+        made.append(shape)
     elif has.model and (has.tasks or has.questions):
         _model(has)
         stages = []
@@ -124,11 +93,17 @@ def write(has: Has, out: Path) -> None:
         "stages:",
     ]
     files.write_text(out, "\n".join([*head, *stages, *_measure(has), *_report(has)]) + "\n")
+    return made
 
 
 def _model(has: Has) -> Path:
     if has.model is None:
         raise UserError("a model is needed", file="command line", hint="--model FOLDER")
+    if not has.model.exists() and re.fullmatch(r"(hub:)?[\w.-]+/[\w.-]+(@.+)?", str(has.model)):
+        hint = (
+            "`model: hub:owner/name` in a recipe is what `cordee fetch` fetches; it prints the folder, which init reads"
+        )
+        raise UserError(f"no folder {str(has.model)!r}", file="command line", key="--model", hint=hint)
     model_folder.require_served(has.model, "--model")
     return has.model
 
@@ -285,48 +260,6 @@ def _report(has: Has) -> Iterator[str]:
     yield "    uses: eval.report"
     yield f"    artifacts: [{', '.join(made)}]"
     yield "    certificates: [$certificates]  # of `cordee prove`"
-
-
-def look(path: Path, model: Path | None, key: str) -> Data:
-    """Look at the beginning of a data file.
-
-    Raises:
-        UserError: it can't be read, or its rows have no shape that is known.
-    """
-    found = find_files(path, key=key).documents
-    rows = list(islice((row for batch in batches(found, key=key) for row in batch), ROWS))
-    whole = [row.values for row in rows if isinstance(row.values, dict)]
-    if not whole:
-        raise UserError("holds no row that can be read", file=path, key=key)
-    columns = next((names for names in RENAMED if not formats.shape(whole[0]) and names.keys() <= whole[0].keys()), {})
-    source = Source(path=Input(path), columns=columns)
-    told = formats.columns_of(next(row for row in rows if isinstance(row.values, dict)), source)
-    shape = formats.shape(told)
-    if not shape:
-        names = ", ".join(map(repr, told))
-        hint = "rename them to `messages`, or to `prompt` and `completion`; a recipe does it by `columns:`"
-        raise UserError(f"can't be told what it is: its columns are {names}", file=path, key=key, hint=hint)
-    count = len(rows) if len(rows) < ROWS else int(estimate(found, key)[0])
-    words = {word for row in whole for text in _texts(row) for word in text.split()}
-    return Data(count, shape, columns, len(words), _lengths(whole, model))
-
-
-def _lengths(rows: list[dict[str, Any]], model: Path | None) -> list[int]:
-    """The tokens of the texts in each row, in order of size; without a model, a quarter of their bytes."""
-    texts = ["\n".join(_texts(row)) for row in rows]
-    file = model_folder.tokenizer_of(model) / "tokenizer.json" if model else None
-    if file is None or not file.is_file():
-        return sorted(len(text.encode()) // 4 for text in texts)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    return sorted(len(one.ids) for one in Tokenizer.from_file(str(file)).encode_batch_fast(texts))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
 
 
 def _word(path: object) -> str:

@@ -252,6 +252,13 @@ def shape(config: Mapping[str, Any]) -> Shape:
     )
 
 
+def positions(folder: Path) -> int | None:
+    """The longest sequence of a model, or of an adapter's base, in tokens; None where no config tells it here."""
+    base = recorded_base(folder) if is_adapter(folder) else folder
+    file = base / "config.json" if base else None
+    return shape(files.read_json(file)).positions if file and file.is_file() else None
+
+
 def cost(
     folder: Path, key: str, given: Mapping[str, Cost], *, base: Path | None = None, base_key: str | None = None
 ) -> Cost:

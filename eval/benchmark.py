@@ -8,15 +8,16 @@ lm-eval's own results and samples stand untouched in `lm_eval/<model>/`; `result
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cordee import files, model_folder, worker
 from cordee.cost import Cost
+from cordee.errors import UserError
 from cordee.model_folder import ModelInput
 from cordee.stage import Context
-from eval.measuring.asked import Name, TasksConfig
+from eval.measuring.asked import CONFIRM, Name, TasksConfig, told_of
 from eval.measuring.settings import ModelsConfig
 
 VERSION = 6
@@ -32,6 +33,14 @@ class Config(ModelsConfig, TasksConfig):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Requests at once, as in the `lm_eval` command; with `auto`, vLLM is given many (64 on a CPU, 256 on a GPU), which
     is many times faster and rounds differently."""
+
+    @model_validator(mode="after")
+    def _confirmed(self) -> Self:
+        """Tasks that say of themselves that they run what models write are known before anything starts."""
+        for told in told_of(self):
+            if told.get("unsafe_code") and not self.confirm_unsafe_code:
+                raise UserError(f"{told['task']} runs code that the models write", key="tasks", hint=CONFIRM)
+        return self
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:

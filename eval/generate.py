@@ -76,6 +76,10 @@ class Config(ModelsConfig):
             raise UserError(problem, key="sampling.min_tokens")
         if self.engine == "transformers":
             self.sampling.for_transformers()
+        for name, folder in self.models.items():
+            if (longest := self.max_length or model_folder.positions(folder)) and self.max_tokens >= longest:
+                problem = f"{self.max_tokens} tokens leave no place for a prompt: models.{name} takes {longest} in all"
+                raise UserError(problem, key="max_tokens")
         return self
 
     def source(self) -> Source:

@@ -82,7 +82,7 @@ class Limits:
         is_ours = self.longest == self.max_length
         hint = f"{'raise it, or ' if is_ours else ''}`overlong: drop`, `truncate` or `cut` settles it"
         what = f"max_length={self.max_length} tokens" if is_ours else f"the model's {self.positions} positions"
-        told = f"longer than {what}" + (f", and {but}" if but else ": nothing is cut off in silence" if is_ours else "")
+        told = f"longer than {what}" + (f", and {but}" if but else "")
         return OverlongRowError(told, f"{tokens} tokens", hint)
 
 

@@ -56,10 +56,17 @@ def init_(
 ) -> None:
     """Write a recipe for what you have: a model, and chats, pairs, a corpus, questions or tasks."""
     from cordee import init, recipe
+    from cordee.errors import CordeeError
 
-    has = init.Has(model, chats, pairs, corpus, questions, tuple(filter(None, tasks.split(","))), data_dir)
-    init.write(init.ask(typer.prompt) if has == init.Has() and sys.stdin.isatty() else has, out)
-    recipe.load(out, [])
+    names = tuple(filter(None, tasks.replace(" ", "").split(",")))
+    has = init.Has(model, chats, pairs, corpus, questions, names, data_dir)
+    made = init.write(init.ask(typer.prompt) if has == init.Has() and sys.stdin.isatty() else has, out)
+    try:
+        recipe.load(out, [])
+    except CordeeError:
+        for path in made:
+            path.unlink()
+        raise
     typer.echo(f"wrote {out}: look at it, then\n  cordee plan {out}\n  cordee run {out}")
 
 

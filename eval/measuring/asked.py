@@ -17,6 +17,7 @@ from cordee.hub import DataSet, Reads
 from eval.measuring import catalog, task_files
 from eval.measuring.task_files import TaskFile
 
+CONFIRM = "`confirm_unsafe_code: true` if you accept that"
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """A name that can be a folder's or a file's."""
 HF = "hf://"
@@ -65,7 +66,7 @@ class TasksConfig(How):
     data: dict[str, Input] = Field(default={})
     """The files that tasks read, by the names that stand in their `data_files`."""
     data_dir: Execution[str | None] = None
-    """A folder in which the hub's data sets lie by their names (`openai/gsm8k`)."""
+    """A folder in which the hub's data sets lie by their names (`openai/gsm8k`), or that of `cordee fetch --to`."""
     datasets: dict[str, Input] = Field(default={})
     """The folder of each data set of the hub that a task reads, or a reference (`hub:datasets/openai/gsm8k@main`). What
     is not given is looked for in `data_dir`; what is not there either is what `cordee fetch` fetched, or what the cache
@@ -88,9 +89,19 @@ class TasksConfig(How):
         return {**given, "tasks": [task for item in given["tasks"] for task in _spelled_out(item, common)]}
 
     @model_validator(mode="after")
+    def _questions_have_columns(self) -> "TasksConfig":
+        """The first rows of each file of questions can be asked."""
+        for path in self.questions.values():
+            if path.exists() and not hub.is_reference(path):
+                from eval.measuring import questions
+
+                questions.check(path)
+        return self
+
+    @model_validator(mode="after")
     def _with_datasets(self) -> "TasksConfig":
         """The data sets and files of the hub that the tasks read."""
-        told = list(_told(self))
+        told = list(told_of(self))
         found = {"datasets": _datasets(self, told), "data": _data(self, told)}
         return self.model_copy(update=found) if found != {"datasets": self.datasets, "data": self.data} else self
 
@@ -132,8 +143,8 @@ def _files_of(name: str) -> list[Path]:
     return [Path(file) for file in found]
 
 
-def _told(config: TasksConfig) -> Iterator[dict[str, Any]]:
-    """The keys of each task."""
+def told_of(config: TasksConfig) -> Iterator[dict[str, Any]]:
+    """The keys of each task that is asked, those in groups among them."""
     for asked in config.tasks:
         if Path(asked.task).is_file():  # of a file that is not there, the plan will say so
             yield from (told for _, told in task_files.contents(asked.task).tasks.values())
@@ -188,5 +199,6 @@ def _folder_of(name: str, data_dir: str | None) -> Path | None:
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"no folder {data_dir!r}", key="data_dir")
-    places = (Path(name), *([Path(data_dir) / name] if data_dir is not None else []))
+    within = [] if data_dir is None else [Path(data_dir) / name, Path(data_dir) / "datasets" / name]
+    places = (Path(name), *within)
     return next((place for place in places if place.is_dir()), None)

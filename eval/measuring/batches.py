@@ -78,7 +78,6 @@ def make(config: TasksConfig, out: Path, cache: Path, *, confirm_unsafe_code: bo
         found = task_files.contents(asked.task)
         for name, (file, told) in found.tasks.items():
             _require_one_place(name, file, places)
-            _require_confirmed(told, file, confirmed=confirm_unsafe_code)
             _write(out, name, file, _data(told, file, config))
         for name, file in found.groups.items():
             _require_one_place(name, file, places)
@@ -114,12 +113,6 @@ def _require_one_place(name: str, file: Path, places: dict[str, Path]) -> None:
     if earlier != file.resolve():
         problem = f"its name {name!r} is that of {earlier} too: only one of them would be measured"
         raise UserError(problem, file=file, key="tasks", hint="give one of them another `task:`")
-
-
-def _require_confirmed(told: Mapping[str, Any], file: Path, *, confirmed: bool) -> None:
-    if told.get("unsafe_code") and not confirmed:
-        problem = f"{told['task']} runs code that the models write"
-        raise UserError(problem, file=file, key="tasks", hint=code_eval.CONFIRM)
 
 
 def _write(out: Path, name: str, file: Path, data: Mapping[str, Any]) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 
 from cordee.errors import UserError
 from eval.measuring import sandbox
+from eval.measuring.asked import CONFIRM
 
 NAME = "code_eval"
-CONFIRM = "`confirm_unsafe_code: true` if you accept that"
 
 
 class CodeEval:

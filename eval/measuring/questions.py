@@ -5,6 +5,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ _MARKS = "".join(sign for sign in map(chr, range(0x20000)) if unicodedata.catego
 _SIGN = r"(?<!\w)-(?=\d)"
 # `\w` has no marks, among them the vowel signs of Indic scripts
 WORDS = re.compile(rf"[{_APART}]|(?:{_SIGN})?\d+(?:\.\d+)+|(?:{_SIGN})?(?:[^\W{_APART}]|(?![{_APART}])[{_MARKS}])+")
+CHECKED = 20
+"""Rows that a plan looks at."""
 NEEDED = "a row of questions has `question`, `answer` and, for multiple choice, `choices`"
 ASKED = {False: "Question: {{question}}\nAnswer:", True: "{{question}}"}
 """How a question is written, by whether it is asked in a chat."""
@@ -55,6 +58,18 @@ def write(name: str, path: Path, folder: Path, *, is_chat: bool) -> None:
     own = _with_choices() if kinds.pop() else _in_own_words()
     text = yaml.safe_dump({**common, **own}, allow_unicode=True, sort_keys=False)
     files.write_text(folder / f"{name}.yaml", text.replace("process_results: judge", f"process_results: {JUDGE}"))
+
+
+def check(path: Path) -> None:
+    """Check the first rows of a file of questions.
+
+    Raises:
+        UserError: one is no question.
+    """
+    for row in islice(
+        (row for batch in batches(find_files(path, key="questions").documents) for row in batch), CHECKED
+    ):
+        _question(row)
 
 
 JUDGE = "!function eval.measuring.questions.judge"
@@ -113,6 +128,8 @@ def _question(row: Row) -> dict[str, Any]:
     told = {"language": values["language"]} if isinstance(values.get("language"), str) else {}
     if choices is None:
         return {**told, "question": asked, "answer": str(right[0]), "answers": [str(one) for one in right]}
+    if isinstance(choices, str):  # a CSV's
+        choices = _parsed(choices)
     if isinstance(choices, dict):  # as ARC has them
         labels, choices = choices.get("label"), choices.get("text")
     else:
@@ -126,6 +143,14 @@ def _question(row: Row) -> dict[str, Any]:
         hint = "write the text of the right one, its letter, or its number from 0"
         raise UserError(problem, file=row.file, key="questions", hint=hint)
     return {**told, "question": asked, "choices": choices, "answer": found.pop()}
+
+
+def _parsed(text: str) -> Any:
+    """A text that is JSON as what it holds."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _numbers(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:

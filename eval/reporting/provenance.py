@@ -75,7 +75,7 @@ def _yaml(value: Any, names: dict[str, str]) -> list[str]:
         return [line for item in value for line in _dashed(_yaml(item, names))]
     if isinstance(value, str) and value.partition("/")[0] in names:
         head, slash, place = value.partition("/")
-        return [f"{names[head]}{slash}{place}"]
+        return [f"{names[head]}{slash}{place}" if head.startswith("artifact ") else names[head]]  # a file's kind
     return [json.dumps(value, ensure_ascii=False)]
 
 

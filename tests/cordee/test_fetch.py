@@ -314,7 +314,13 @@ def test_what_others_have_fetched_into_the_cache_is_found(fetch, tmp_path):
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / "main").write_text(next((folder / "snapshots").iterdir()).name)
     (tmp_path / "home/hub/models--org--model/snapshots").glob("*").__next__().joinpath("pytorch_model.bin").touch()
-    assert [stage.fingerprint for stage in planned().stages] == before
+    write(model="hub:org/model")
+    assert planned().stages[0].fingerprint == before[0]
+    write(model="hub:org/model", data="hub:datasets/org/chats/data")  # of which the cache may hold a part
+    with pytest.raises(
+        UserError, match=r"not fetched: hub:datasets/org/chats/data \(stages.data.source\); `cordee fetch"
+    ):
+        planned()
 
 
 @pytest.mark.usefixtures("hub")

@@ -159,3 +159,18 @@ def test_on_a_terminal_it_asks(have):
         pass
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, shown
     assert set(yaml12.read(have / "asked.yaml")["stages"]) == {"sft", "answers", "benchmark", "report"}
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_the_lengths_that_init_counts_hold_what_the_template_adds(turns, tmp_path):
+    from cordee import look
+    from cordee.compute.tokenizer import open_tokenizer
+
+    template = "{{ '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}" + CHATML  # as SmolLM2 has one
+    make_model(model := tmp_path / "model", template)
+    messages = [{"role": role, "content": "How are you today?"} for _ in range(turns) for role in ("user", "assistant")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    (counted,) = look.look(path, model, "--chats").lengths
+    exact = len(open_tokenizer(model).apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+    assert exact <= counted <= exact + 4 * turns + 4
