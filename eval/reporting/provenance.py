@@ -102,7 +102,7 @@ def limits(records: list[Record], figures: dict[str, Any]) -> list[str]:
             "model of practical size; they show that the pipeline works and what it costs."
         )
     if figures["benchmarks"]:
-        tasks = ", ".join(dict.fromkeys(table["task"].replace("_", " ") for table in figures["benchmarks"]))
+        tasks = ", ".join(dict.fromkeys(table["task"] for table in figures["benchmarks"]))
         found.append(f"Only these tasks were measured: {tasks}.")
         found.append(
             "Standard errors treat documents as independent samples. Translations of one text are not independent, "

@@ -127,6 +127,7 @@ def verdict(tables: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> list[d
             "subject": curve["title"].partition(" (")[0],
             "unit": "bits per byte",
             "percent": False,
+            "is_task": False,
             "before": curve["first"],
             "after": curve["last"],
             "from": f"step {curve['points'][0][0]:,}",
@@ -142,7 +143,8 @@ def verdict(tables: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> list[d
         first, last = table["rows"][0], table["rows"][-1]
         lines.append(
             {
-                "subject": table["task"].replace("_", " "),
+                "subject": table["task"],
+                "is_task": True,
                 "unit": "correct" if table["percent"] else table["metric"].replace("_", " "),
                 "percent": table["percent"],
                 "before": first["value"],

@@ -320,7 +320,7 @@ def test_further_metrics_stand_apart_and_count_for_no_adjustment(report):
     changes = [row["change"] for table in shown["benchmarks"] for row in table["rows"] if row["change"]]
     tested = [change for change in changes if change["adjusted_p_value"] is not None]
     assert len(tested) == 2 * (len(fake_store.MODELS) - 1)
-    assert [line["subject"] for line in shown["verdict"]] == ["language identification", "Held-out text"]
+    assert [line["subject"] for line in shown["verdict"]] == ["language_identification", "Held-out text"]
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert page.count("<summary>1 further metric</summary>") == 1
     assert "acc_norm" in page.partition("<summary>")[2]
