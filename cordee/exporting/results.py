@@ -34,6 +34,8 @@ class Result:
     value: float
     standard_error: float | None
     documents: int | None
+    documents_in_all: int | None
+    """Of the task; more than were measured where there was a limit."""
     chance: float | None
     higher_is_better: bool
     engine: str
@@ -102,7 +104,8 @@ def _results(made: Artifact, engine: dict[str, Any], row: dict[str, Any]) -> Ite
                 how=task.get("how") or {},
                 shots=task.get("shots"), version=task.get("version"), metric=one["metric"], filter=one["filter"],
                 is_main=(one["metric"], one["filter"]) == (task["metric"], task["filter"]), value=one["value"],
-                standard_error=one.get("standard_error"), documents=one.get("documents"), chance=task.get("chance"),
+                standard_error=one.get("standard_error"), documents=one.get("documents"),
+                documents_in_all=task.get("documents_in_all"), chance=task.get("chance"),
                 higher_is_better=task["higher_is_better"].get(one["metric"], True), engine=computed, dataset=dataset,
             )  # fmt: skip
 

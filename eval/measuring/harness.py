@@ -184,6 +184,7 @@ def _add(
                     "how": {key: value for key, value in batch.how.items() if value not in (None, False)},
                     "is_asked": name in asked,
                     "is_group": name not in batch.loaded["tasks"],
+                    "documents_in_all": None if name not in rows else len(batch.loaded["tasks"][name].eval_docs),
                     "shots": outcome["n-shot"].get(name),
                     "version": outcome["versions"].get(name),
                     "metric": metric,

@@ -35,7 +35,8 @@ def results(*names):
     """`results.json` of some models: a task of two figures, and one that was asked as part of a group."""
     task = {"task": "gsm8k", "asked": "chat-2-shot", "is_asked": True, "is_group": False, "shots": 2, "version": 3.0,
             "metric": "exact_match", "filter": "strict-match", "higher_is_better": {"exact_match": True},
-            "description": f"maths {HOSTILE}", "chance": None}  # fmt: skip
+            "description": f"maths {HOSTILE}", "chance": None, "documents_in_all": 1319,
+            "how": {"system_instruction": "Be | brief."}}  # fmt: skip
     part = {**task, "task": "part", "is_asked": False}
     models = [
         {"name": name, "dtype": "float32", "tasks": [task, part], "notes": {}, "commands": [], "documents": 7,
@@ -172,8 +173,11 @@ def test_the_card_shows_figures_data_and_procedure(export):
     text = ModelCard.load(export("mine/sft@1", "tuned") / "README.md").text
     shown = [row for row in rows_of(text, "Evaluation") if row]
     assert [(row[0], row[1], row[3], row[4], row[6]) for row in shown] == [
-        ("<code>gsm8k</code>", "chat-2-shot", "0.1235", units.NO_VALUE, "7"), ("", "", "0.2500", "0.0123", "7"),
+        ("<code>gsm8k</code>", "chat-2-shot, system_instruction <code>Be | brief.</code>", "0.1235", units.NO_VALUE,
+         "7 of 1,319"),
+        ("", "", "0.2500", "0.0123", "7 of 1,319"),
     ]  # fmt: skip
+    assert "Of `gsm8k` only 7 of 1,319 documents were measured" in text
     assert rows_of(text, "Procedure")[1][1:6] == ["supervised fine-tuning (SFT)", "9", "500", "1.5", "1 min 05 s"]
     chats, _, read = [row for row in rows_of(text, "Training data") if row]
     assert chats[1:] == ["sft", "unknown", "not recorded", f"<code>{'d' * 16}</code>"]
