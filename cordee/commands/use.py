@@ -1,5 +1,6 @@
 """Commands that use a model."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from cordee.commands.common import RUNS, Runs, command
 @command
 def chat_(  # noqa: PLR0913, PLR0917 - each is an option of the command
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder, or recipe/stage@version")],
-    adapter: Annotated[Path | None, typer.Option(help="an adapter on MODEL")] = None,
+    adapter: Annotated[str | None, typer.Option(help="an adapter on MODEL: a folder, or recipe/stage@version")] = None,
     system: Annotated[str, typer.Option(help="the system prompt")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 512,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy (default: the model's own)")] = None,
@@ -24,14 +25,17 @@ def chat_(  # noqa: PLR0913, PLR0917 - each is an option of the command
     from cordee import lineage, model_folder
     from cordee.artifact import Store
 
-    folder = lineage.place(model, Store(runs))
-    if adapter:
-        model_folder.require_adapter(adapter, folder, "--adapter")
+    store = Store(runs)
+    folder, on_top = lineage.place(model, store), lineage.place(adapter, store) if adapter else None
+    if on_top:
+        model_folder.require_adapter(on_top, folder, "--adapter")
     model_folder.require_served(folder, "MODEL")
+    if sys.stderr.isatty():
+        typer.echo(f"opens {model} with {engine} …", err=True)
     from cordee.compute import generators, talk, terminal
     from cordee.compute.adapter import placed_on
 
-    place = placed_on(adapter, folder) if adapter else folder
+    place = placed_on(on_top, folder) if on_top else folder
     settings = generators.Settings(max_tokens, temperature, top_p, seed)
     opened = (generators.Vllm if engine == "vllm" else generators.Transformers)(place, settings)
     terminal.converse(talk.Chat(opened, system))

@@ -67,10 +67,10 @@ def another(engine, _folder):
     ],
 )
 def test_an_adapter_that_is_not_used_is_a_fault(fault, limits, message, models, adapters, monkeypatch):
-    from cordee.compute import engine
+    from cordee.compute import engine, probe
 
     for name, value in limits.items():
-        monkeypatch.setattr(engine, name, value)
+        monkeypatch.setattr(probe, name, value)
     monkeypatch.setattr(engine.Engine, "_adapter", fault)
     with pytest.raises(Fault, match=message):
         models.open(adapters["small"])
@@ -80,10 +80,10 @@ def test_an_adapter_that_is_not_used_is_a_fault(fault, limits, message, models, 
 
 @WITH_VLLM
 def test_an_adapter_that_is_not_used_is_a_fault_where_rounding_would_hide_it(models, adapters, monkeypatch):
-    from cordee.compute import engine
+    from cordee.compute import engine, probe
 
-    monkeypatch.setattr(engine, "NEARER", float("inf"))
-    monkeypatch.setattr(engine, "PROBE_LIMIT", {"float32": 1e-3, "bfloat16": 10.0})
+    monkeypatch.setattr(probe, "NEARER", float("inf"))
+    monkeypatch.setattr(probe, "PROBE_LIMIT", {"float32": 1e-3, "bfloat16": 10.0})
     monkeypatch.setattr(engine.Engine, "dtype", "bfloat16")
     models.open(adapters["small"])
     monkeypatch.setattr(engine.Engine, "_adapter", dropped)
@@ -97,14 +97,14 @@ def test_an_adapter_of_which_a_part_is_not_used_is_a_fault(models, adapters, mon
     from safetensors.torch import load_file, save_file
     from vllm.lora.request import LoRARequest
 
-    from cordee.compute import engine
+    from cordee.compute import engine, probe
 
     folder = shutil.copytree(adapters["small"], tmp_path / "partly")
     weights = load_file(folder / "adapter_model.safetensors")
     renamed = {name.replace("model.layers.1.", "model.blocks.1."): tensor for name, tensor in weights.items()}
     save_file(renamed, folder / "adapter_model.safetensors")
-    monkeypatch.setattr(engine, "NEARER", float("inf"))
-    monkeypatch.setattr(engine, "PROBE_LIMIT", {"float32": 10.0})
+    monkeypatch.setattr(probe, "NEARER", float("inf"))
+    monkeypatch.setattr(probe, "PROBE_LIMIT", {"float32": 10.0})
     monkeypatch.setattr(engine.Engine, "_adapter", lambda *_: LoRARequest("partly", 99, str(folder)))
     with pytest.raises(Fault, match="vLLM uses 6 of the adapter's 12 matrices"):
         models.open(adapters["small"])
