@@ -110,6 +110,8 @@ def test_an_adapter_of_another_shape_is_refused(adapter: Path, base: Path, tmp_p
     from transformers import ApertusConfig, ApertusForCausalLM
 
     (adapter / "base_model.json").unlink()
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**told, "base_model_name_or_path": "not/here"}))
     config = ApertusConfig.from_pretrained(base)
     config.intermediate_size = 96
     other = tmp_path / "other"
