@@ -112,7 +112,9 @@ def test_the_stage_gives_the_figures_of_the_command(engine, mode, checkpoints, h
     require_same(row, artifact, {chat: {"answer"}, plain: PLAIN}, tmp_path)
 
 
-@pytest.mark.parametrize(("engine", "mode"), ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "mode"), [ENGINES[0], pytest.param(*ENGINES[1], marks=pytest.mark.long), ENGINES[2]]
+)
 def test_of_an_adapter_too_beside_whose_base_it_is_measured(
     engine, mode, checkpoints, adapters, held_out, tasks, tmp_path
 ):

@@ -37,6 +37,7 @@ def files_of(asked):
     return [str(task.task).rpartition(LM_EVAL)[2] for task in asked.tasks]
 
 
+@pytest.mark.long
 def test_the_index_is_lm_evals_own(tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
