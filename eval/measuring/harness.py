@@ -11,11 +11,13 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import add_env_info
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
@@ -44,6 +46,7 @@ def measure(
     """
     folder = context.out / "lm_eval" / model
     shutil.rmtree(folder, ignore_errors=True)
+    evaluator.add_env_info = lambda told: told.update(_environment())
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstrap must not fork a process that holds an engine
     measured: dict[str, Any] = {"results": [], "tasks": [], "documents": 0, "notes": {}, "commands": []}
     for batch in batches:
@@ -78,6 +81,14 @@ def measure(
         _require_written(folder / batch.label, f"results_{written}.json", 1)
     files.sync_tree(folder)
     return measured
+
+
+@cache
+def _environment() -> dict[str, Any]:
+    """What lm-eval tells of the machine and the packages: it would look for 5 seconds after each model."""
+    found: dict[str, Any] = {}
+    add_env_info(found)
+    return found
 
 
 def said(measured: Mapping[str, Any]) -> str:
