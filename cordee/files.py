@@ -17,6 +17,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """What a tokenizer consists of in a Hugging Face folder; all but the first two may be missing."""
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""What the names of a model's weights, config and tokenizer end with in a Hugging Face folder."""
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 """What it has beside these: templates that transformers takes by their name, as `tool_use` for a chat with tools."""
 _SEAL = re.compile(rb'\{\n  "sha256": "([0-9a-f]{64})",\n')

@@ -27,7 +27,7 @@ _REFERENCE = re.compile(
     r"(?:@(?P<revision>[^@/]+))?(?:/(?P<place>.+))?"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-OF_MODELS = (".safetensors", ".json", ".jinja", ".txt", ".md", ".model", ".tiktoken")
+OF_MODELS = (*files.MODEL_SUFFIXES, ".md")
 """The suffixes of a model's files that are fetched."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 """The suffixes of what would have to be unpickled: nothing of that kind is fetched."""

@@ -161,9 +161,7 @@ def _is_small(model: Path) -> bool:
 
 def _template(model: Path) -> Iterator[str]:
     """The key that gives a base model a chat template."""
-    folder = model_folder.tokenizer_of(model)
-    told = files.read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    if not told.get("chat_template") and not (folder / "chat_template.jinja").is_file():
+    if not model_folder.chat_template(model_folder.tokenizer_of(model)):
         yield "    chat_template: chatml  # the model has none"
         yield "    added_tokens: ['<|im_start|>', '<|im_end|>']  # which the template writes"
 

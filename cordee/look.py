@@ -88,15 +88,12 @@ def _lengths(rows: list[dict[str, Any]], model: Path | None, shape: str) -> list
 def _overhead(folder: Path, tokenizer: Tokenizer) -> tuple[int, int]:
     """The tokens that a folder's chat template, or the one that it is given, adds to a chat and to a message."""
     told = files.read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    own = folder / "chat_template.jinja"
-    text = own.read_text(encoding="utf-8") if own.is_file() else told.get("chat_template")
+    text = model_folder.chat_template(folder)
     tokens = {name: (one.get("content") if isinstance(one, dict) else one) for name, one in told.items() if one}
     variables = {name: tokens[name] for name in ("bos_token", "eos_token") if name in tokens}
-    return (
-        overhead.of(text, variables, lambda one: len(tokenizer.encode(one, add_special_tokens=False).ids))
-        if (isinstance(text, str))
-        else overhead.UNKNOWN
-    )
+    if text is None:
+        return overhead.UNKNOWN
+    return overhead.of(text, variables, lambda one: len(tokenizer.encode(one, add_special_tokens=False).ids))
 
 
 def _messages(row: dict[str, Any]) -> int:

@@ -182,6 +182,17 @@ def served_base(folder: Path, key: str | None = None) -> Path:
     return base_of(folder, key=key) if is_adapter(folder) else folder
 
 
+def chat_template(folder: Path) -> str | None:
+    """The chat template in a tokenizer's folder, of several the default one; None where there is none."""
+    if (own := folder / "chat_template.jinja").is_file():
+        return own.read_text(encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    told = files.read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(told, list):  # as transformers wrote several
+        told = {one["name"]: one["template"] for one in told}.get("default")
+    return told or None
+
+
 def tokenizer_of(folder: Path) -> Path:
     """The folder with the tokenizer of a model or an adapter: its own or, where an adapter has none, its base's."""
     return folder if (folder / "tokenizer.json").is_file() else served_base(folder)

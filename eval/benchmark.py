@@ -78,15 +78,15 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             row = harness.measure(lm, model, asked, context, confirm_unsafe_code=confirmed)
             seconds = round(time.monotonic() - began - lm.starting_s, 3)
             measured[model] = {"name": model, "dtype": lm.dtype, **row, "seconds": seconds}
-            _write(context.out, settings.describe(), [measured[name] for name in config.models if name in measured])
             notes = [f"{task}: {note}" for task, found in row["notes"].items() for note in found]
             notes += [f"{lm.found} of {lm.asked} requests were answered earlier"] if lm.found else []
             for note in (*notes, harness.said(row)):
                 context.note(f"{model}: {note}")
         models.close()
-    last = measured[list(config.models)[-1]]
-    figures = {f"{task['task']}.{row['metric']}": row["value"] for task, row in harness.asked_for(last)}
-    return {"rows": sum(row["documents"] for row in measured.values()), "engine": settings.name, **figures}
+    rows = [measured[name] for name in config.models]
+    _write(context.out, settings.describe(), rows)
+    figures = {f"{task['task']}.{row['metric']}": row["value"] for task, row in harness.asked_for(rows[-1])}
+    return {"rows": sum(row["documents"] for row in rows), "engine": settings.name, **figures}
 
 
 def _write(out: Path, engine: dict[str, str], rows: list[dict[str, Any]]) -> None:

@@ -75,11 +75,7 @@ class Card:
     @property
     def has_template(self) -> bool:
         """Whether its tokenizer has a chat template."""
-        place = model_folder.tokenizer_of(self.folder)
-        path = place / "tokenizer_config.json"
-        return (place / "chat_template.jinja").is_file() or (
-            path.is_file() and bool(files.read_json(path).get("chat_template"))
-        )
+        return model_folder.chat_template(model_folder.tokenizer_of(self.folder)) is not None
 
     def front_matter(self) -> dict[str, Any]:
         """What the hub reads: https://huggingface.co/docs/hub/model-cards, without what is not known."""

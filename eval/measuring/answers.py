@@ -27,7 +27,7 @@ from eval.measuring.backends import Models
 
 VERSION = 1
 """Raised when the same request gets another answer: these are not found again."""
-WEIGHTS_AND_TOKENS = {".safetensors", ".json", ".jinja", ".model", ".txt", ".bin"}
+WEIGHTS_AND_TOKENS = (*files.MODEL_SUFFIXES, ".bin")
 """The files of a model's folder that its answers depend on end with these."""
 
 FACTS = ("dtype", "note", "max_lora_rank")
