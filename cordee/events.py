@@ -35,12 +35,17 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def append_error(path: Path, error: CordeeError) -> None:
     """Append the error that ended a stage, with its parts."""
+    append(path, "error", text=str(error), **parts_of(error))
+
+
+def parts_of(error: CordeeError) -> dict[str, Any]:
+    """What `error_of` makes the error of again, as JSON."""
     parts = {"problem": error.problem, "file": error.file and str(error.file), "key": error.key, "hint": error.hint}
-    append(path, "error", exit_code=error.exit_code, text=str(error), **parts)
+    return {"exit_code": error.exit_code, **parts}
 
 
 def error_of(event: dict[str, Any]) -> CordeeError:
-    """The error that `append_error` wrote."""
+    """The error whose parts these are."""
     kinds = {kind.exit_code: kind for kind in (UserError, Fault, Stopped)}
     kind = kinds.get(event["exit_code"], Fault)
     return kind(event["problem"], file=event["file"], key=event["key"], hint=event["hint"])

@@ -7,12 +7,14 @@ lm-eval's own results and samples stand untouched in `lm_eval/<model>/`; `result
 
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cordee import files, model_folder, worker
+from cordee import files, machine, model_folder, worker
+from cordee.config import Execution
 from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.model_folder import ModelInput
@@ -33,6 +35,8 @@ class Config(ModelsConfig, TasksConfig):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Requests at once, as in the `lm_eval` command; with `auto`, vLLM is given many (64 on a CPU, 256 on a GPU), which
     is many times faster and rounds differently."""
+    data_parallel_size: Execution[int] = Field(default=1, ge=1)
+    """Processes that each hold the model, on `tensor_parallel_size` GPUs of their own, and answer a share."""
 
     @model_validator(mode="after")
     def _confirmed(self) -> Self:
@@ -51,9 +55,12 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Measure each model, with the answers that it has given before, and write `results.json`."""
-    from eval.measuring import answers, backends, batches, harness
+    from eval.measuring import answers, backends, batches, harness, replicas
 
-    settings = config.settings(context)
+    settings, gpus = config.settings(context), len(machine.gpus())
+    if config.data_parallel_size * config.tensor_parallel_size > (there := gpus or machine.cores()):
+        problem = f"{config.data_parallel_size} processes don't fit on {there} {'GPUs' if gpus else 'cores'}"
+        raise UserError(problem, key="data_parallel_size")
     measured: dict[str, Any] = {}
     requests = 0
 
@@ -64,16 +71,18 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         context.progress(len(measured), len(config.models), "models", requests=requests)
         requests += coming
 
-    confirmed = config.confirm_unsafe_code
-    with tempfile.TemporaryDirectory(prefix="cordee-") as cache:
+    confirmed, folders = config.confirm_unsafe_code, list(config.models.values())
+    models = backends.Models(settings, folders, batch_size=config.batch_size, watch=watch, waits=context.waits)
+    others = replicas.Replicas(
+        config.data_parallel_size, settings, folders, batch_size=config.batch_size, cache=context.cache, watch=watch
+    )
+    share = others.share if config.data_parallel_size > 1 else None
+    with tempfile.TemporaryDirectory(prefix="cordee-") as cache, closing(models), closing(others):
         context.waits("the tasks and their data")
         asked = batches.make(config, context.out, Path(cache), confirm_unsafe_code=confirmed)
-        models = backends.Models(
-            settings, list(config.models.values()), batch_size=config.batch_size, watch=watch, waits=context.waits
-        )
         for model in models.in_turn(config.models):
             watch(0)
-            lm = answers.Asked(models, config.models[model], context.cache)
+            lm = answers.Asked(models, config.models[model], context.cache, share)
             began = time.monotonic()
             row = harness.measure(lm, model, asked, context, confirm_unsafe_code=confirmed)
             seconds = round(time.monotonic() - began - lm.starting_s, 3)
@@ -82,7 +91,6 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             notes += [f"{lm.found} of {lm.asked} requests were answered earlier"] if lm.found else []
             for note in (*notes, harness.said(row)):
                 context.note(f"{model}: {note}")
-        models.close()
     rows = [measured[name] for name in config.models]
     _write(context.out, settings.describe(), rows)
     figures = {f"{task['task']}.{row['metric']}": row["value"] for task, row in harness.asked_for(rows[-1])}

@@ -11,7 +11,7 @@ import time
 import uuid
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,6 +33,10 @@ WEIGHTS_AND_TOKENS = (*files.MODEL_SUFFIXES, ".bin")
 FACTS = ("dtype", "note", "max_lora_rank")
 
 
+Share = Callable[[Path, str, list[list[Any]]], None]
+"""Asks a folder's model requests of a kind, which are in groups of equal ones."""
+
+
 class Answers:
     """The answers of one model in one engine."""
 
@@ -44,6 +48,10 @@ class Answers:
         self._file: TextIO | None = None
         if self.folder.is_dir():
             os.utime(self.folder)  # when it was last used, for `cordee clean`
+        self.read()
+
+    def read(self) -> None:
+        """Read what all processes have kept so far."""
         for path in sorted(self.folder.glob("*.jsonl")):
             lines = _lines(path)
             if facts := next(lines, None):
@@ -113,8 +121,17 @@ def _processor() -> list[Any]:
 class Asked(LM):
     """A model for lm-eval that starts its engine for the first request whose answer is not known."""
 
-    def __init__(self, models: Models, folder: Path, cache: Path) -> None:
+    def __init__(self, models: Models, folder: Path, cache: Path, share: Share | None = None) -> None:
+        """Read its answers.
+
+        Args:
+            models: what opens it.
+            folder: the model or the adapter.
+            cache: where answers are kept.
+            share: has other processes answer and keep the answers, in the place of an engine in this one.
+        """
         super().__init__()
+        self.share = share
         self.models, self.folder = models, folder
         self.command_model, self.batch_size = models.command_model, models.batch_size
         self.tokenizer = configure_pad_token(open_tokenizer(model_folder.tokenizer_of(folder)))
@@ -163,17 +180,18 @@ class Asked(LM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-probability of each continuation, and whether it is the most likely one."""
-        return [(answer[0], answer[1]) for answer in self._ask("loglikelihood", requests, disable_tqdm)]
+        return [(answer[0], answer[1]) for answer in self.ask("loglikelihood", requests, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text."""
-        return self._ask("loglikelihood_rolling", requests, disable_tqdm)
+        return self.ask("loglikelihood_rolling", requests, disable_tqdm)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """A text for each request."""
-        return self._ask("generate_until", requests, disable_tqdm)
+        return self.ask("generate_until", requests, disable_tqdm)
 
-    def _ask(self, kind: str, requests: Sequence[Any], disable_tqdm: bool) -> list[Any]:
+    def ask(self, kind: str, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Any]:
+        """The answers to requests of a kind, by lm-eval's name of it; those that are not known are asked for."""
         seen: Counter[str] = Counter()
         keys = []
         for request in requests:  # a request that comes several times has as many answers
@@ -185,7 +203,13 @@ class Asked(LM):
         missing = [(key, ask) for key, ask in zip(keys, requests, strict=True) if key.partition("-")[0] in again]
         self.asked += len(keys)
         self.found += len(keys) - len(missing)
-        if missing:
+        if missing and self.share:
+            equal: dict[str, list[Any]] = {}
+            for key, request in missing:
+                equal.setdefault(key.partition("-")[0], []).append(request)
+            self.share(self.folder, kind, list(equal.values()))
+            self.answers.read()
+        elif missing:
             lm = self._started()
             lm.set_cache_hook(_Hook(self.answers, kind, missing))
             given = getattr(lm, kind)([ask for _, ask in missing], disable_tqdm=disable_tqdm)

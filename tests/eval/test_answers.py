@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cordee.errors import Stopped
+from cordee.errors import Stopped, UserError
 from cordee.stage import CACHE, Context
 
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "udhr" / "tasks"
@@ -180,3 +180,33 @@ def test_a_further_sample_of_a_prompt_is_drawn_anew(checkpoints, held_out, tmp_p
         texts.append([json.loads(line)["resps"][0] for line in file.read_text().splitlines()])
     assert [answers[:1] for answers in texts[1]] == texts[0]
     assert all(first != second for first, second in texts[1])
+
+
+def test_two_processes_answer_a_share_each_and_the_figures_are_those_of_one(checkpoints, held_out, rolling, tmp_path):
+    from eval import benchmark
+
+    benchmark.run(settings(checkpoints, held_out, [rolling]), alone := context_of(tmp_path / "alone"))
+    shutil.rmtree(tmp_path / "cache")
+    both = settings(checkpoints, held_out, [rolling], data_parallel_size=2)
+    benchmark.run(both, shared := context_of(tmp_path / "shared"))
+    assert figures(shared) == figures(alone)
+    kept = [list(folder.iterdir()) for folder in (tmp_path / "cache" / "answers").iterdir()]
+    assert [len(files) for files in kept] == [2, 2]
+    assert all(len(path.read_text().splitlines()) > 3 for files in kept for path in files)
+
+
+@pytest.mark.long
+def test_an_error_in_one_of_two_processes_is_the_stages_own(checkpoints, held_out, tmp_path):
+    from eval import benchmark
+
+    config = settings({"first": checkpoints["first"]}, held_out, data_parallel_size=2, max_length=16)
+    with pytest.raises(UserError, match=r"max_length: \d+ of \d+ requests don't fit"):
+        benchmark.run(config, context_of(tmp_path / "short"))
+
+
+def test_more_processes_than_the_machine_has_place_for_are_refused(checkpoints, held_out, tmp_path):
+    from eval import benchmark
+
+    config = settings({"first": checkpoints["first"]}, held_out, data_parallel_size=999)
+    with pytest.raises(UserError, match=r"data_parallel_size: 999 processes don't fit on \d+ "):
+        benchmark.run(config, context_of(tmp_path))
