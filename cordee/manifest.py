@@ -5,6 +5,7 @@ The file states the SHA-256 of its own content (`files.write_sealed`), so a chan
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,22 @@ class Manifest(_Part):
     def name(self) -> str:
         """How recipes refer to the artifact: `quickstart/base@1`."""
         return f"{self.recipe}/{self.stage}@{self.version}"
+
+    def names(self, shown: Callable[[str], str] = str) -> dict[str, str]:
+        """What `identity` calls each input, and the name of its artifact or, as it is to be shown, its file."""
+        found = {f"artifact {read.fingerprint}": read.artifact for read in self.inputs if read.artifact}
+        return found | {f"content {read.sha256}": shown(read.file) for read in self.inputs if read.file}
+
+
+def named(value: Any, names: Mapping[str, str]) -> str | None:
+    """The name of the input that a value of an identity points to, and the place in an artifact; None for other values.
+
+    Of a file, the identity has the kind in the place of a place.
+    """
+    head, slash, place = value.partition("/") if isinstance(value, str) else ("", "", "")
+    if head not in names:
+        return None
+    return f"{names[head]}{slash}{place}" if head.startswith("artifact ") else names[head]
 
 
 def write(folder: Path, manifest: Manifest) -> None:

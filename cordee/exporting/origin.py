@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cordee import artifact, files, hub, lineage, model_folder
+from cordee import artifact, files, hub, lineage, manifest, model_folder
 from cordee.artifact import Artifact, Store
 from cordee.data import hub as data_hub
 from cordee.errors import UserError
@@ -131,20 +131,16 @@ def _corpus(made: Artifact) -> dict[str, Any]:
 
 def settings(made: Artifact) -> str:
     """The settings of a stage as YAML, without empty ones; what it read is named by its artifact or its own name."""
-    names = {f"artifact {read.fingerprint}": read.artifact for read in made.manifest.inputs if read.artifact}
-    names |= {f"content {read.sha256}": _shown(read.file) for read in made.manifest.inputs if read.file}
+    names = made.manifest.names(_shown)
 
-    def named(value: Any) -> Any:
+    def told_of(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: named(item) for key, item in value.items() if item not in (None, [], {})}
+            return {key: told_of(item) for key, item in value.items() if item not in (None, [], {})}
         if isinstance(value, list):
-            return [named(item) for item in value]
-        head, slash, place = value.partition("/") if isinstance(value, str) else ("", "", "")
-        if head not in names:
-            return value
-        return f"{names[head]}{slash}{place}" if head.startswith("artifact ") else names[head]
+            return [told_of(item) for item in value]
+        return value if (name := manifest.named(value, names)) is None else name
 
-    told = named(made.manifest.identity.get("config", {}))
+    told = told_of(made.manifest.identity.get("config", {}))
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100) if told else ""
 
 

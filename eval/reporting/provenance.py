@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from cordee import units
+from cordee.manifest import named
 from eval.reporting.records import Record
 
 
@@ -56,10 +57,8 @@ def listing(records: list[Record]) -> str:
             f"  uses: {manifest.uses}",
             f"  seed: {json.dumps(manifest.identity.get('seed'))}",
         ]
-        names = {f"artifact {source.fingerprint}": source.artifact for source in manifest.inputs if source.artifact}
-        names |= {f"content {source.sha256}": source.file for source in manifest.inputs if source.file}
         settings = {**manifest.identity.get("config", {}), **manifest.execution}
-        lines += [f"  {line}" for line in (_yaml(settings, names) if settings else [])]
+        lines += [f"  {line}" for line in (_yaml(settings, manifest.names()) if settings else [])]
     return "\n".join(lines)
 
 
@@ -73,9 +72,8 @@ def _yaml(value: Any, names: dict[str, str]) -> list[str]:
         return [line for key, item in pairs for line in _entry(f"{key}:", _yaml(item, names), _nests(item))]
     if isinstance(value, list) and value:
         return [line for item in value for line in _dashed(_yaml(item, names))]
-    if isinstance(value, str) and value.partition("/")[0] in names:
-        head, slash, place = value.partition("/")
-        return [f"{names[head]}{slash}{place}" if head.startswith("artifact ") else names[head]]  # a file's kind
+    if (name := named(value, names)) is not None:
+        return [name]
     return [json.dumps(value, ensure_ascii=False)]
 
 
