@@ -82,6 +82,7 @@ def test_the_rejected_name_is_wrong_and_of_the_same_script_where_there_is_one(co
     for row in pq.read_table(context.out / "preferences.parquet").to_pylist():
         chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
         assert chosen != rejected
+        assert row["answer"] == chosen
         if script[chosen] == "Latn":
             assert script[rejected] == script[chosen]
 

@@ -8,6 +8,7 @@ training passage that also occurs in a held-out document, of any language, is ne
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.stage import Context
 
-VERSION = 1
+VERSION = 2
 CHOICES = 4
 Count = Annotated[int, Field(ge=0)]
 
@@ -83,8 +84,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         heldout += questions.heldout(language, languages, CHOICES, longest, context.seed)
         context.progress(done + 1, len(languages), "languages")
     cutter.check([row.pop("passage") for row in (*chats, *pairs)])
-    _write_table(context.out / "messages.parquet", chats, ("messages",))
-    _write_table(context.out / "preferences.parquet", pairs, ("prompt", "chosen", "rejected"))
+    _write_table(context.out / "messages.parquet", chats, ["messages"], ["kind", "language"])
+    columns = ["prompt", "chosen", "rejected"], ["answer", "kind", "language"]
+    _write_table(context.out / "preferences.parquet", pairs, *columns)
     files.write_text(
         context.out / "heldout.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in heldout)
     )
@@ -98,13 +100,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     return counts
 
 
-def _write_table(path: Path, rows: list[dict[str, Any]], messages: tuple[str, ...]) -> None:
+def _write_table(path: Path, rows: list[dict[str, Any]], messages: Sequence[str], texts: Sequence[str]) -> None:
     """Write a Parquet file atomically; the columns `messages` are lists of {role, content}."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     talk = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    schema = pa.schema([*((name, talk) for name in messages), ("kind", pa.string()), ("language", pa.string())])
+    schema = pa.schema([*((name, talk) for name in messages), *((name, pa.string()) for name in texts)])
     beside = path.with_name(f".{path.name}.tmp")
     pq.write_table(pa.Table.from_pylist(rows, schema), beside)
     beside.replace(path)

@@ -38,6 +38,7 @@ def pairs(
             "prompt": _message("user", QUESTION.format(passage=passage)),
             "chosen": _message("assistant", language.name),
             "rejected": _message("assistant", rng.choice(alike or wrong).name),
+            "answer": language.name,
             "kind": "language",
             "language": language.tag,
             "passage": passage,
