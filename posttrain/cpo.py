@@ -5,6 +5,7 @@
 There is no reference model. `trainer: {loss_type: simpo, cpo_alpha: 0}` is SimPO.
 """
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,7 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
     """The trainer, whose pairs are those that were checked here, and what it reads."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # of its config alone, whose fields are checked
     from trl.experimental.cpo import CPOConfig
 
     from posttrain.training import checks, objectives, preference, skeleton

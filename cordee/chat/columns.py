@@ -61,7 +61,7 @@ def record_batch(
     for field in schema(of):
         make = MADE.get(field.name)
         if field.name == "file":
-            values = [places[one.file] for one in found]
+            values: list[Any] = [places[one.file] for one in found]
         else:
             values = [make(one) if make else getattr(one, field.name) for one in found]
         if pa.types.is_large_list(field.type):

@@ -224,7 +224,7 @@ def _unknown(values: Mapping[str, Any], found: str, wanted: Literal["chat", "pai
     if found == "preference pair":
         hint = "posttrain.dpo trains on pairs; `columns: {chosen: completion}` trains on the chosen answers"
         return BadRowError("is a preference pair, and this stage trains on chats", hint=hint)
-    shapes = {
+    shapes: dict[str, Sequence[Sequence[str]]] = {
         "chat": list(CHATS.values()),
         "pair": [PAIRS],
         "answer": [CHATS["prompt and completion"], CHATS["messages"], PAIRS],

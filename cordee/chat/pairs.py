@@ -134,8 +134,9 @@ def _fitted(pair: TokenPair, rules: Rules, notes: Notes) -> TokenPair:
         if left <= 0:
             raise rules.limits.overlong(tokens, "no answer is left of it")
         whole = pair
-        untold = dict.fromkeys(NUMBERS, math.nan)  # said of the whole answers
-        pair = replace(pair, chosen=pair.chosen[:left], rejected=pair.rejected[:left], **untold)
+        pair = replace(pair, chosen=pair.chosen[:left], rejected=pair.rejected[:left])
+        # said of the whole answers
+        pair = replace(pair, chosen_reference_logprob=math.nan, rejected_reference_logprob=math.nan)
         if pair.chosen == pair.rejected and whole.chosen != whole.rejected:
             raise rules.limits.overlong(tokens, "the answers differ only behind it")
         notes.cut += 1

@@ -150,8 +150,8 @@ class Tokenized:
     def pair(self, at: int) -> TokenPair:
         """A sequence of pairs, by its place."""
         sides = (self.items(name, at).tolist() for name in columns.TOKENS["pairs"])
-        told = {name: self.value(name, at) for name in columns.NUMBERS["pairs"]}
-        return TokenPair(self.files[self._number("file", at)], self._number("number", at), *sides, **told)
+        told = (self.value(name, at) for name in columns.NUMBERS["pairs"])
+        return TokenPair(self.files[self._number("file", at)], self._number("number", at), *sides, *told)
 
     def answer(self, at: int) -> TokenAnswer:
         """A sequence of answers, by its place."""

@@ -49,7 +49,7 @@ class Rows(Dataset[dict[str, Any]]):
     def __getitem__(self, at: int) -> dict[str, Any]:
         distinct = int(self._distinct_of[at])
         part, place = self.distinct.place(distinct)
-        row = {"answers": [self.tokens(distinct, column) for column in range(self.columns)]}
+        row: dict[str, Any] = {"answers": [self.tokens(distinct, column) for column in range(self.columns)]}
         for name in self.objective.told:
             row[name] = part.items(name, place) if name == "reference_rewards" else part.value(name, place)
         if self.reference is not None:
