@@ -112,7 +112,7 @@ CASES: list[dict[str, Any]] = [
     {"loss_type": ["hinge"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     {"loss_type": ["sigmoid"], "use_weighting": True},
-    {"loss_type": ["apo_zero", "sft"], "use_weighting": True},
+    {"loss_type": ["apo_zero"], "use_weighting": True},
     {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.4},
     {"loss_type": ["discopop"], "discopop_tau": 0.2, "beta": 0.7},
 ]
@@ -155,6 +155,15 @@ def test_dpo(both: Any, given: dict[str, Any]) -> None:
         assert figures[name] == pytest.approx(theirs._metrics["train"][name][-1], rel=1e-4, abs=1e-6), name
 
 
+def learn(trainer: Any, batch: Any) -> None:
+    """A few steps on all answers, after which the model says any of them rather than its reference does."""
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-trainer.forward(trainer.model, trainer._prepare_inputs(batch)).log_probs.mean()).backward()
+        optimizer.step()
+
+
 class TrlAnswers(trl.KTOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
@@ -165,7 +174,7 @@ def test_kto(model_folder: Path, rows_file: Path, tmp_path: Path, context: Any, 
     given = {"loss_type": loss_type, "beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
     ours, _ = kto.build(keys(kto, model_folder, rows_file, **given), context)
     data = [ours.train_dataset[at] for at in range(2 * ROWS)]
-    moved(ours.model)
+    learn(ours, ours.data_collator(data))
     columns = {
         "prompt_ids": [row["answers"][0][0].tolist() for row in data],
         "completion_ids": [row["answers"][0][1].tolist() for row in data],
@@ -178,9 +187,10 @@ def test_kto(model_folder: Path, rows_file: Path, tmp_path: Path, context: Any, 
         per_device_train_batch_size=len(data), use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     theirs = TrlAnswers(
-        moved(opened(model_folder)), opened(model_folder), settings, train_dataset=Dataset.from_dict(columns),
+        opened(model_folder), opened(model_folder), settings, train_dataset=Dataset.from_dict(columns),
         processing_class=ours.processing_class,
     )  # fmt: skip
+    theirs.model.load_state_dict(ours.model.state_dict())
     their_batch = theirs._prepare_inputs(theirs.data_collator([theirs.train_dataset[at] for at in range(len(data))]))
     batch = ours._prepare_inputs(ours.data_collator(data))
     compare(ours, batch, theirs.model, lambda: theirs._compute_loss(theirs.model, their_batch, False))
