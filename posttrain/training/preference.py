@@ -20,7 +20,7 @@ from posttrain.training.sequences import Sequences
 from posttrain.training.settings import CHECKED_BATCHES, TrlConfig
 
 ROUNDING = 0.01
-"""Nats a token by which bfloat16, compiled code or another engine may differ from the policy's own log-probability."""
+"""Nats a token by which bfloat16, or another engine, may differ from the policy's own log-probability."""
 
 
 def check_settings(settings: Any, config: TrlConfig) -> None:
@@ -100,7 +100,7 @@ def _use_reference(trainer: PreferenceTrainer, config: TrlConfig, context: Conte
             if len(rows) and reference.fill(trainer, rows, config, context):
                 check.is_rounded = True
 
-    check.is_rounded = trainer.args.bf16 or trainer.args.fp16 or config.compile != "off"
+    check.is_rounded = trainer.args.bf16 or trainer.args.fp16
     trainer.add_callback(check)
     if trainer.is_fsdp_enabled:
         trainer.before_training = fill
@@ -144,7 +144,7 @@ class StartsAtReference(TrainerCallback):
         self.tokens = float(max(sequences.lengths(side).mean() for side in self.objective.sides))
 
     def tolerance(self, name: str) -> float:
-        """How far a figure may be off: bfloat16 and compiled code round other batches otherwise."""
+        """How far a figure may be off: bfloat16 rounds other batches otherwise, and so does another engine."""
         nats = max(0.5, ROUNDING * self.tokens) if self.is_rounded else 0.01
         return nats if name == "kl" else max(1e-3, nats * self.objective.reward_scale)
 

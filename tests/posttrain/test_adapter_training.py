@@ -79,7 +79,7 @@ def test_the_reference_of_dpo_does_not_move_with_the_head(
     context = new_context("dpo")
     dpo.run(dpo.Config.model_validate(given), context)
     trainer, _ = dpo.build(dpo.Config.model_validate(given), new_context("again"))
-    plain, _ = dpo.build(dpo.Config.model_validate(given | {"lora": None, "added_tokens": []}), new_context("plain"))
+    plain, _ = dpo.build(dpo.Config.model_validate(given | {"lora": None}), new_context("plain"))
     expected = plain.train_dataset.reference
     assert trainer.train_dataset.reference == pytest.approx(expected, abs=1e-4)
     first, *_, last = files.read_json_lines(context.out / "metrics.jsonl")

@@ -61,6 +61,12 @@ def test_a_second_training_reads_what_the_first_computed(
     assert sum(scored) == 2 * 24
 
 
+def read_from(asked: dpo.Config, **source: Any) -> dpo.Config:
+    """A config with further keys of its source."""
+    keys = asked.model_dump(mode="json")
+    return dpo.Config.model_validate(keys | {"data": [keys["data"][0] | source]})
+
+
 def notes(context: Context) -> list[str]:
     return [row["text"] for row in files.read_json_lines(context.events) if "text" in row]
 
@@ -136,8 +142,8 @@ def test_what_rows_tell_is_used_once_the_first_were_checked(
     expected = r"told\.jsonl: row 1: says that the reference's log-probability of the answer is -\d+\.\d+ nats, and the"
     with pytest.raises(UserError, match=expected):
         dpo.run(config(model_folder, wrong), new_context("refused"))
-    source = [{"path": str(wrong), "ignore": ["chosen_reference_logprob", "rejected_reference_logprob"]}]
-    assert dpo.run(config(model_folder, wrong, data=source), new_context("ignored"))["steps"] == 6
+    asked = read_from(config(model_folder, wrong), ignore=["chosen_reference_logprob", "rejected_reference_logprob"])
+    assert dpo.run(asked, new_context("ignored"))["steps"] == 6
     # sums of all tokens are of no use where those behind the shorter answer weigh less
     scored.clear()
     dpo.build(config(model_folder, told, trainer={"ld_alpha": 0.5}), new_context("weighed"))
@@ -178,7 +184,7 @@ def test_another_reference_is_noticed_at_the_first_step(
 def test_each_distinct_row_is_scored_once(
     model_folder: Path, pairs_file: Path, context: Context, scored: list[int]
 ) -> None:
-    trainer, _ = dpo.build(config(model_folder, pairs_file, data=[{"path": str(pairs_file), "weight": 2.5}]), context)
+    trainer, _ = dpo.build(read_from(config(model_folder, pairs_file), weight=2.5), context)
     assert len(trainer.train_dataset) == 60
     assert sum(scored) == 48
     same = [at for at in range(60) if trainer.train_dataset.sequences.places[at] == 3]
@@ -193,7 +199,7 @@ def test_an_unrelated_answer_is_one_to_another_prompt(
     """Of pairs, both sides of which share a prompt, and of rows that are seen several times."""
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(pair(n)) + "\n" for n in range(size)))
-    keys = config(model_folder, file, data=[{"path": str(file), "weight": 2}]).model_dump(mode="json")
+    keys = read_from(config(model_folder, file), weight=2).model_dump(mode="json")
     trainer, _ = kto.build(kto.Config.model_validate(keys), context)
     rows = trainer.train_dataset
     assert len(rows) == 4 * size
