@@ -1,6 +1,5 @@
 """Single answers in tokens, with what is said of them: whether they are good, or their reward."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +26,12 @@ class TokenAnswer:
     number: int
     prompt: list[int]
     completion: list[int]
-    label: float
-    """1: good, 0: bad; NaN where it is not told."""
-    reward: float
-    """NaN where it is not told."""
-    reference_logprob: float
-    """Its sum over the answer's tokens under the reference model, nats; NaN where it is not told."""
+    label: float | None
+    """1: good, 0: bad; None where it is not told."""
+    reward: float | None
+    """None where it is not told."""
+    reference_logprob: float | None
+    """Its sum over the answer's tokens under the reference model, nats; None where it is not told."""
     reference_rewards: tuple[float, ...]
     """The rewards of the reference model's own answers to the prompt; empty where they are not told."""
 
@@ -107,9 +106,9 @@ def _require(one: TokenAnswer, needs: Needs) -> None:
     Raises:
         BadRowError: it has not.
     """
-    if needs == "labelled" and math.isnan(one.label):
+    if needs == "labelled" and one.label is None:
         raise BadRowError("does not say whether the answer is good", hint="`label: true` or `false`, or a pair")
-    if needs == "scored" and math.isnan(one.reward):
+    if needs == "scored" and one.reward is None:
         hint = "`reward`, or of a pair `chosen_reward` and `rejected_reward`; posttrain.score writes them"
         raise BadRowError("has no reward", hint=hint)
     if needs == "scored" and not one.reference_rewards:
@@ -134,4 +133,4 @@ def _fitted(one: TokenAnswer, rules: Rules, notes: Notes) -> TokenAnswer:
     if left <= 0:
         raise rules.limits.overlong(one.tokens, "no answer is left of it")
     notes.cut += 1
-    return replace(one, completion=one.completion[:left], reference_logprob=math.nan)  # said of the whole answer
+    return replace(one, completion=one.completion[:left], reference_logprob=None)  # said of the whole answer

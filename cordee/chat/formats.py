@@ -224,11 +224,12 @@ def _unknown(values: Mapping[str, Any], found: str, wanted: Literal["chat", "pai
     if found == "preference pair":
         hint = "posttrain.dpo trains on pairs; `columns: {chosen: completion}` trains on the chosen answers"
         return BadRowError("is a preference pair, and this stage trains on chats", hint=hint)
-    shapes: dict[str, Sequence[Sequence[str]]] = {
+    of_wanted: dict[str, Sequence[Sequence[str]]] = {
         "chat": list(CHATS.values()),
         "pair": [PAIRS],
         "answer": [CHATS["prompt and completion"], CHATS["messages"], PAIRS],
-    }[wanted]
+    }
+    shapes = of_wanted[wanted]
     known = [", ".join(names) for names in shapes]
     columns = ", ".join(map(repr, list(values)[:SHOWN_COLUMNS])) or "none"
     columns += f" and {len(values) - SHOWN_COLUMNS} more" if len(values) > SHOWN_COLUMNS else ""

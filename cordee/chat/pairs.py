@@ -1,6 +1,5 @@
 """Preference pairs in tokens: the prompt, which ends where the assistant begins, and either answer after it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +26,9 @@ class TokenPair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    chosen_reference_logprob: float = math.nan
-    """Its sum over the answer's tokens under the reference model, nats, where the row tells it; NaN where not."""
-    rejected_reference_logprob: float = math.nan
+    chosen_reference_logprob: float | None = None
+    """Its sum over the answer's tokens under the reference model, nats, where the row tells it."""
+    rejected_reference_logprob: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,8 +69,8 @@ def of_row(row: Row, values: dict[str, Any], encoder: Encoder, notes: Notes) -> 
         notes.other_columns.update(schema.other_columns(shaped, used, encoder.source.ignore))
         sides = {"chosen": pair.chosen, "rejected": pair.rejected}
         prompt, (chosen, rejected) = rendered(pair.prompt, sides, pair.options, template, notes)
-    told = {name: number(values, name) for name in NUMBERS}
-    return _fitted(TokenPair(row.file, row.number, prompt, chosen, rejected, **told), encoder.rules, notes)
+    told = (number(values, name) for name in NUMBERS)
+    return _fitted(TokenPair(row.file, row.number, prompt, chosen, rejected, *told), encoder.rules, notes)
 
 
 def rendered(
@@ -136,7 +135,7 @@ def _fitted(pair: TokenPair, rules: Rules, notes: Notes) -> TokenPair:
         whole = pair
         pair = replace(pair, chosen=pair.chosen[:left], rejected=pair.rejected[:left])
         # said of the whole answers
-        pair = replace(pair, chosen_reference_logprob=math.nan, rejected_reference_logprob=math.nan)
+        pair = replace(pair, chosen_reference_logprob=None, rejected_reference_logprob=None)
         if pair.chosen == pair.rejected and whole.chosen != whole.rejected:
             raise rules.limits.overlong(tokens, "the answers differ only behind it")
         notes.cut += 1

@@ -150,16 +150,13 @@ class Tokenized:
     def pair(self, at: int) -> TokenPair:
         """A sequence of pairs, by its place."""
         sides = (self.items(name, at).tolist() for name in columns.TOKENS["pairs"])
-        told = (self.value(name, at) for name in columns.NUMBERS["pairs"])
+        told = (self._told(name, at) for name in columns.NUMBERS["pairs"])
         return TokenPair(self.files[self._number("file", at)], self._number("number", at), *sides, *told)
 
     def answer(self, at: int) -> TokenAnswer:
         """A sequence of answers, by its place."""
         prompt, completion = (self.items(name, at).tolist() for name in columns.TOKENS["scored"])
-        label, reward, logprob = (
-            self.value(name, at) if name in self._names else math.nan
-            for name in ("label", "reward", "reference_logprob")
-        )
+        label, reward, logprob = (self._told(name, at) for name in ("label", "reward", "reference_logprob"))
         rewards = tuple(self.items("reference_rewards", at).tolist()) if "reference_rewards" in self._names else ()
         file, number = self.files[self._number("file", at)], self._number("number", at)
         return TokenAnswer(file, number, prompt, completion, label, reward, logprob, rewards)
@@ -168,6 +165,10 @@ class Tokenized:
         """A number of a sequence that its row tells; NaN where it does not."""
         part = int(np.searchsorted(self._starts, at, side="right")) - 1
         return float(self._batches[part].column(name)[at - int(self._starts[part])].as_py())
+
+    def _told(self, name: str, at: int) -> float | None:
+        value = self.value(name, at) if name in self._names else math.nan
+        return None if math.isnan(value) else value
 
     def _number(self, name: str, at: int) -> int:
         return int(self.value(name, at))

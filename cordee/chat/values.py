@@ -56,15 +56,15 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(item)
 
 
-def number(values: Mapping[str, Any], name: str) -> float:
-    """A column's number; a text that spells one, as CSV has it, is one; NaN where there is none.
+def number(values: Mapping[str, Any], name: str) -> float | None:
+    """A column's number; a text that spells one, as CSV has it, is one; None where there is none.
 
     Raises:
         BadRowError: it holds something else.
     """
     value = values.get(name)
     if value is None or (isinstance(value, str) and not value.strip()):
-        return math.nan
+        return None
     try:
         found = float(value) if isinstance(value, int | float | str) else math.inf
     except ValueError:
@@ -85,14 +85,15 @@ def numbers(values: Mapping[str, Any], name: str) -> tuple[float, ...]:
         return ()
     if not isinstance(found, list):
         raise BadRowError(f"{name} is no list of numbers", f"{found!r:.60}")
-    listed = tuple(number({name: item}, name) for item in found)
-    if any(map(math.isnan, listed)):
+    listed = [number({name: item}, name) for item in found]
+    told = tuple(item for item in listed if item is not None)
+    if len(told) < len(listed):
         raise BadRowError(f"{name} holds an item that is no number")
-    return listed
+    return told
 
 
-def truth(values: Mapping[str, Any], name: str) -> float:
-    """A column's truth value as 1 or 0: `true`, `false`, 1 or 0, or a text of one; NaN where there is none.
+def truth(values: Mapping[str, Any], name: str) -> float | None:
+    """A column's truth value as 1 or 0: `true`, `false`, 1 or 0, or a text of one; None where there is none.
 
     Raises:
         BadRowError: it holds something else.
@@ -100,7 +101,7 @@ def truth(values: Mapping[str, Any], name: str) -> float:
     value = values.get(name)
     told = str(value).strip().lower() if value is not None else ""
     if told in ("", "nan"):
-        return math.nan
+        return None
     if told not in ("true", "false", "1", "0", "1.0", "0.0"):
         raise BadRowError(f"{name} is neither true nor false", f"{value!r:.60}")
     return float(told in ("true", "1", "1.0"))

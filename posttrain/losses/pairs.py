@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trl import DPOConfig
 
 LARGEST_EXPONENT = 80.0
-"""Of a float32 that is finite, with room."""
+"""Its exponential is far below the largest float32."""
 
 
 @dataclass(frozen=True)

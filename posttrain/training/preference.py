@@ -35,6 +35,10 @@ def check_settings(settings: Any, config: TrlConfig) -> None:
             key="lora.lora_dropout",
             hint="leave it out, or set trainer.disable_dropout: false",
         )
+    strategy = str(getattr(settings.train_sampling_strategy, "value", settings.train_sampling_strategy))
+    if strategy not in ("random", "sequential"):
+        problem = f"{strategy!r} is not known here: the rows of a step are sorted by length as it is"
+        raise UserError(problem, key="trainer.train_sampling_strategy", hint="leave it out, or write sequential")
     if hasattr(settings, "beta") and not settings.beta > 0:
         raise UserError(f"must be above 0, not {settings.beta}", key="trainer.beta")
 

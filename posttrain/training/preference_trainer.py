@@ -64,13 +64,9 @@ class PreferenceTrainer(transformers.Trainer):
         self.objective = objective
         collator = Collator(processing_class.pad_token_id, getattr(args, "pad_to_multiple_of", None), objective)
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            model=model, args=args, data_collator=collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=processing_class,
-        )
+        )  # fmt: skip
         if args.n_gpu > 1:
             raise ValueError("several GPUs need a process each: `launch: {num_processes: …}`, or one visible GPU")
         # the loss is a mean over the batch's rows, which `Trainer` then divides by the batches of a step

@@ -70,6 +70,10 @@ PREFERENCE_OWNED = OWNED | {
     **dict.fromkeys(("padding_free", "dataset_num_proc", "is_encoder_decoder", "label_smoothing_factor"), ""),
     **dict.fromkeys(("truncation_mode", "max_completion_length"), "the stage's `overlong`"),
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "`model_init_kwargs: {use_kernels: true}`"),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only"), ""),
+    **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics", "label_names"), ""),
+    **dict.fromkeys(("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "length_column_name"), ""),
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), ""),
     "generate_during_eval": "a stage `eval.generate` on its checkpoints",
     "padding_value": "the stage's `pad_token`",
 }
