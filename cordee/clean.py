@@ -145,7 +145,9 @@ def _unfinished(folder: Path) -> Iterator[Item]:
 
 def _caches(folder: Path) -> Iterator[Item]:
     """Caches that no stage has used for a while."""
-    apart = [folder / name for name in ("sequences", "answers")]  # each source's and model's is used or not by itself
+    apart = [
+        folder / name for name in ("sequences", "answers", "reference_logprobs")
+    ]  # each source's and model's is used or not by itself
     others = [path for path in sorted(folder.glob("*")) if path not in apart]
     for path in [*others, *(path for parent in apart for path in sorted(parent.glob("*")))]:
         states = [inner.stat() for inner in [path, *path.rglob("*")] if inner.exists()]

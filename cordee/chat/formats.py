@@ -149,7 +149,7 @@ def pair(values: Values, *, as_text: bool) -> Values | TextPair:
         BadRowError: it has no shape of a preference pair.
     """
     if not all(column in values for column in PAIRS):
-        raise _unknown(values, shape(values), wants_pair=True)
+        raise _unknown(values, shape(values), "pair")
     rest = dict(values)
     prompt, chosen, rejected = rest.pop("prompt", None), rest.pop("chosen"), rest.pop("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str) and not turns.is_chat(chosen):
@@ -173,7 +173,31 @@ def pair(values: Values, *, as_text: bool) -> Values | TextPair:
     return rest | {"prompt": before, "chosen": sides[0], "rejected": sides[1]}
 
 
-def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pairs"]) -> None:
+def answer(values: Values, *, as_text: bool) -> Values | Text:
+    """A row as one with `prompt` and `completion` as lists of messages, or as a text; a chat is its last answer.
+
+    Raises:
+        BadRowError: it has no shape of a prompt with an answer.
+    """
+    found, rest = shape(values), dict(values)
+    if found in ("messages", "ShareGPT"):
+        column = "messages" if found == "messages" else "conversations"
+        messages = _with_system(rest, turns.messages(rest.pop(column), column))
+        if not isinstance(messages, list) or not turns.begins(messages[-1:], "assistant"):
+            raise BadRowError("does not end with an answer of the assistant")
+        return rest | {"prompt": messages[:-1], "completion": messages[-1:]}
+    if found != "prompt and completion":
+        raise _unknown(values, found, "answer")
+    prompt, completion = rest.pop("prompt"), rest.pop("completion")
+    if _is_repeated(prompt, completion):
+        raise BadRowError(TWICE.format("completion"), hint="take it out")
+    if as_text and isinstance(prompt, str) and isinstance(completion, str):
+        return Text(prompt, completion)
+    before = _with_system(rest, turns.side(prompt, "user", "prompt"))
+    return rest | {"prompt": before, "completion": turns.side(completion, "assistant", "completion")}
+
+
+def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pairs", "labelled", "scored"]) -> None:
     """See that the first rows of a source have a shape that is known, without a model.
 
     Raises:
@@ -184,25 +208,35 @@ def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pai
     problems = Problems()
     for row in rows:
         with problems.of(row.file, row.number, row.values):
-            (pair if of == "pairs" else chat)(columns_of(row, source), as_text=source.as_text)
+            values = columns_of(row, source)
+            is_pair = of == "pairs" or (of != "chats" and all(column in values for column in PAIRS))
+            (pair if is_pair else chat if of == "chats" else answer)(values, as_text=source.as_text)
     if problems.count == len(rows):
         problems.raise_any(source.path, len(rows))
 
 
-def _unknown(values: Mapping[str, Any], found: str, *, wants_pair: bool = False) -> BadRowError:
+def _unknown(values: Mapping[str, Any], found: str, wanted: Literal["chat", "pair", "answer"] = "chat") -> BadRowError:
     """Why a row can't be read: what it is instead, or which columns it has."""
-    if wants_pair and found in CHATS:
+    if wanted == "pair" and found in CHATS:
         return BadRowError(f"is no preference pair but {found}", hint="a pair has `chosen` and `rejected`")
+    if wanted == "answer" and found:
+        return BadRowError(f"is no prompt with an answer but {found}", hint="an answer has `prompt` and `completion`")
     if found == "preference pair":
         hint = "posttrain.dpo trains on pairs; `columns: {chosen: completion}` trains on the chosen answers"
         return BadRowError("is a preference pair, and this stage trains on chats", hint=hint)
-    known = ["chosen, rejected"] if wants_pair else [", ".join(names) for names in CHATS.values()]
+    of_wanted: dict[str, Sequence[Sequence[str]]] = {
+        "chat": list(CHATS.values()),
+        "pair": [PAIRS],
+        "answer": [CHATS["prompt and completion"], CHATS["messages"], PAIRS],
+    }
+    shapes = of_wanted[wanted]
+    known = [", ".join(names) for names in shapes]
     columns = ", ".join(map(repr, list(values)[:SHOWN_COLUMNS])) or "none"
     columns += f" and {len(values) - SHOWN_COLUMNS} more" if len(values) > SHOWN_COLUMNS else ""
-    wanted = {"prompt", *PAIRS} if wants_pair else {name for names in CHATS.values() for name in names}
+    names = {name for names in shapes for name in names} | ({"prompt"} if wanted == "pair" else set())
     alike = {
         given: name
-        for name in sorted(wanted.difference(values))
+        for name in sorted(names.difference(values))
         for given in difflib.get_close_matches(name, [*map(str, values)], n=1, cutoff=0.8)
     }
     renames = ", ".join(f"{given}: {name}" for given, name in alike.items()) or "yours: prompt, …"

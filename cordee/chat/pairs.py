@@ -1,16 +1,19 @@
 """Preference pairs in tokens: the prompt, which ends where the assistant begins, and either answer after it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cordee.chat import formats, schema, texts
 from cordee.chat.conversations import Encoder
 from cordee.chat.problems import BadRowError, Notes, Problems
-from cordee.chat.schema import Pair, Record
+from cordee.chat.schema import Record
 from cordee.chat.source import Rules
 from cordee.chat.spans import require_thoughts
+from cordee.chat.spelling import Message
 from cordee.chat.templates import OTHERWISE, Template, common_length
+from cordee.chat.values import number
 from cordee.data.row import Row
 
 
@@ -23,6 +26,9 @@ class TokenPair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    chosen_reference_logprob: float | None = None
+    """Its sum over the answer's tokens under the reference model, nats, where the row tells it."""
+    rejected_reference_logprob: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -30,51 +36,84 @@ class TokenPair:
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
+NUMBERS = ("chosen_reference_logprob", "rejected_reference_logprob")
+"""Columns of a pair beside its texts."""
+BESIDE = ("chosen_reward", "rejected_reward", "reference_rewards")
+"""What else a pair may say of its sides, which other methods read."""
+
+
 def encode(rows: Sequence[Row], encoder: Encoder, problems: Problems, notes: Notes) -> list[TokenPair]:
     """Preference pairs in tokens."""
     found: list[TokenPair] = []
     for row in rows:
         with problems.of(row.file, row.number, row.values):
-            values = formats.columns_of(row, encoder.source)
-            shaped = formats.pair(values, as_text=encoder.as_text)
-            if isinstance(shaped, formats.TextPair):
-                notes.other_columns.update(values.keys() - {*schema.PAIR})
-                sides = texts.pair(shaped, encoder.tokenizer)
-                notes.texts += 1
-            else:
-                template = encoder.required_template()
-                pair = schema.pair(Record(row.file, row.number, shaped), template, encoder.source.ignore)
-                notes.other_columns.update(schema.other_columns(shaped, schema.PAIR, encoder.source.ignore))
-                sides = _rendered(pair, template, notes)
-            found.append(_fitted(TokenPair(row.file, row.number, *sides), encoder.rules, notes))
+            found.append(of_row(row, formats.columns_of(row, encoder.source), encoder, notes))
     return found
 
 
-def _rendered(pair: Pair, template: Template, notes: Notes) -> tuple[list[int], list[int], list[int]]:
-    """Render and tokenize a pair: the prompt is what both sides share with the prompt alone.
+def of_row(row: Row, values: dict[str, Any], encoder: Encoder, notes: Notes) -> TokenPair:
+    """A row, whose columns are `values`, as a pair in tokens.
 
     Raises:
-        BadRowError: the prompt is rendered differently before a side, beyond its generation prompt.
+        BadRowError: it is none, or can't be used.
     """
-    chats = [[*pair.prompt, *side] for side in (pair.chosen, pair.rejected)]
-    texts = template.texts(chats, pair.options)
-    prompt = template.text(pair.prompt, pair.options, add_generation_prompt=True)
-    context = template.context(prompt, pair.prompt, pair.options, texts)
-    for name, chat, text in zip(("chosen", "rejected"), chats, texts, strict=True):
-        template.require_written(chat, pair.options)
-        for message in chat[len(pair.prompt) :]:
+    used = {*schema.PAIR, *NUMBERS, *BESIDE}
+    shaped = formats.pair(values, as_text=encoder.as_text)
+    if isinstance(shaped, formats.TextPair):
+        notes.other_columns.update(values.keys() - used)
+        prompt, chosen, rejected = texts.pair(shaped, encoder.tokenizer)
+        notes.texts += 1
+    else:
+        template = encoder.required_template()
+        pair = schema.pair(Record(row.file, row.number, shaped), template, encoder.source.ignore)
+        notes.other_columns.update(schema.other_columns(shaped, used, encoder.source.ignore))
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        prompt, (chosen, rejected) = rendered(pair.prompt, sides, pair.options, template, notes)
+    told = (number(values, name) for name in NUMBERS)
+    return _fitted(TokenPair(row.file, row.number, prompt, chosen, rejected, *told), encoder.rules, notes)
+
+
+def rendered(
+    asked: list[Message],
+    answers: Mapping[str, list[Message]],
+    options: dict[str, Any],
+    template: Template,
+    notes: Notes,
+) -> tuple[list[int], list[list[int]]]:
+    """Render and tokenize answers to a prompt: the prompt is what all of them share with the prompt alone.
+
+    Args:
+        asked: the prompt.
+        answers: each by the name of its column.
+        options: what else the template is given.
+        template: renders and encodes.
+        notes: told what is not as one might expect.
+
+    Returns:
+        The ids of the prompt, and of each answer after it.
+
+    Raises:
+        BadRowError: the prompt is rendered differently before an answer, beyond its generation prompt.
+    """
+    chats = [[*asked, *side] for side in answers.values()]
+    texts = template.texts(chats, options)
+    prompt = template.text(asked, options, add_generation_prompt=True)
+    context = template.context(prompt, asked, options, texts)
+    for name, chat, text in zip(answers, chats, texts, strict=True):
+        template.require_written(chat, options)
+        for message in chat[len(asked) :]:
             require_thoughts(message, text, name)
         if not text.startswith(prompt[:context]):
             raise BadRowError(OTHERWISE)
-    asked, chosen, rejected = template.encode([prompt, *texts])["input_ids"]
-    length = min(common_length(asked, chosen), common_length(asked, rejected))
-    notes.begins_differently += length < len(asked)
-    for name, ids in (("chosen", chosen), ("rejected", rejected)):
-        said = [number for number in ids[length:] if number not in template.special_ids]
+    alone, *whole = template.encode([prompt, *texts])["input_ids"]
+    length = min(common_length(alone, ids) for ids in whole)
+    notes.begins_differently += length < len(alone)
+    for name, ids in zip(answers, whole, strict=True):
+        said = [token for token in ids[length:] if token not in template.special_ids]
         if not template.tokenizer.decode(said, clean_up_tokenization_spaces=False).strip():
             raise BadRowError("an answer is rendered as nothing", name)
         notes.without_end += not template.special_ids.intersection(ids[length:])
-    return chosen[:length], chosen[length:], rejected[length:]
+    return whole[0][:length], [ids[length:] for ids in whole]
 
 
 def _fitted(pair: TokenPair, rules: Rules, notes: Notes) -> TokenPair:
@@ -93,7 +132,10 @@ def _fitted(pair: TokenPair, rules: Rules, notes: Notes) -> TokenPair:
         left = longest - len(pair.prompt)
         if left <= 0:
             raise rules.limits.overlong(tokens, "no answer is left of it")
-        whole, pair = pair, replace(pair, chosen=pair.chosen[:left], rejected=pair.rejected[:left])
+        whole = pair
+        pair = replace(pair, chosen=pair.chosen[:left], rejected=pair.rejected[:left])
+        # said of the whole answers
+        pair = replace(pair, chosen_reference_logprob=None, rejected_reference_logprob=None)
         if pair.chosen == pair.rejected and whole.chosen != whole.rejected:
             raise rules.limits.overlong(tokens, "the answers differ only behind it")
         notes.cut += 1

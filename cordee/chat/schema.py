@@ -16,7 +16,7 @@ from cordee.chat.templates import Template
 from cordee.chat.values import from_text, says, texts_in, without_nulls
 from cordee.errors import nearest
 
-PAIR = ("prompt", "chosen", "rejected")
+PAIR, ANSWER = ("prompt", "chosen", "rejected"), ("prompt", "completion")
 OPTIONS = ("tools", "documents", "chat_template_kwargs")
 """Columns beside the messages that a template can be given."""
 ELSEWHERE = {
@@ -67,6 +67,17 @@ class Pair:
     options: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Answered:
+    """One row of a prompt with an answer, ready for the template."""
+
+    file: Path
+    number: int
+    prompt: list[Message]
+    completion: list[Message]
+    options: dict[str, Any]
+
+
 def chat(record: Record, template: Template, ignore: Collection[str] = ()) -> Chat:
     """The row as a chat; columns and message keys in `ignore` are left out.
 
@@ -110,25 +121,53 @@ def pair(record: Record, template: Template, ignore: Collection[str] = ()) -> Pa
         BadRowError: something in it can't be used, or there is nothing to prefer.
     """
     options = _options(record, template, ignore, PAIR)
+    prompt = _prompt(record, template, options, ignore)
+    chosen, rejected = (_side(record, column, prompt, template, options, ignore) for column in PAIR[1:])
+    if chosen == rejected:
+        raise BadRowError("chosen and rejected are equal: there is nothing to prefer")
+    return Pair(record.file, record.number, prompt, chosen, rejected, options)
+
+
+def answered(record: Record, template: Template, ignore: Collection[str] = ()) -> Answered:
+    """The row as a prompt with an answer; columns and message keys in `ignore` are left out.
+
+    Raises:
+        BadRowError: something in it can't be used.
+    """
+    options = _options(record, template, ignore, ANSWER)
+    prompt = _prompt(record, template, options, ignore)
+    completion = _side(record, "completion", prompt, template, options, ignore)
+    return Answered(record.file, record.number, prompt, completion, options)
+
+
+def _prompt(record: Record, template: Template, options: dict[str, Any], ignore: Collection[str]) -> list[Message]:
+    """The messages that are answered."""
     prompt, _ = read_messages(record.values, "prompt", template, options, ignore)
     if prompt[-1]["role"] == "assistant":
         raise BadRowError("the prompt's last message is the assistant's: there is nothing to answer")
-    sides: list[list[Message]] = []
-    for column in PAIR[1:]:
-        side, flags = read_messages(record.values, column, template, options, ignore, prompt)
-        if side[-1]["role"] != "assistant":
-            raise BadRowError(f"{column} ends with {side[-1]['role']!r}, not with the assistant")
-        for place, message in enumerate(side, 1):
-            if message["role"] == "assistant":
-                require_answer(message, f"{column}, message {place}")
-        if side[: len(prompt)] == prompt:
-            raise BadRowError(formats.TWICE.format(column), hint="`ignore: [prompt]`, or take it out")
-        if False in flags:
-            raise BadRowError(f"{column} is marked `train: false`, and a pair is compared as a whole")
-        sides.append(side)
-    if sides[0] == sides[1]:
-        raise BadRowError("chosen and rejected are equal: there is nothing to prefer")
-    return Pair(record.file, record.number, prompt, sides[0], sides[1], options)
+    return prompt
+
+
+def _side(
+    record: Record,
+    column: str,
+    prompt: list[Message],
+    template: Template,
+    options: dict[str, Any],
+    ignore: Collection[str],
+) -> list[Message]:
+    """The messages of an answer to a prompt, compared as a whole."""
+    side, flags = read_messages(record.values, column, template, options, ignore, prompt)
+    if side[-1]["role"] != "assistant":
+        raise BadRowError(f"{column} ends with {side[-1]['role']!r}, not with the assistant")
+    for place, message in enumerate(side, 1):
+        if message["role"] == "assistant":
+            require_answer(message, f"{column}, message {place}")
+    if side[: len(prompt)] == prompt:
+        raise BadRowError(formats.TWICE.format(column), hint="`ignore: [prompt]`, or take it out")
+    if False in flags:
+        raise BadRowError(f"{column} is marked `train: false`, and an answer is compared as a whole")
+    return side
 
 
 def chosen(record: Record, template: Template) -> Chat:

@@ -9,6 +9,7 @@ is a digest of all that decides about its content: the files, the tokenizer and 
 import hashlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -19,15 +20,17 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from cordee import files, hashes, machine
-from cordee.chat import pairs
-from cordee.chat.conversations import Conversation, Encoder, Ids
+from cordee.chat import answers, columns, pairs
+from cordee.chat.answers import TokenAnswer
+from cordee.chat.columns import Of
+from cordee.chat.conversations import Conversation, Encoder
 from cordee.chat.pairs import TokenPair
 from cordee.chat.problems import Kind, Notes, Problems
 from cordee.chat.selection import files_of, selected
@@ -39,16 +42,14 @@ from cordee.data.row import Row
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 
-VERSION = 2
+VERSION = 3
 """Raised when the same rows become other sequences."""
 PARALLEL_BYTES = 16_000_000
 """Size of the files from which several processes are worth their start, which takes seconds."""
 AHEAD = 4
 """Batches per worker that wait for it or for their turn."""
 SEQUENCES, REPORT = "sequences.arrow", "report.json"
-LISTS = {"chats": ("ids", "loss", "answers"), "pairs": ("prompt", "chosen", "rejected")}
-Of = Literal["chats", "pairs"]
-Columns = dict[str, list[Any]]
+TOKENS = {name for names in columns.TOKENS.values() for name in names}
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Encoded:
     """What became of a batch of rows."""
 
     sequences: pa.RecordBatch
-    """Of each: its file's place among the source's, its row's number, and what `LISTS` names."""
+    """Of each: its file's place among the source's, its row's number, and the lists and numbers of `columns`."""
     rows: int
     problems: Problems
     notes: Notes
@@ -82,12 +83,17 @@ class Tokenized:
         whole: npt.NDArray[Any] = np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
         return whole.astype(np.int64)
 
-    def items(self, name: str, at: int) -> Ids:
-        """`[items]`, int32: a list of a sequence, such as its `ids`."""
+    def floats(self, name: str) -> npt.NDArray[np.float64]:
+        """`[sequences]`: a column of numbers that rows tell, such as `reward`; NaN where one does not."""
+        found: npt.NDArray[np.float64] = np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
+        return found
+
+    def items(self, name: str, at: int) -> npt.NDArray[Any]:
+        """`[items]`: a list of a sequence, such as its `ids`, int32."""
         part = int(np.searchsorted(self._starts, at, side="right")) - 1
         offsets, values = self._flat[name][part]
         within = at - int(self._starts[part])
-        found: Ids = values[offsets[within] : offsets[within + 1]]
+        found: npt.NDArray[Any] = values[offsets[within] : offsets[within + 1]]
         return found
 
     def lengths(self, name: str) -> npt.NDArray[np.int64]:
@@ -99,7 +105,7 @@ class Tokenized:
         """`[sequences]`: hashes of their token ids, the same for the same ids within a process."""
         found: list[int] = []
         for part, batch in enumerate(self._batches):
-            lists = [self._flat[name][part] for name in ("ids", *LISTS["pairs"]) if name in self._flat]
+            lists = [self._flat[name][part] for name in sorted(TOKENS & self._flat.keys())]
             found += [
                 hash(tuple(ids[ends[at] : ends[at + 1]].tobytes() for ends, ids in lists))
                 for at in range(batch.num_rows)
@@ -107,7 +113,11 @@ class Tokenized:
         return np.array(found, dtype=np.int64)
 
     @cached_property
-    def _flat(self) -> dict[str, list[tuple[npt.NDArray[np.int64], Ids]]]:
+    def _names(self) -> set[str]:
+        return {*self._batches[0].schema.names}
+
+    @cached_property
+    def _flat(self) -> dict[str, list[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]]:
         names = [name for name, kind in zip(self._batches[0].schema.names, self._batches[0].schema.types, strict=True)
                  if pa.types.is_large_list(kind)]  # fmt: skip
         return {
@@ -139,19 +149,36 @@ class Tokenized:
 
     def pair(self, at: int) -> TokenPair:
         """A sequence of pairs, by its place."""
-        sides = (self.items(name, at).tolist() for name in LISTS["pairs"])
-        return TokenPair(self.files[self._number("file", at)], self._number("number", at), *sides)
+        sides = (self.items(name, at).tolist() for name in columns.TOKENS["pairs"])
+        told = (self._told(name, at) for name in columns.NUMBERS["pairs"])
+        return TokenPair(self.files[self._number("file", at)], self._number("number", at), *sides, *told)
+
+    def answer(self, at: int) -> TokenAnswer:
+        """A sequence of answers, by its place."""
+        prompt, completion = (self.items(name, at).tolist() for name in columns.TOKENS["scored"])
+        label, reward, logprob = (self._told(name, at) for name in ("label", "reward", "reference_logprob"))
+        rewards = tuple(self.items("reference_rewards", at).tolist()) if "reference_rewards" in self._names else ()
+        file, number = self.files[self._number("file", at)], self._number("number", at)
+        return TokenAnswer(file, number, prompt, completion, label, reward, logprob, rewards)
+
+    def value(self, name: str, at: int) -> float:
+        """A number of a sequence that its row tells; NaN where it does not."""
+        part = int(np.searchsorted(self._starts, at, side="right")) - 1
+        return float(self._batches[part].column(name)[at - int(self._starts[part])].as_py())
+
+    def _told(self, name: str, at: int) -> float | None:
+        value = self.value(name, at) if name in self._names else math.nan
+        return None if math.isnan(value) else value
 
     def _number(self, name: str, at: int) -> int:
-        part = int(np.searchsorted(self._starts, at, side="right")) - 1
-        return int(self._batches[part].column(name)[at - int(self._starts[part])].as_py())
+        return int(self.value(name, at))
 
 
 def tokenize(of: Of, tokenizer: Any, source: Source, rules: Rules, context: Context, cache: Path) -> Tokenized:
     """A source's rows in tokens: found in the cache, or made there.
 
     Args:
-        of: `chats` (texts too) or `pairs`.
+        of: what the rows have to be: `chats` (texts too), `pairs`, or answers that are `labelled` or `scored`.
         tokenizer: its chat template renders the rows.
         source: what is read.
         rules: what becomes of rows that can't be used or are too long.
@@ -221,13 +248,13 @@ def _write(of: Of, encoder: Encoder, found: Sequence[Path], context: Context, fo
     """Write the sequences, and the report last."""
     rules, source = encoder.rules, encoder.source
     problems, notes, counts, digest = Problems(), Notes(), Counter[str](), hashlib.sha256()
-    with pa.OSFile(str(folder / SEQUENCES), "wb") as sink, pa.ipc.new_file(sink, _schema(of)) as writer:
+    with pa.OSFile(str(folder / SEQUENCES), "wb") as sink, pa.ipc.new_file(sink, columns.schema(of)) as writer:
         for part in _parts(of, encoder, found, context):
             if counts["rows"]:
                 context.stop_if_asked(f"row {counts['rows']} of {source.path.name}")
             problems.add(part.problems)
             notes.add(part.notes)
-            counts.update(rows=part.rows, **_counts(of, part.sequences))
+            counts.update(rows=part.rows, **columns.counts(of, part.sequences))
             _add(digest, part.sequences)
             writer.write_batch(part.sequences)
     if not counts["rows"]:
@@ -308,60 +335,11 @@ def _in_worker(rows: list[Row]) -> Encoded:
 
 def _part(of: Of, encoder: Encoder, places: dict[Path, int], rows: list[Row]) -> Encoded:
     problems, notes = Problems(), Notes()
-    if of == "pairs":
-        columns = _of_pairs(pairs.encode(rows, encoder, problems, notes), places)
+    found: Sequence[Conversation | TokenPair | TokenAnswer]
+    if of == "chats":
+        found = encoder.conversations(rows, problems, notes)
+    elif of == "pairs":
+        found = pairs.encode(rows, encoder, problems, notes)
     else:
-        columns = _of_chats(encoder.conversations(rows, problems, notes), places)
-    return Encoded(_record_batch(of, columns), len(rows), problems.counted(), notes)
-
-
-def _of_chats(found: Sequence[Conversation], places: dict[Path, int]) -> Columns:
-    return {
-        "file": [places[one.file] for one in found],
-        "number": [one.number for one in found],
-        "messages": [one.messages for one in found],
-        "is_cut": [one.is_cut for one in found],
-        "ids": [one.ids for one in found],
-        "loss": [
-            np.flatnonzero(np.diff(np.concatenate(([False], one.has_loss, [False])))).astype(np.int32) for one in found
-        ],
-        "answers": [
-            np.array([(a.message, a.first, a.end, a.until) for a in one.answers], np.int32).reshape(-1) for one in found
-        ],
-    }
-
-
-def _of_pairs(found: Sequence[TokenPair], places: dict[Path, int]) -> Columns:
-    return {
-        "file": [places[one.file] for one in found],
-        "number": [one.number for one in found],
-        **{name: [np.array(getattr(one, name), np.int32) for one in found] for name in LISTS["pairs"]},
-    }
-
-
-def _counts(of: Of, batch: pa.RecordBatch) -> dict[str, int]:
-    """What a batch's sequences add to the report."""
-    sizes = {name: len(batch.column(name).values) for name in LISTS[of]}
-    if of == "pairs":
-        return {"sequences": batch.num_rows, "tokens": 2 * sizes["prompt"] + sizes["chosen"] + sizes["rejected"]}
-    runs = batch.column("loss").values.to_numpy().astype(np.int64)
-    return {"sequences": batch.num_rows, "tokens": sizes["ids"], "loss_tokens": int((runs[1::2] - runs[::2]).sum())}
-
-
-def _schema(of: Of) -> pa.Schema:
-    numbers = [("file", pa.int32()), ("number", pa.int64())]
-    numbers += [("messages", pa.int32()), ("is_cut", pa.int8())] if of == "chats" else []
-    return pa.schema([*numbers, *((name, pa.large_list(pa.int32())) for name in LISTS[of])])
-
-
-def _record_batch(of: Of, columns: Columns) -> pa.RecordBatch:
-    arrays = []
-    for field in _schema(of):
-        values = columns.get(field.name, [])
-        if pa.types.is_large_list(field.type):
-            offsets = pa.array(np.cumsum([0, *map(len, values)]), pa.int64())
-            flat = np.concatenate(values) if values else np.zeros(0, np.int32)
-            arrays.append(pa.LargeListArray.from_arrays(offsets, pa.array(flat, pa.int32())))
-        else:
-            arrays.append(pa.array(np.array(values, dtype=np.int64), pa.int64()).cast(field.type))
-    return pa.record_batch(arrays, schema=_schema(of))
+        found = answers.encode(rows, encoder, problems, notes, of)
+    return Encoded(columns.record_batch(of, found, places), len(rows), problems.counted(), notes)

@@ -5,6 +5,7 @@ Nulls are no values, at any depth: Parquet fills every struct with the keys of a
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,3 +54,54 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from texts_in(item)
+
+
+def number(values: Mapping[str, Any], name: str) -> float | None:
+    """A column's number; a text that spells one, as CSV has it, is one; None where there is none.
+
+    Raises:
+        BadRowError: it holds something else.
+    """
+    value = values.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        found = float(value) if isinstance(value, int | float | str) else math.inf
+    except ValueError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise BadRowError(f"{name} is no number", f"{value!r:.60}")
+    return found
+
+
+def numbers(values: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """A column's numbers, of which there may be none.
+
+    Raises:
+        BadRowError: it holds something else.
+    """
+    found = from_text(values.get(name), name)
+    if found is None:
+        return ()
+    if not isinstance(found, list):
+        raise BadRowError(f"{name} is no list of numbers", f"{found!r:.60}")
+    listed = [number({name: item}, name) for item in found]
+    told = tuple(item for item in listed if item is not None)
+    if len(told) < len(listed):
+        raise BadRowError(f"{name} holds an item that is no number")
+    return told
+
+
+def truth(values: Mapping[str, Any], name: str) -> float | None:
+    """A column's truth value as 1 or 0: `true`, `false`, 1 or 0, or a text of one; None where there is none.
+
+    Raises:
+        BadRowError: it holds something else.
+    """
+    value = values.get(name)
+    told = str(value).strip().lower() if value is not None else ""
+    if told in ("", "nan"):
+        return None
+    if told not in ("true", "false", "1", "0", "1.0", "0.0"):
+        raise BadRowError(f"{name} is neither true nor false", f"{value!r:.60}")
+    return float(told in ("true", "1", "1.0"))

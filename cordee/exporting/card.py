@@ -19,9 +19,16 @@ METHODS = {
     "pretrain.train": "pretraining",
     "posttrain.sft": "supervised fine-tuning (SFT)",
     "posttrain.dpo": "direct preference optimization (DPO)",
+    "posttrain.kto": "Kahneman-Tversky optimization (KTO)",
+    "posttrain.orpo": "odds-ratio preference optimization (ORPO)",
+    "posttrain.cpo": "contrastive preference optimization (CPO)",
+    "posttrain.qrpo": "quantile reward policy optimization (QRPO)",
     "posttrain.merge": "merging the adapter into its base",
 }
-TAGS = {"pretrain.train": "pretraining", "posttrain.sft": "sft", "posttrain.dpo": "dpo"}
+TAGS = {
+    "pretrain.train": "pretraining",
+    **{f"posttrain.{method}": method for method in ("sft", "dpo", "kto", "orpo", "cpo", "qrpo")},
+}
 SHOWN_LANGUAGES = 12
 _BREAKS = re.compile(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*")
 _SIGNS = re.compile(r"([\\`*_\[\]<>|#~$&])")

@@ -44,7 +44,6 @@ DPO = {
     "dpo_loss_weights": "trainer.loss_weights",
     "dpo_label_smoothing": "trainer.label_smoothing",
     "dpo_use_weighting": "trainer.use_weighting",
-    "precompute_ref_log_probs": "trainer.precompute_ref_log_probs",
 }
 TEMPLATES = {
     "tokenizer_default": "",
@@ -196,6 +195,7 @@ TABLES = Tables(
         **dict.fromkeys(("dataset_processes", "dataset_num_proc", "dataloader_*"), common.WORKERS),
         **dict.fromkeys(("model_type", "tokenizer_type", "tokenizer_use_fast", "tokenizer_legacy", "is_*_derived_model",
                          "cls_model_config", "low_cpu_mem_usage"), "the model's folder tells it"),
+        "precompute_ref_log_probs": common.REFERENCE,
         **dict.fromkeys(("eval_batch_size", "eval_sample_packing", "eval_table_size", "eval_max_new_tokens"),
                         common.EVALS),
         **dict.fromkeys(("remove_unused_columns", "skip_prepare_dataset"), "columns are read by their names"),

@@ -21,6 +21,7 @@ LAUNCH = "how processes share the model: `launch: {config_file: …}` takes an a
 REMOTE = "code in a model's folder is not run; transformers' own class of the model is used"
 KERNELS = "the same results, computed with other kernels"
 WORKERS = "speed of preparing data"
+REFERENCE = "what the reference says is always computed once, before the first step"
 SAVES = "the last model is published; `save_steps` publishes others, `resume_steps` says what a kill can cost"
 EVALS = "the loss of `heldout` is measured before the first step and at the end; `eval_steps` measures between"
 LENGTHS = "rows are drawn at random"

@@ -102,6 +102,7 @@ TABLES = Tables(
         **dict.fromkeys(("dataset_num_proc", "preprocessing_num_workers", "dataloader_*", "dataset_batch_size"),
                         common.WORKERS),
         **dict.fromkeys(("per_device_eval_batch_size", "eval_packing", "dataset_test_split"), common.EVALS),
+        "precompute_ref_*": common.REFERENCE,
         **dict.fromkeys(("remove_unused_columns", "*.columns"), "columns are read by their names"),
         **dict.fromkeys(("bnb_4bit_*", "use_bnb_nested_quant", "ignore_bias_buffers", "use_cache"),
                         "no result depends on it here"),

@@ -18,7 +18,7 @@ DYNAMIC_COSTS = 2.0
 def compile_trainer(
     trainer: Trainer, config: TrlConfig, context: Context, flops: float, *, varying_shapes: bool
 ) -> bool:
-    """Compile the trainer's decoder, and that of its reference model, where a training of so many FLOPs pays for it.
+    """Compile the trainer's decoder where a training of so many FLOPs pays for it.
 
     Only the decoder is compiled. TRL's LM head takes the positions with loss alone, and their number differs in each
     batch; a head for all positions made compiled SFT three times slower (docs/performance.md).
@@ -37,9 +37,7 @@ def compile_trainer(
     if not compiled:
         return False
     began = time.perf_counter()
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            device.compile_module(_decoder(model), dynamic=varying_shapes)
+    device.compile_module(_decoder(trainer.model), dynamic=varying_shapes)
     with device.first_pass():
         _first_batch(trainer)
     context.note(f"compiled in {time.perf_counter() - began:.0f} s")

@@ -16,7 +16,6 @@ from peft import PeftModel
 from transformers import Trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from cordee.errors import UserError
 from cordee.stage import Context
 from posttrain.training.settings import IGNORED
 
@@ -32,9 +31,6 @@ def use_own_logits(trainer: Trainer, ids: Sequence[int], context: Context) -> No
         trainer: that of TRL.
         ids: a sequence of the data; the two are compared on its beginning.
         context: is told.
-
-    Raises:
-        UserError: TRL has computed those of the reference already.
     """
     found: list[tuple[float, float]] = [(0.0, 0.0)]
     if trainer.accelerator.is_main_process:  # with FSDP the others may have no weights yet
@@ -43,12 +39,9 @@ def use_own_logits(trainer: Trainer, ids: Sequence[int], context: Context) -> No
     if difference <= tolerance:
         return
     problem = f"TRL's fused LM head leaves out a part of this model: log-probabilities are off by {difference:.3g} nats"
-    if getattr(trainer.args, "precompute_ref_log_probs", False):
-        raise UserError(problem, key="trainer.precompute_ref_log_probs", hint="leave it out")
     context.note(f"{problem}; the loss is computed from the model's logits, which take more memory")
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            _replace_fused_forward(model.get_base_model() if isinstance(model, PeftModel) else model)
+    model = trainer.model
+    _replace_fused_forward(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def _difference(model: Any, ids: Sequence[int]) -> tuple[float, float]:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import Trainer
 
@@ -13,7 +15,7 @@ from cordee.cost import training_flops
 from cordee.stage import Context
 from posttrain.training import adapters, reading
 from posttrain.training.compiling import is_compiled
-from posttrain.training.settings import TrlConfig, passes
+from posttrain.training.settings import FORWARD, TrlConfig, passes
 from posttrain.training.watch import Watch
 
 
@@ -23,8 +25,9 @@ class TrainingData:
 
     count: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
     """From a batch as the collator made it to its number of `tokens` without padding, and what else is counted."""
-    weigh: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
-    """From a batch to the number of what its `loss` is a mean over, and so of other figures that TRL measures."""
+    weigh: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]] | None
+    """From a batch to the number of what its `loss` is a mean over, and so of other figures that TRL measures; None of
+    a trainer that makes a step's means itself."""
     rows: int
     """Rows of the data: chats, or preference pairs."""
     tokens: int
@@ -34,9 +37,13 @@ class TrainingData:
     digest: str
     """Of the token ids of one pass over the data, and of where they carry loss."""
     has_reference: bool = False
-    """Whether a frozen reference model reads each token as well."""
+    """Whether a frozen reference model reads each token of the data once as well."""
+    has_kl: bool = False
+    """Whether the model reads as many answers to other prompts in each step, and the reference once."""
     varying_shapes: bool = True
     """Whether batches have different shapes, which takes longer to compile."""
+    lengths: npt.NDArray[np.int64] | None = None
+    """`[rows]`: tokens of each row, where the rows of a step are to be cut into batches by their length."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Further metrics of the stage."""
 
@@ -68,14 +75,19 @@ def of_training(
 class Means:
     """Means of what TRL measures over all that a step holds: TRL's own are means of its batches' means."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        """Means of a trainer's figures."""
-        self._trainer = trainer
+    def __init__(
+        self, trainer: Trainer, weigh: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]] | None
+    ) -> None:
+        """Means of a trainer's figures, weighed as `TrainingData` says."""
+        self._trainer, self._weigh = trainer, weigh
         self._sums: dict[str, float] = {}
         """Of the weights, since the figures were last logged."""
 
-    def add(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Weigh the figures of the batch that was just measured, by weights of this process's share of it."""
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Weigh the figures of the batch that was just measured, this process's share of it."""
+        if self._weigh is None:
+            return
+        weights = self._weigh(batch)
         names = [name for name in weights if name != "loss"]  # the loss is summed over tokens by TRL itself
         summed = self._trainer.accelerator.reduce(torch.stack([weights[name] for name in names]), "sum")
         for name, weight in zip(names, summed.tolist(), strict=True):
@@ -90,8 +102,12 @@ def flops(trainer: Trainer, data: TrainingData, config: TrlConfig, tokens: float
     """FLOPs to train on so many tokens."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     shape = model_folder.shape(model.config.to_dict())
-    work = training_flops(_parameters(model), tokens, shape.layers or 0, shape.width or 0, data.sequence_length)
-    return passes(config, has_reference=data.has_reference) * work
+
+    def work(of: float) -> float:
+        return training_flops(_parameters(model), of, shape.layers or 0, shape.width or 0, data.sequence_length)
+
+    once = FORWARD * work(data.tokens) if data.has_reference else 0.0
+    return passes(config) * work(tokens) + once + (once + FORWARD * work(tokens) if data.has_kl else 0.0)
 
 
 def _parameters(model: torch.nn.Module) -> int:

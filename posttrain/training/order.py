@@ -1,8 +1,12 @@
 """In which order the rows of a training are seen, and that a resumed one sees the same rows."""
 
+import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
@@ -28,9 +32,15 @@ class Order(Sampler[int]):
     which several processes fill up with rows that the epoch has had.
     """
 
-    def __init__(self, rows: int, count: int, seed: int, *, is_shuffled: bool) -> None:
-        """The order in which `count` of `rows` rows are seen; the seed decides where it `is_shuffled`."""
+    def __init__(
+        self, rows: int, count: int, seed: int, *, is_shuffled: bool, by_length: "ByLength | None" = None
+    ) -> None:
+        """The order in which `count` of `rows` rows are seen; the seed decides where it `is_shuffled`.
+
+        `by_length` sorts the rows of each step.
+        """
         self.rows, self.count, self.seed, self.is_shuffled = rows, count, seed, is_shuffled
+        self.by_length = by_length
 
     def __len__(self) -> int:
         """How many numbers there are."""
@@ -38,14 +48,41 @@ class Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """The numbers; the same ones each time."""
+        return self.by_length.of_steps(self._numbers()) if self.by_length else self._numbers()
+
+    def _numbers(self) -> Iterator[int]:
         for start in range(0, self.count, self.rows):
             drawn = torch.Generator().manual_seed(self.seed + start // self.rows)
             epoch = torch.randperm(self.rows, generator=drawn) if self.is_shuffled else torch.arange(self.rows)
             yield from epoch[: self.count - start].tolist()
 
 
-def set_order(trainer: Trainer, config: TrlConfig, context: Context) -> None:
-    """Have whole steps taken over the rows, in an order that the seed decides, or the data's own if asked for."""
+@dataclass(frozen=True)
+class ByLength:
+    """Sorts the rows of each step, the longest first, so that those that share a batch need little padding."""
+
+    lengths: npt.NDArray[np.int64]
+    """`[rows]`: tokens of each."""
+    step: int
+    """Rows of a step."""
+
+    def of_steps(self, numbers: Iterator[int]) -> Iterator[int]:
+        """The same rows in each step."""
+        while step := list(itertools.islice(numbers, self.step)):
+            yield from sorted(step, key=lambda row: -int(self.lengths[row]))
+
+
+def set_order(
+    trainer: Trainer, config: TrlConfig, context: Context, lengths: npt.NDArray[np.int64] | None = None
+) -> None:
+    """Have whole steps taken over the rows, in an order that the seed decides, or the data's own if asked for.
+
+    Args:
+        trainer: takes the steps.
+        config: the stage's config.
+        context: the seed; is told.
+        lengths: `[rows]`: tokens of each, where the rows of a step are sorted by them.
+    """
     settings, rows = trainer.args, len(trainer.train_dataset)
     if settings.max_steps <= 0:
         settings.max_steps = steps(rows, settings.num_train_epochs, config.global_batch_size)
@@ -56,7 +93,8 @@ def set_order(trainer: Trainer, config: TrlConfig, context: Context) -> None:
     if rows < config.global_batch_size:
         context.note(f"a step takes {config.global_batch_size} rows of {rows}: it has some more than once")
     count = settings.max_steps * config.global_batch_size
-    order = Order(rows, count, context.seed, is_shuffled=strategy == "random")
+    by_length = None if lengths is None else ByLength(lengths, config.global_batch_size)
+    order = Order(rows, count, context.seed, is_shuffled=strategy == "random", by_length=by_length)
     trainer._get_train_sampler = lambda _dataset=None: order  # noqa: SLF001 - the only handle
 
 

@@ -8,8 +8,9 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cordee import files
+from cordee.chat.columns import Of
 from cordee.chat.source import Rules
-from cordee.chat.tokenized import Of, Tokenized, tokenize
+from cordee.chat.tokenized import Tokenized, tokenize
 from cordee.compute.model import sequence_limits
 from cordee.errors import UserError
 from cordee.stage import Context

@@ -58,6 +58,11 @@ class Sequences(Sequence[T], Generic[T]):
         found: Places = np.concatenate([part.texts() for part in self.parts])[self.places]
         return found
 
+    def floats(self, name: str) -> npt.NDArray[np.float64]:
+        """`[sequences]`: numbers that the rows tell; NaN where one does not."""
+        found: npt.NDArray[np.float64] = np.concatenate([part.floats(name) for part in self.parts])[self.places]
+        return found
+
     @property
     def digest(self) -> str:
         """Of the token ids, where they carry loss, and how often each sequence is seen."""

@@ -15,6 +15,8 @@ from cordee.cost import Cost, training_bytes, training_flops
 from cordee.errors import UserError
 from cordee.model_folder import ModelInput
 
+Of = Literal["chats", "pairs", "labelled", "scored"]
+"""What rows are: chats, preference pairs, answers that are good or bad, answers with a reward."""
 BYTES_PER_TOKEN = 3.0
 """Bytes of a chat in a token, where only a guess is possible: before it is read."""
 MAX_LENGTH, EPOCHS = 1024, 3.0
@@ -60,6 +62,22 @@ OWNED = {
 }
 """Fields of `transformers.TrainingArguments` and of TRL's configs that no recipe sets under `trainer:`, each with the
 key to write instead."""
+PREFERENCE_OWNED = OWNED | {
+    # always done: the reference's log-probabilities are computed once, and a step's figures are told at each
+    **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size", "logging_first_step"), ""),
+    # a reference that is moved during the training is no part of a resume point
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), ""),
+    **dict.fromkeys(("padding_free", "dataset_num_proc", "is_encoder_decoder", "label_smoothing_factor"), ""),
+    **dict.fromkeys(("truncation_mode", "max_completion_length"), "the stage's `overlong`"),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "`model_init_kwargs: {use_kernels: true}`"),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only"), ""),
+    **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics", "label_names"), ""),
+    **dict.fromkeys(("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "length_column_name"), ""),
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), ""),
+    "generate_during_eval": "a stage `eval.generate` on its checkpoints",
+    "padding_value": "the stage's `pad_token`",
+}
+"""Besides, of the configs of methods that learn from given answers."""
 LORA_OWNED = dict.fromkeys(
     (
         *("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"),
@@ -154,7 +172,7 @@ class TrlConfig(TrainingConfig):
         return self
 
 
-def data_cost(config: TrlConfig, given: Mapping[str, Cost], of: Literal["chats", "pairs"]) -> Cost:
+def data_cost(config: TrlConfig, given: Mapping[str, Cost], of: Of) -> Cost:
     """Rows that all steps see and the tokens in them, with each source as often as its `weight` says.
 
     Args:
@@ -182,9 +200,7 @@ def data_cost(config: TrlConfig, given: Mapping[str, Cost], of: Literal["chats",
     return Cost(rows=seen, tokens=seen * tokens / rows if rows and tokens is not None else None)
 
 
-def source_cost(
-    source: Source, key: str, given: Mapping[str, Cost], of: Literal["chats", "pairs"], bad_rows: BadRows
-) -> Cost:
+def source_cost(source: Source, key: str, given: Mapping[str, Cost], of: Of, bad_rows: BadRows) -> Cost:
     """Rows and tokens of a source: what its beginning tells, or the stage that will make it.
 
     Raises:
@@ -205,16 +221,45 @@ def source_cost(
     return Cost(rows=kept, tokens=text_bytes / BYTES_PER_TOKEN * kept / max(count, 1.0))
 
 
-def passes(config: TrlConfig, *, has_reference: bool = False) -> float:
-    """Work per token, in units of one forward and backward through all weights (2 + 4 FLOPs a parameter).
+FORWARD = 2 / 6
+"""Work of a forward through all weights, in units of one forward and backward (2 + 4 FLOPs a parameter)."""
 
-    With an adapter the frozen weights need no gradient of their own; a reference adds one forward.
+
+def passes(config: TrlConfig) -> float:
+    """Work per token, in units of one forward and backward through all weights.
+
+    With an adapter the frozen weights need no gradient of their own.
     """
-    return (4 / 6 if config.trains_adapter else 1.0) + (2 / 6 if has_reference else 0.0)
+    return 1.0 - FORWARD if config.trains_adapter else 1.0
+
+
+def preference_cost(
+    config: TrlConfig, given: Mapping[str, Cost], of: Of, *, has_reference: bool = False, has_kl: bool = False
+) -> Cost:
+    """What training on answers costs at most: on all tokens of rows that are within `max_length`.
+
+    Args:
+        config: the stage's config.
+        given: the costs of its inputs.
+        of: what a row has to be; a pair is two sequences.
+        has_reference: whether a reference reads each answer once.
+        has_kl: whether model and reference read as many answers to other prompts.
+
+    Raises:
+        UserError: the data or the model can't be used.
+    """
+    seen = data_cost(config, given, of)
+    in_row = seen.tokens / seen.rows if seen.rows and seen.tokens else config.longest  # no less than in a sequence
+    sides = 2 if of == "pairs" else 1
+    tokens = float(sides) * seen.rows * min(in_row, config.longest) if seen.rows else None
+    epochs = 1.0 if config.trainer.get("max_steps", -1) > 0 else float(config.trainer.get("num_train_epochs", EPOCHS))
+    once = (tokens or 0.0) / max(epochs, 1.0)
+    forward = (once if has_reference else 0.0) + (once + (tokens or 0.0) if has_kl else 0.0)
+    return training_cost(config, given, tokens, forward)
 
 
 def training_cost(
-    config: TrlConfig, given: Mapping[str, Cost], tokens: float | None, *, has_reference: bool = False
+    config: TrlConfig, given: Mapping[str, Cost], tokens: float | None, forward_tokens: float = 0.0
 ) -> Cost:
     """What training on `tokens` tokens costs.
 
@@ -222,7 +267,7 @@ def training_cost(
         config: the stage's config.
         given: the costs of its inputs; "model" is the one that matters.
         tokens: tokens over all epochs; None where they are not known yet.
-        has_reference: whether a frozen reference model reads each token as well.
+        forward_tokens: tokens that are only read, by the model or by a reference.
 
     Raises:
         UserError: the model is neither made by a stage nor a model folder.
@@ -243,5 +288,7 @@ def training_cost(
     memory = training_bytes(base.parameters, at_once, layers, width, base.vocab_size or 0)
     if config.trains_adapter:
         memory -= 12.0 * base.parameters  # no gradient, no moments
-    flops = training_flops(base.parameters, tokens, layers, width, config.longest)
-    return replace(cost, flops=passes(config, has_reference=has_reference) * flops, memory_bytes=memory)
+    flops = [
+        training_flops(base.parameters, count, layers, width, config.longest) for count in (tokens, forward_tokens)
+    ]
+    return replace(cost, flops=passes(config) * flops[0] + FORWARD * flops[1], memory_bytes=memory)

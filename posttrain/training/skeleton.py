@@ -4,11 +4,9 @@ A stage gives `build(config, context) -> (trainer, data)`; `fit` does the rest: 
 point, trains, reports progress, publishes intermediate checkpoints, and saves the model or the adapter.
 """
 
-import copy
-import inspect
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -37,13 +35,16 @@ Arguments = TypeVar("Arguments", bound=transformers.TrainingArguments)
 Config = TypeVar("Config", bound=TrlConfig)
 
 
-def arguments(kind: type[Arguments], config: TrlConfig, context: Context) -> Arguments:
+def arguments(
+    kind: type[Arguments], config: TrlConfig, context: Context, defaults: Mapping[str, Any] | None = None
+) -> Arguments:
     """The library's own config: its defaults, the recipe's `trainer:`, and what the stage sets itself.
 
     Args:
         kind: `SFTConfig`, `DPOConfig`, …
         config: the stage's config; it holds `trainer`.
         context: where to write, and the seed.
+        defaults: of the stage, where they are not the library's.
 
     Raises:
         UserError: the library refuses a value, or `accelerate launch` was told what is the stage's own.
@@ -58,6 +59,7 @@ def arguments(kind: type[Arguments], config: TrlConfig, context: Context) -> Arg
         "gradient_checkpointing": False,
         "ddp_find_unused_parameters": _has_other_parts(config),  # a search through the graph each step
         "bf16": config.precision == "bfloat16" and not given.get("fp16"),
+        **(defaults or {}),
         **given,
         "output_dir": str(context.out / "resume"),
         "remove_unused_columns": False,  # a row is read from the disk when it is asked for
@@ -149,20 +151,12 @@ def open_trainer(
         lora = adapter_settings.lora_config(config.lora, model, start.new_tokens(config, given["processing_class"]))
         if config.adapter == "new":
             adapter_sums.require_addable(adapter_sums.config_of(config.model, model), lora, config.model)
-    changed = config.adapter == "new" or config.added_tokens
-    if changed and lora is None and not isinstance(model, PeftModel) and _needs_reference(kind, settings):
-        given["ref_model"] = copy.deepcopy(model)  # TRL would open what lies in the folder
     try:
         trainer = kind(model=model, args=settings, peft_config=lora, **given)
     except (ValueError, NotImplementedError, TypeError) as error:
         raise UserError(f"TRL refuses it: {error}", key="trainer" if lora is None else "trainer, lora") from error
     adapters.prepare(trainer.model)
     return trainer
-
-
-def _needs_reference(kind: type[Trainer], settings: Any) -> bool:
-    """Whether a trainer keeps a second model to compare with."""
-    return "ref_model" in inspect.signature(kind.__init__).parameters and not settings.precompute_ref_log_probs
 
 
 def fit(
@@ -209,7 +203,7 @@ def _train(trainer: Trainer, data: TrainingData, config: TrlConfig, context: Con
     if point:
         context.resumed(point.step)
 
-    set_order(trainer, config, context)
+    set_order(trainer, config, context, data.lengths)
 
     def begin(steps: int) -> None:
         tokens = data.tokens * steps * config.global_batch_size / len(trainer.train_dataset)
@@ -225,12 +219,12 @@ def _train(trainer: Trainer, data: TrainingData, config: TrlConfig, context: Con
     watch = Watch(trainer, config, context, begin, lambda folder: publish(trainer, config, folder), measure)
     if point:
         watch.totals.update(point.state["totals"])
-    take_step, means = trainer.training_step, metrics.Means(trainer)
+    take_step, means = trainer.training_step, metrics.Means(trainer, data.weigh)
 
     def counted(model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         watch.count(data.count(inputs))
         loss = cast("torch.Tensor", take_step(model, inputs, *rest))
-        means.add(data.weigh(inputs))
+        means.add(inputs)
         return loss
 
     trainer.training_step = counted

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import encoding
 import pytest
 from dpo_samples import config, pair
 
+from cordee.config import libraries
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain import dpo
@@ -30,11 +30,10 @@ def test_a_dropout_that_trl_would_switch_off_is_refused(model_folder: Path, pair
         dpo.run(config(model_folder, pairs_file, lora={"r": 4, "lora_dropout": 0.1}), context)
 
 
-def test_biases_that_would_stay_trained_in_the_reference_are_refused(
-    model_folder: Path, pairs_file: Path, context: Context
-) -> None:
-    with pytest.raises(UserError, match=r"lora\.bias: with 'all' biases stay trained"):
-        dpo.run(config(model_folder, pairs_file, lora={"r": 4, "bias": "all"}), context)
+def test_biases_that_stay_trained_move_no_reference(model_folder: Path, pairs_file: Path, context: Context) -> None:
+    """It is computed before the first step."""
+    metrics = dpo.run(config(model_folder, pairs_file, lora={"r": 4, "bias": "all"}), context)
+    assert metrics["rewards/accuracies"] == 1.0
 
 
 def test_a_loss_that_trl_does_not_have_is_refused_by_its_nearest_name(
@@ -47,18 +46,32 @@ def test_a_loss_that_trl_does_not_have_is_refused_by_its_nearest_name(
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        (
-            {"sync_ref_model": True},
-            r"trainer\.sync_ref_model: a reference that is moved .* resume point",
-        ),
         ({"label_smoothing": 0.3}, r"trainer\.label_smoothing: sigmoid does not read it; losses that do: aot,"),
+        ({"loss_type": ["exo_pair"]}, r"trainer\.label_smoothing: has to be above 0 with exo_pair"),
+        ({"loss_type": ["robust"], "label_smoothing": 0.5}, r"trainer\.label_smoothing: must be from 0 to below 0\.5"),
+        ({"loss_type": ["aot"], "use_weighting": True}, r"trainer\.use_weighting: aot sorts pairs"),
+        ({"ld_alpha": 1.5}, r"trainer\.ld_alpha: must be from 0 to 1, not 1\.5"),
+        ({"discopop_tau": 0.1}, r"trainer\.discopop_tau: sigmoid does not read it"),
+        ({"f_divergence_type": "reverse"}, r"trainer\.f_divergence_type: unknown value 'reverse'.*'reverse_kl'"),
+        (
+            {"loss_type": ["sigmoid", "aot"], "f_divergence_type": "forward_kl"},
+            r"trainer\.f_divergence_type: has no meaning for aot",
+        ),
+        ({"f_alpha_divergence_coef": 0.2}, r"f_alpha_divergence_coef: f_divergence_type reverse_kl does not read it"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"trainer: DPOConfig refuses it: .*loss_weights"),
+        ({"beta": 0.0}, r"trainer\.beta: must be above 0, not 0"),
     ],
 )
-def test_what_trl_would_not_do_or_a_resume_would_lose_is_refused(
+def test_settings_that_would_have_no_effect_or_no_meaning_are_refused(
     model_folder: Path, pairs_file: Path, context: Context, trainer: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         dpo.run(config(model_folder, pairs_file, lora=None, trainer=trainer), context)
+
+
+@pytest.mark.parametrize("name", ["precompute_ref_log_probs", "sync_ref_model", "padding_free", "use_liger_kernel"])
+def test_what_the_stage_always_does_or_never_is_refused_before_it_starts(name: str) -> None:
+    assert name in dict(libraries(dpo.Config))["trainer"].owned
 
 
 def test_an_adapter_of_rank_0_is_refused(model_folder: Path, pairs_file: Path, context: Context) -> None:
@@ -118,27 +131,33 @@ def test_a_pair_that_would_train_the_wrong_thing_stops_the_run_by_file_and_row(
 def test_a_collator_that_makes_other_batches_than_the_pairs_is_a_fault(
     model_folder: Path, pairs_file: Path, context: Context
 ) -> None:
-    from cordee.chat.source import Limits
-    from posttrain.training.dpo_trainer import check_batches
+    from posttrain.training.preference import check_batches
 
     trainer, _ = dpo.build(config(model_folder, pairs_file), context)
-    found = encoding.pairs(pairs_file, trainer.processing_class, Limits(128, None, 1000))
-    check_batches(trainer, found)
+    rows = trainer.train_dataset
+    check_batches(trainer, rows)
     sound = trainer.data_collator
 
     def with_mask(examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = sound(examples)
         return {**batch, "completion_mask": batch["attention_mask"]}
 
-    trainer.data_collator = with_mask
-    with pytest.raises(Fault, match="row 1: the trainer's batches are not the pairs"):
-        check_batches(trainer, found)
-    trainer.data_collator = lambda examples: sound([{**row, "chosen_ids": row["chosen_ids"][:-1]} for row in examples])
-    with pytest.raises(Fault, match="row 1: the trainer's batches are not the pairs"):
-        check_batches(trainer, found)
+    def without_a_label(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = sound(examples)
+        return {**batch, "labels": batch["labels"].roll(1, 0)}
+
+    def cut(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        shorter = [[(prompt, answer[:-1]) for prompt, answer in row["answers"]] for row in examples]
+        return sound([row | {"answers": answers} for row, answers in zip(examples, shorter, strict=True)])
+
+    for planted in (with_mask, without_a_label, cut):
+        trainer.data_collator = planted
+        with pytest.raises(Fault, match="row 1: the trainer's batches are not the rows"):
+            check_batches(trainer, rows)
     trainer.data_collator = sound
-    with pytest.raises(Fault, match="the trainer holds 24 of 23 pairs"):
-        check_batches(trainer, found[:-1])
+    trainer.train_dataset = [rows[at] for at in range(23)]
+    with pytest.raises(Fault, match="the trainer holds 23 of 24 rows"):
+        check_batches(trainer, rows)
 
 
 def test_pairs_reach_the_trainer_with_their_tools(model_folder: Path, tmp_path: Path, context: Context) -> None:
@@ -152,6 +171,6 @@ def test_pairs_reach_the_trainer_with_their_tools(model_folder: Path, tmp_path: 
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps({**pair(n), "tools": tools}) + "\n" for n in range(8)))
     trainer, _ = dpo.build(config(folder, file), context)
-    assert list(trainer.train_dataset[0]) == ["prompt_ids", "chosen_ids", "rejected_ids"]
-    prompts = trainer.processing_class.batch_decode([row["prompt_ids"] for row in trainer.train_dataset])
+    rows = [trainer.train_dataset[at] for at in range(8)]
+    prompts = trainer.processing_class.batch_decode([row["answers"][0][0].tolist() for row in rows])
     assert all("Adds two numbers" in prompt for prompt in prompts)

@@ -94,11 +94,10 @@ def test_a_run_killed_before_its_first_resume_point_measures_step_0_once(
     assert steps == [0, 2]
 
 
-@pytest.mark.parametrize("precompute", [False, True])
-def test_pairs_are_held_out_too(model_folder: Path, tmp_path: Path, context: Context, precompute: bool) -> None:
+def test_pairs_are_held_out_too(model_folder: Path, tmp_path: Path, context: Context) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(pair(n)) + "\n" for n in range(20)))
-    trainer = {"learning_rate": 1e-2, "precompute_ref_log_probs": precompute}
+    trainer = {"learning_rate": 1e-2}
     given = keys(model_folder, file, heldout=0.3, eval_steps=1, lora={"r": 4}, trainer=trainer)
     metrics = dpo.run(dpo.Config.model_validate(given | {"per_device_train_batch_size": 4}), context)
     found = heldout_lines(context.out)

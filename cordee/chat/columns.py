@@ -1,0 +1,100 @@
+"""The Arrow columns that sequences are kept in."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from cordee.chat.answers import TokenAnswer
+from cordee.chat.conversations import Conversation
+from cordee.chat.pairs import TokenPair
+
+Of = Literal["chats", "pairs", "labelled", "scored"]
+"""What rows have to be: chats, preference pairs, answers that are good or bad, answers with a reward."""
+TOKENS: dict[Of, tuple[str, ...]] = {
+    "chats": ("ids",),
+    "pairs": ("prompt", "chosen", "rejected"),
+    "labelled": ("prompt", "completion"),
+    "scored": ("prompt", "completion"),
+}
+"""Lists of token ids."""
+LISTS: dict[Of, dict[str, Any]] = {
+    **{of: dict.fromkeys(names, pa.int32()) for of, names in TOKENS.items()},
+    "chats": dict.fromkeys(("ids", "loss", "answers"), pa.int32()),
+    "scored": {"prompt": pa.int32(), "completion": pa.int32(), "reference_rewards": pa.float64()},
+}
+"""All lists, and the type of their items."""
+NUMBERS: dict[Of, dict[str, Any]] = {
+    "chats": {"messages": pa.int32(), "is_cut": pa.int8()},
+    "pairs": dict.fromkeys(("chosen_reference_logprob", "rejected_reference_logprob"), pa.float64()),
+    "labelled": dict.fromkeys(("label", "reference_logprob"), pa.float64()),
+    "scored": dict.fromkeys(("reward", "reference_logprob"), pa.float64()),
+}
+"""Numbers beside the file's place and the row's number; NaN where one is not told."""
+
+
+def schema(of: Of) -> pa.Schema:
+    """The columns of sequences."""
+    return pa.schema(
+        [
+            ("file", pa.int32()),
+            ("number", pa.int64()),
+            *NUMBERS[of].items(),
+            *((name, pa.large_list(kind)) for name, kind in LISTS[of].items()),
+        ]
+    )
+
+
+def record_batch(
+    of: Of, found: Sequence[Conversation | TokenPair | TokenAnswer], places: Mapping[Path, int]
+) -> pa.RecordBatch:
+    """Sequences as a batch.
+
+    Args:
+        of: what they are of.
+        found: the sequences.
+        places: the place of each file among those of the source.
+    """
+    arrays = []
+    for field in schema(of):
+        make = MADE.get(field.name)
+        if field.name == "file":
+            values: list[Any] = [places[one.file] for one in found]
+        else:
+            values = [make(one) if make else getattr(one, field.name) for one in found]
+        if pa.types.is_large_list(field.type):
+            kind = field.type.value_type
+            offsets = pa.array(np.cumsum([0, *map(len, values)]), pa.int64())
+            items = [np.asarray(value, kind.to_pandas_dtype()) for value in ([], *values)]
+            arrays.append(pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(items), kind)))
+        else:
+            arrays.append(pa.array(np.asarray(values, field.type.to_pandas_dtype()), field.type))
+    return pa.record_batch(arrays, schema=schema(of))
+
+
+def _loss(one: Conversation) -> Any:
+    """Where runs of tokens with loss begin and end, in turn."""
+    return np.flatnonzero(np.diff(np.concatenate(([False], one.has_loss, [False]))))
+
+
+def _answers(one: Conversation) -> Any:
+    """Of each answer its message and its places, one after the other."""
+    return np.array([(a.message, a.first, a.end, a.until) for a in one.answers], np.int32).reshape(-1)
+
+
+MADE: dict[str, Any] = {"loss": _loss, "answers": _answers}
+"""Lists of a chat that are no attributes of it."""
+
+
+def counts(of: Of, batch: pa.RecordBatch) -> dict[str, int]:
+    """What a batch's sequences add to the report."""
+    sizes = {name: len(batch.column(name).values) for name in TOKENS[of]}
+    if of == "chats":
+        runs = batch.column("loss").values.to_numpy().astype(np.int64)
+        with_loss = int((runs[1::2] - runs[::2]).sum())
+        return {"sequences": batch.num_rows, "tokens": sizes["ids"], "loss_tokens": with_loss}
+    if of == "pairs":
+        return {"sequences": batch.num_rows, "tokens": 2 * sizes["prompt"] + sizes["chosen"] + sizes["rejected"]}
+    return {"sequences": batch.num_rows, "tokens": sizes["prompt"] + sizes["completion"]}

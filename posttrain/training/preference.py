@@ -1,0 +1,167 @@
+"""What the stages that learn from given answers have in common: how their trainer is built and checked."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from cordee.chat.columns import Of
+from cordee.chat.tokenized import Tokenized
+from cordee.compute.model import sequence_limits
+from cordee.errors import Fault, UserError
+from cordee.stage import Context
+from posttrain.training import lm_head, reading, reference, skeleton
+from posttrain.training.metrics import TrainingData
+from posttrain.training.preference_rows import Rows
+from posttrain.training.preference_trainer import PreferenceTrainer
+from posttrain.training.scores import Objective
+from posttrain.training.sequences import Sequences
+from posttrain.training.settings import CHECKED_BATCHES, TrlConfig
+
+ROUNDING = 0.01
+"""Nats a token by which bfloat16, or another engine, may differ from the policy's own log-probability."""
+
+
+def check_settings(settings: Any, config: TrlConfig) -> None:
+    """Refuse settings that no method can honour.
+
+    Raises:
+        UserError: there is one.
+    """
+    if config.lora and config.lora.get("lora_dropout") and settings.disable_dropout:
+        raise UserError(
+            "every dropout is switched off, this one too, as long as trainer.disable_dropout is true (its default)",
+            key="lora.lora_dropout",
+            hint="leave it out, or set trainer.disable_dropout: false",
+        )
+    strategy = str(getattr(settings.train_sampling_strategy, "value", settings.train_sampling_strategy))
+    if strategy not in ("random", "sequential"):
+        problem = f"{strategy!r} is not known here: the rows of a step are sorted by length as it is"
+        raise UserError(problem, key="trainer.train_sampling_strategy", hint="leave it out, or write sequential")
+    if hasattr(settings, "beta") and not settings.beta > 0:
+        raise UserError(f"must be above 0, not {settings.beta}", key="trainer.beta")
+
+
+def build(
+    config: TrlConfig,
+    context: Context,
+    settings: Any,
+    of: Of,
+    objective: Objective,
+    check: Callable[[Sequences[Any]], None] | None = None,
+) -> tuple[Trainer, TrainingData]:
+    """The trainer, whose rows are those that were checked here, and what it reads.
+
+    Args:
+        config: the stage's config.
+        context: where to write and to report.
+        settings: what `skeleton.arguments` returned.
+        of: what the rows are.
+        objective: the method.
+        check: sees that rows have what the method learns from.
+
+    Raises:
+        UserError: the data, the model or a key is wrong.
+    """
+    check_settings(settings, config)
+    model, tokenizer = skeleton.open_model(config)
+    one = Tokenized.pair if of == "pairs" else Tokenized.answer
+    found, heldout = reading.read(config, of, model, tokenizer, settings.max_length, context, one)
+    if check is not None:
+        check(found)
+    longest = sequence_limits(model, settings.max_length).longest
+    rows, apart = Rows(found, objective, longest, "data"), Rows(heldout, objective, longest, "heldout")
+    trainer = skeleton.open_trainer(
+        PreferenceTrainer, config, model, settings, processing_class=tokenizer, train_dataset=rows,
+        eval_dataset=apart if len(apart) else None, objective=objective,
+    )  # fmt: skip
+    check_batches(trainer, rows)
+    lm_head.use_own_logits(trainer, [int(token) for ids in rows.tokens(0, 0) for token in ids], context)
+    if objective.has_reference:
+        _use_reference(trainer, config, context, [rows, apart])
+    sides = objective.sides
+    tokens = int(found.lengths(*["prompt"] * len(sides), *sides).sum())
+    data = TrainingData(
+        functools.partial(_counts, len(sides)), None, len(found), tokens, tokens // (len(sides) * len(found)),
+        found.digest, has_reference=objective.has_reference, has_kl=objective.has_kl, lengths=rows.lengths,
+    )  # fmt: skip
+    return trainer, data
+
+
+def _counts(sides: int, batch: Any) -> dict[str, Any]:
+    """The `tokens` of a batch `[sides · rows, seq]` without padding, and its `pairs` or `answers`."""
+    mask = batch["attention_mask"]
+    return {"tokens": mask.sum(), "pairs" if sides > 1 else "answers": mask.new_tensor(len(mask) // sides)}
+
+
+def _use_reference(trainer: PreferenceTrainer, config: TrlConfig, context: Context, parts: Sequence[Rows]) -> None:
+    """Have the reference's log-probabilities computed, at once, or of a sharded model once it is."""
+    check = StartsAtReference(trainer)
+
+    def fill() -> None:
+        for rows in parts:
+            if len(rows) and reference.fill(trainer, rows, config, context):
+                check.is_rounded = True
+
+    check.is_rounded = trainer.args.bf16 or trainer.args.fp16
+    trainer.add_callback(check)
+    if trainer.is_fsdp_enabled:
+        trainer.before_training = fill
+    else:
+        fill()
+
+
+def check_batches(trainer: PreferenceTrainer, rows: Rows) -> None:
+    """Look at what the trainer's own collator makes before anything is learnt from it.
+
+    Raises:
+        Fault: a batch holds other tokens than the rows, or compares others than the answers'.
+    """
+    size, data, sides = trainer.args.per_device_train_batch_size, trainer.train_dataset, rows.objective.sides
+    if len(data) != len(rows.sequences):
+        raise Fault(f"the trainer holds {len(data)} of {len(rows.sequences)} rows")
+    for first in range(0, min(len(data), size * CHECKED_BATCHES), size):
+        some: list[Any] = [rows.sequences[at] for at in range(first, min(first + size, len(data)))]
+        batch = trainer.data_collator([data[at] for at in range(first, first + len(some))])
+        answers = [(one, getattr(one, side)) for side in sides for one in some]
+        for row, (one, answer) in enumerate(answers):
+            kept, mask = batch["attention_mask"][row].bool(), batch["completion_mask"][row]
+            expected = one.prompt + answer, [0] * len(one.prompt) + [1] * len(answer)
+            labelled = batch["labels"][row][mask.bool()].tolist()
+            found = batch["input_ids"][row][kept].tolist(), mask[kept].tolist()
+            if found != expected or labelled != answer or mask[~kept].any():
+                raise Fault("the trainer's batches are not the rows", file=one.file, key=f"row {one.number}")
+
+
+class StartsAtReference(TrainerCallback):
+    """Before its first update the policy *is* the reference: all rewards are 0, and so what a loss makes of them.
+
+    Where it is not, another reference than the model that was asked for is in use (or an adapter that does not start
+    without effect), and everything after would be measured from there.
+    """
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        """Expect the figures of the trainer's objective."""
+        self.objective, self.is_rounded = trainer.objective, False
+        sequences = trainer.train_dataset.sequences
+        self.tokens = float(max(sequences.lengths(side).mean() for side in self.objective.sides))
+
+    def tolerance(self, name: str) -> float:
+        """How far a figure may be off: bfloat16 rounds other batches otherwise, and so does another engine."""
+        nats = max(0.5, ROUNDING * self.tokens) if self.is_rounded else 0.01
+        return nats if name == "kl" else max(1e-3, nats * self.objective.reward_scale)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:  # noqa: ARG002 - the library's signature
+        """Check the figures of step 1, which were computed before the first update."""
+        if state.global_step != 1 or "loss" not in logs:
+            return
+        for name, value in self.objective.starts_at.items():
+            if name == "loss" and "aux_loss" in logs:  # that of a model's experts is part of it
+                continue
+            if name in logs and not abs(logs[name] - value) <= self.tolerance(name):
+                raise Fault(
+                    f"before the first update {name} is {logs[name]:.4g} and not {value:.4g}: the model does not start "
+                    "as its reference",
+                    hint="an adapter has to start without effect (lora.init_lora_weights), and dropout has to be off",
+                )

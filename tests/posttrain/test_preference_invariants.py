@@ -1,0 +1,143 @@
+"""How a step is cut into batches, shared by processes and computed changes nothing, for every preference loss."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from preference_samples import METHODS, keys_of, stage_of, write_rows
+from safetensors.torch import load_file
+
+from cordee import files
+from cordee.stage import Context
+
+Trained = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one by one": {"per_device_train_batch_size": 1},
+    "two batches": {"per_device_train_batch_size": 4},
+    "two processes": {"per_device_train_batch_size": 2, "launch": {"num_processes": 2}},
+    "checkpointed": {"per_device_train_batch_size": 8, "trainer": {"gradient_checkpointing": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+def figures(out: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if name != "grad_norm"}
+        for row in files.read_json_lines(out / "metrics.jsonl")
+    ]
+
+
+def compare(one: Trained, other: Trained) -> None:
+    """Two trainings are the same up to rounding, which has no direction."""
+    for row, same in zip(one[1], other[1], strict=True):
+        # before the first step rewards are rounding errors, and which is larger has no meaning
+        named = {name for name in row if row["step"] > 1 or "accuracies" not in name}
+        assert row.keys() == same.keys()
+        assert {name: same[name] for name in named} == pytest.approx(
+            {name: row[name] for name in named}, rel=1e-3, abs=2e-4
+        )
+    moved = torch.cat([(other[0][name] - value).flatten() for name, value in one[0].items()])
+    assert float(moved.abs().max()) < 1e-4
+    # A drift in one direction shows in the mean long before it does in any single weight.
+    assert abs(float(moved.mean())) <= 5 * float(moved.std()) / len(moved) ** 0.5 + 1e-9
+
+
+def within(stage: Any, keys: dict[str, Any], context: Context) -> Trained:
+    stage.run(stage.Config.model_validate(keys), context)
+    return load_file(context.out / "model.safetensors"), figures(context.out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_the_same_however_it_is_cut(
+    model_folder: Path, rows: Path, new_context: Callable[[str], Context], method: str
+) -> None:
+    given = {"deterministic": False, "heldout": 0.25}
+    found = []
+    for at_once in (8, 1):
+        keys = keys_of(method, model_folder, rows, per_device_train_batch_size=at_once, **given)
+        found.append(within(stage_of(method), keys, new_context(str(at_once))))
+    compare(*found)
+    before = load_file(model_folder / "model.safetensors")
+    assert max(float((found[0][0][name] - value).abs().max()) for name, value in before.items()) > 1e-3
+
+
+def start(stage: str, keys: dict[str, Any], work: Path) -> "subprocess.Popen[bytes]":
+    """Begin a training as the launcher does."""
+    (work / "out").mkdir(parents=True, exist_ok=True)
+    job = {"config": keys, "out": str(work / "out"), "seed": 3, "events": str(work / "run" / "events.jsonl")}
+    (work / "run").mkdir(exist_ok=True)
+    (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    processes = keys.get("launch", {}).get("num_processes", 1)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with (work / "log.txt").open("ab") as log:
+        command = [sys.executable, *launch, "-m", f"posttrain.{stage}", "--job", str(work / "job.json")]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def trained(method: str, keys: dict[str, Any], work: Path) -> Trained:
+    process = start(method.partition(" ")[0], keys, work)
+    assert process.wait() == 0, (work / "log.txt").read_text()[-3000:]
+    return load_file(work / "out" / "model.safetensors"), figures(work / "out")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need a GPU each")
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_processes_and_checkpointing_change_no_training(
+    model_folder: Path, rows: Path, tmp_path: Path, method: str
+) -> None:
+    def of(name: str, **given: Any) -> Trained:
+        keys = keys_of(method, model_folder, rows, deterministic=False, heldout=0.25, **given)
+        return trained(method, keys, tmp_path / name.replace(" ", "-"))
+
+    whole = of("whole", per_device_train_batch_size=8)
+    for name, given in VARIANTS.items():
+        compare(whole, of(name, **given))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need a GPU each")
+@pytest.mark.parametrize("method", ["dpo aot", "kto"])
+def test_two_processes_measure_a_step_together(model_folder: Path, rows: Path, tmp_path: Path, method: str) -> None:
+    keys = keys_of(method, model_folder, rows, deterministic=False)
+    alone = trained(method, keys | {"per_device_train_batch_size": 8}, tmp_path / "alone")
+    compare(alone, trained(method, keys | VARIANTS["two processes"], tmp_path / "together"))
+
+
+@pytest.mark.parametrize(
+    "method", ["kto", *(pytest.param(name, marks=pytest.mark.long) for name in ("dpo aot", "orpo", "cpo", "qrpo"))]
+)
+def test_killed_and_continued_it_ends_in_the_same_bits(
+    model_folder: Path, rows: Path, tmp_path: Path, method: str
+) -> None:
+    stage = method.partition(" ")[0]
+    more = {"resume_steps": 2, "save_steps": [2], "heldout": 0.25, "per_device_train_batch_size": 4}
+    trainer = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 1e-3}
+    keys = keys_of(method, model_folder, rows, trainer=trainer, **more)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(stage, keys, whole).wait() == 0, (whole / "log.txt").read_text()[-3000:]
+    process = start(stage, keys, killed)
+    mark = killed / "out" / "resume" / "checkpoint-2" / "state.json"
+    deadline = time.monotonic() + 600
+    while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert start(stage, keys, killed).wait() == 0, (killed / "log.txt").read_text()[-3000:]
+    one, other = (
+        {str(path.relative_to(work)): files.sha256(path) for path in files.walk(work / "out")}
+        for work in (whole, killed)
+    )
+    assert one == other
