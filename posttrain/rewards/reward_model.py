@@ -52,6 +52,17 @@ def open_reward_model(folder: Path, *, dtype: torch.dtype | None = None, key: st
         UserError: the folder is no reward model.
         Fault: it is damaged.
     """
+    require(folder, key)
+    return compute.open_model(folder, dtype=dtype, key=key, kind=AutoModelForSequenceClassification)
+
+
+def require(folder: Path, key: str | None = None) -> None:
+    """See that a folder is a reward model's, which transformers opens from now on.
+
+    Raises:
+        UserError: it is something else.
+        Fault: its config is damaged.
+    """
     if model_folder.is_adapter(folder):
         raise UserError("is an adapter: a reward model is whole", file=folder, key=key)
     model_folder.require(folder, key)
@@ -62,7 +73,6 @@ def open_reward_model(folder: Path, *, dtype: torch.dtype | None = None, key: st
     if config.num_labels != 1:
         raise UserError(f"gives {config.num_labels} numbers, and a reward is one", file=folder, key=key)
     _know(config, folder, key)
-    return compute.open_model(folder, dtype=dtype, key=key, kind=AutoModelForSequenceClassification)
 
 
 def of_language_model(causal: PreTrainedModel, folder: Path, seed: int) -> PreTrainedModel:
