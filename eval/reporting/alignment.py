@@ -19,7 +19,7 @@ class RewardFigures(Shape):
     std: Number | None = None
     least: Number | None = None
     most: Number | None = None
-    histogram: list[int] = []
+    histogram: list[int] = Field(default_factory=list)
     mass: Number | None = None
     disagreement: Number | None = None
 
@@ -35,7 +35,7 @@ class Scores(Shape):
     """`scores.json`."""
 
     rewards: dict[str, RewardFigures]
-    by: dict[str, dict[str, dict[str, Mean]]] = {}
+    by: dict[str, dict[str, dict[str, Mean]]] = Field(default_factory=dict)
     answers: int
     prompts: int
 
@@ -48,7 +48,7 @@ class Pairs(Shape):
     prompts: int
     answers: int
     margin_mean: Number
-    without: dict[str, int] = {}
+    without: dict[str, int] = Field(default_factory=dict)
 
 
 class Bin(Shape):

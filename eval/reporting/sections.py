@@ -196,7 +196,7 @@ def samples(records: list[Record]) -> list[dict[str, Any]]:
                     }
                     for name, text in row.outputs.items()
                 ],
-            }  # fmt: skip
+            }
             for row in chosen
         ]
         found.append(

@@ -7,7 +7,7 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,3}}(?![\w.]))?"
 _NUMBER = re.compile(
     rf"""(?<![\w.])(?P<sign>[-+])?[$€£]?(?P<minus>-)?(?:
-      \\[dt]?frac\s*\{{\s*(?P<top>{_DECIMAL})\s*\}}\s*\{{\s*(?P<bottom>{_DECIMAL})\s*\}}
+      \\[dt]?frac\s*\{{\s*(?P<top>-?{_DECIMAL})\s*\}}\s*\{{\s*(?P<bottom>-?{_DECIMAL})\s*\}}
       | (?P<whole>\d+)\s+(?P<part>\d+)/(?P<of>\d+)(?![\d/])
       | (?P<over>{_DECIMAL})\s?/\s?(?P<under>{_DECIMAL})(?![\d/])
       | (?P<plain>{_DECIMAL})

@@ -1,7 +1,8 @@
 """Reward models: a language model with a head of one number, read at the end of a chat with its answer.
 
 They are `AutoModelForSequenceClassification` of transformers with one label. An architecture for which transformers has
-no such class is given one here, built of transformers' own parts.
+no such class is given one here, built of transformers' own parts; it opens in a process that has imported this module
+and opened a language model of the kind, or by `open_reward_model`.
 """
 
 import contextlib
@@ -101,7 +102,7 @@ def of_language_model(causal: PreTrainedModel, folder: Path, seed: int) -> PreTr
             if any(weights.is_meta for weights in module.parameters(recurse=False)):
                 module.to_empty(device="cpu", recurse=False)
                 model._init_weights(module)  # noqa: SLF001 - as from_pretrained draws it
-                module.to(backbone.dtype)
+                module.to(causal.dtype)
     return model
 
 
@@ -125,7 +126,7 @@ def _know(config: PretrainedConfig, folder: Path, key: str | None) -> Any:
     except (KeyError, StopIteration, TypeError) as error:
         problem = f"transformers has no {KIND.removeprefix('For')} of {config.model_type}"
         raise UserError(problem, file=folder, key=key) from error
-    AutoModelForSequenceClassification.register(type(config), base)
+    known._extra_content[type(config)] = base  # noqa: SLF001 - `register` leaves out configs of transformers' own
     return base
 
 

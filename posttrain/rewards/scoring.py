@@ -131,7 +131,8 @@ def _write(
     columns = {one.name: parts.read(context.out / PARTS / one.folder) for one in passes}
     weights = {reward.label: reward.weight for reward in rewards}
     every = max(1, len(answers) // shown)
-    samples, counts = [], {"tokens": 0, "without_reward": 0, "empty": 0, "without_reference_answers": 0}
+    samples: list[dict[str, Any]] = []
+    counts = {"tokens": 0, "without_reward": 0, "empty": 0, "without_reference_answers": 0}
     beside = context.out / f".{SCORED}.tmp"
     with beside.open("w", encoding="utf-8", errors="surrogatepass") as out:
         for place, group in enumerate(answers.groups()):
@@ -151,7 +152,12 @@ def _write(
                 samples += _sample(group, rows)
     beside.replace(context.out / SCORED)
     files.write_text(context.out / "samples.jsonl", "".join(map(parts.line, samples)))
-    told = {"rewards": summary.described(), "by": summary.by(), "weights": weights, "left_out": answers.left_out}
+    told: dict[str, Any] = {
+        "rewards": summary.described(),
+        "by": summary.by(),
+        "weights": weights,
+        "left_out": answers.left_out,
+    }
     files.write_json(context.out / "scores.json", {**told, **counts, "answers": answers.rows, "prompts": len(answers)})
     _note(counts, reference_answers, context)
     means = {f"{name}_mean": one["mean"] for name, one in told["rewards"].items() if "mean" in one}

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from cordee import peek
-from cordee.config import Config, Engine, Execution, Input
+from cordee.config import Config, Execution, Input
 from cordee.errors import nearest
 from cordee.model_folder import ModelInput
 
@@ -26,6 +26,8 @@ OWN = "posttrain.rewards.functions"
 BATCH = {"prompts", "completions", "completion_ids"}
 """What every reward function is given, beside the rows' columns."""
 KINDS = ("function", "model", "judge")
+ENGINE = ("transformers", "vllm")
+"""What `auto` is without vLLM, and with it."""
 JUDGES = ("constitution", "compare", "engine")
 
 
@@ -50,7 +52,7 @@ class Reward(Config):
     compare: bool = False
     """Whether the judge compares each two answers to a prompt, in both orders, instead of rating each; the reward is
     the mean probability that it prefers the answer to another one."""
-    engine: Engine | None = None
+    engine: Literal["auto", "vllm", "transformers"] | None = None
     """What the judge runs in; `auto`, if not given: vLLM where it is installed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What a model or a judge computes in; `auto`: as it is stored, but vLLM takes bfloat16 for float32."""
@@ -69,7 +71,8 @@ class Reward(Config):
         if len(named) != 1:
             raise ValueError(f"needs one of {', '.join(KINDS)}, and has {' and '.join(named) or 'none of them'}")
         if named == ["judge"]:
-            return {**given, "engine": given.get("engine") or "auto"}
+            engine = given.get("engine") or "auto"
+            return {**given, "engine": ENGINE[peek.is_installed("vllm")] if engine == "auto" else engine}
         if wrong := [name for name in JUDGES if given.get(name)]:
             raise ValueError(f"{wrong[0]} is for a judge, and this is a {named[0]}")
         if named != ["function"] or not isinstance(given["function"], str):
@@ -139,7 +142,7 @@ def _checked(function: str, given: dict[str, Any]) -> dict[str, Any]:
     arguments = {name: one for name, one in known.items() if name not in BATCH and (one.is_keyword or not is_own)}
     for name, value in given.items():
         if name not in arguments:
-            hint = nearest(name, arguments)
+            hint = nearest(name, {*arguments, "name", "weight"})
             raise ValueError(f"{name}: {function} has no such argument" + (f"; {hint}" if hint else ""))
         _require_kind(name, value, arguments[name])
     for name, one in arguments.items():

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.rewards.opening import VALUE, Figures
+from posttrain.rewards.opening import VALUE
 
 BINS = 20
 BY = ("language", "kind")
@@ -36,7 +36,7 @@ class Summary:
             if (own := row.get(column)) is not None and (str(own) in known or len(known) < MOST_VALUES):
                 _count(known.setdefault(str(own), {}), name, value)
 
-    def add_further(self, name: str, figures: Figures) -> None:
+    def add_further(self, name: str, figures: Mapping[str, Any]) -> None:
         """Count what else a reward tells of an answer."""
         for key, value in figures.items():
             if key != VALUE and value is not None:
@@ -49,7 +49,7 @@ class Summary:
 
     def described(self) -> dict[str, Any]:
         """By reward: `mean`, `std`, `least`, `most`, the share of rows that have none, and a histogram."""
-        found = {}
+        found: dict[str, Any] = {}
         for name in sorted({*self._values, *self._nulls}):
             values, nulls = self._values[name], self._nulls[name]
             further = {key: self.further(name, key) for key in self._further.get(name, {})}
