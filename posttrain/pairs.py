@@ -44,7 +44,8 @@ class Config(StageConfig):
     """Which answers are compared: `best_worst`; `best_worst_quantile`, whose worse one is drawn from the lowest
     `quantile`; `threshold`, above `chosen_above` against below `rejected_below`; `right_wrong`, above 0 against 0."""
     reward: str | None = None
-    """The name of the reward that decides; by default the weighted sum of all."""
+    """The name of the reward that decides; by default the weighted sum of all. Pairs by a reward alone have no
+    `reference_rewards`, which are sums."""
     quantile: float = Field(default=0.2, gt=0, lt=1)
     """The share of a prompt's lowest rewards that `best_worst_quantile` draws the worse answer from, from 0 to 1."""
     chosen_above: float | None = None
@@ -97,7 +98,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             if len(samples) < SHOWN:
                 samples.append(_sample(row))
     counts["pairs"] = len(margins)
-    without = {what: count for what, count in counts.items() if what not in ("pairs", "prompts", "answers")}
+    named = ("pairs", "prompts", "answers")
+    without = {what: count for what, count in counts.items() if count and what not in named}
     told = "; ".join(f"{count} {what}" for what, count in without.items())
     if not margins:
         hint = nearest(config.reward, _names(found)) if config.reward and config.reward not in _names(found) else ""
@@ -137,7 +139,10 @@ def _pairs(config: Config, found: "Answers", context: Context, counts: Counter[s
             margin = rewards[chosen] - rewards[rejected]
             if margin <= 0 or margin < config.min_margin or said[chosen][0].text == said[rejected][0].text:
                 continue
-            yield _row(said[chosen], said[rejected])
+            row = _row(said[chosen], said[rejected])
+            if config.reward is not None:
+                row.pop("reference_rewards", None)
+            yield row
             made += 1
             if made == config.max_pairs_per_prompt:
                 break

@@ -12,6 +12,7 @@ SERIES = {
     "heldout_bits_per_byte": "Held-out text (bits per byte)",
     "heldout_loss": "Held-out loss",
     "rewards/accuracies": "Preference accuracy (fraction of pairs)",
+    "accuracy": "Accuracy of the reward model (fraction of pairs)",
 }
 """The metrics of `metrics.jsonl` that are drawn, and their titles."""
 ROWS = "rows.json"

@@ -97,8 +97,8 @@ class Rewards:
 
 
 def total(values: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    """The weighted sum of the rewards that apply to an answer; None where none does."""
-    found = [weights[name] * value for name, value in values.items() if value is not None]
+    """The weighted sum of the rewards that apply to an answer; None where none with a weight does."""
+    found = [weights[name] * value for name, value in values.items() if value is not None and weights[name]]
     return sum(found) if found else None
 
 

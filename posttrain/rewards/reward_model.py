@@ -33,6 +33,7 @@ from cordee.compute import device
 from cordee.compute import model as compute
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer
 from cordee.errors import UserError
+from posttrain.rewards.texts import text_of
 
 KIND = "ForSequenceClassification"
 """What the names of reward models' classes end with."""
@@ -196,39 +197,41 @@ class Scorer:
     def measure(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[dict[str, float | None]]:
-        """The reward of each completion; None of one that is empty.
+        """The reward of each completion, an empty one too.
 
         Raises:
             UserError: a chat can't be rendered, or is too long.
         """
         options = [{name: columns[name][at] for name in OPTIONS if name in columns} for at in range(len(prompts))]
-        sequences, places = [], []
-        for at, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        sequences = []
+        for prompt, completion, own in zip(prompts, completions, options, strict=True):
             try:
-                sequences.append(self._encoded(prompt, completion, options[at]))
-                places.append(at)
+                sequences.append(self._encoded(prompt, completion, own))
             except BadRowError as error:
-                if error.problem not in EMPTY:
-                    told = f"{error.problem} ({error.shown_by})" if error.shown_by else error.problem
-                    raise UserError(told, key="rewards: model", hint=error.hint) from error
-        values: list[dict[str, float | None]] = [{"reward": None} for _ in prompts]
-        for at, value in zip(places, rewards(self.model, sequences, batch_size=self.batch_size), strict=True):
-            values[at] = {"reward": value}
-        return values
+                told = f"{error.problem} ({error.shown_by})" if error.shown_by else error.problem
+                raise UserError(told, key="rewards: model", hint=error.hint) from error
+        return [{"reward": value} for value in rewards(self.model, sequences, batch_size=self.batch_size)]
 
     def _encoded(self, prompt: Any, completion: Any, options: dict[str, Any]) -> list[int]:
-        if self.template is None or (isinstance(prompt, str) and isinstance(completion, str)):
-            if not (isinstance(prompt, str) and isinstance(completion, str)):
-                raise BadRowError("is a chat, and the reward model has no chat template")
-            ids = completions.of_text(prompt, completion, self.tokenizer)
+        given = {name: value for name, value in options.items() if value}
+        if isinstance(prompt, str) and isinstance(completion, str):
+            ids = self._of_text(prompt, completion)
+        elif self.template is None:
+            raise BadRowError("is a chat, and the reward model has no chat template")
         else:
             said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-            row = {"messages": [*prompt, *said], **{name: value for name, value in options.items() if value}}
-            ids = completions.of_chat(Record(Path(), 1, row), self.template)
-        whole = [*ids[0], *ids[1]]
-        self.limits.check(whole)
-        return whole
+            messages = [*prompt, *said]
+            if text_of(said).strip():
+                before, after = completions.of_chat(Record(Path(), 1, {"messages": messages, **given}), self.template)
+                ids = [*before, *after]
+            else:  # no training takes it, but a policy may give it
+                (ids,) = self.template.encode([self.template.text(messages, given)])["input_ids"]
+        self.limits.check(ids)
+        return ids
 
-
-EMPTY = ("an answer has no content", "an answer is rendered as nothing")
-"""What is wrong with an answer that says nothing, which a policy may give."""
+    def _of_text(self, prompt: str, completion: str) -> list[int]:
+        if completion.strip():
+            before, after = completions.of_text(prompt, completion, self.tokenizer)
+            return [*before, *after]
+        end = self.tokenizer.eos_token_id
+        return [*self.tokenizer(prompt)["input_ids"], *([] if end is None else [end])]

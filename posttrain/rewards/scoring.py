@@ -159,7 +159,7 @@ def _write(
         "left_out": answers.left_out,
     }
     files.write_json(context.out / "scores.json", {**told, **counts, "answers": answers.rows, "prompts": len(answers)})
-    _note(counts, reference_answers, context)
+    _note(counts, reference_answers, context, has_reference=REFERENCE in columns)
     means = {f"{name}_mean": one["mean"] for name, one in told["rewards"].items() if "mean" in one}
     return {**counts, **means}
 
@@ -201,10 +201,11 @@ def _sample(group: Sequence[Answer], rows: Sequence[Mapping[str, Any]]) -> list[
     ]  # fmt: skip
 
 
-def _note(counts: Mapping[str, int], reference_answers: str | None, context: Context) -> None:
+def _note(counts: Mapping[str, int], reference_answers: str | None, context: Context, *, has_reference: bool) -> None:
+    left = ": they have no reference log-probability" if has_reference else ""
     said = {
         "answers to which no reward applies": counts["without_reward"],
-        "answers say nothing: they have no reference log-probability": counts["empty"],
+        f"answers say nothing{left}": counts["empty"],
         f"prompts have no answer with a reward by {reference_answers!r}": counts["without_reference_answers"],
     }
     for text, count in said.items():

@@ -68,7 +68,7 @@ def coverage(model: PeftModel) -> str:
     left = {
         _kind(name)
         for name, weight in model.named_parameters()
-        if weight.ndim > 1 and id(weight) not in done and not weight.requires_grad
+        if weight.ndim > 1 and id(weight) not in done and not weight.requires_grad and "original_module" not in name
     }
     said = f"lora covers {len(covered)} modules: {', '.join(sorted({*covered}))}"
     return said + (f"; not covered: {', '.join(sorted(left - {*covered}))}" if left - {*covered} else "")

@@ -88,6 +88,13 @@ def test_no_answer_is_on_one_side_twice_and_the_seed_decides(tmp_path: Path, new
     assert (other.out / "pairs.jsonl").read_text() != found[0]
 
 
+def test_pairs_by_one_reward_have_no_rewards_of_the_reference(tmp_path: Path, context: Context) -> None:
+    """These are sums, which its values can't be compared with."""
+    pairs.run(pairs_config(scored(tmp_path / "s.jsonl", [[0.2, 0.9]]), reward="only"), context)
+    (row,) = rows_in(context.out / "pairs.jsonl")
+    assert (row["chosen_reward"], "reference_rewards" in row) == (0.9, False)
+
+
 def test_what_makes_no_pair_is_counted(tmp_path: Path, context: Context) -> None:
     data = scored(tmp_path / "s.jsonl", [[1.0, 1.0], [0.0, 0.0], [1.0], [None, 1.0], [1.0, 0.0]])
     extra = written(tmp_path / "e.jsonl", [answer(9, "  ", "x", reward=1.0), answer(9, "no", "x", reward=0.0)])

@@ -67,7 +67,7 @@ def test_it_learns_to_prefer_and_a_whole_model_is_published(
     said = [[{"role": "assistant", "content": name}] for name in ("German", "Italian", " ")]
     right, wrong, empty = (row["reward"] for row in scorer.measure([prompt] * 3, said, {}))
     assert right > wrong
-    assert empty is None
+    assert math.isfinite(empty)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(model_folder: Path, pairs_file: Path, new_context: NewContext) -> None:

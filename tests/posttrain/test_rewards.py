@@ -172,6 +172,9 @@ def test_rewards_are_summed_by_weight_where_they_apply() -> None:
     weights = {"a": 1.0, "b": 0.5, "c": -2.0}
     assert opening.total({"a": 1.0, "b": None, "c": 0.25}, weights) == 0.5
     assert opening.total(dict.fromkeys(weights), weights) is None
+    assert opening.total({"a": None, "d": 1.0}, {**weights, "d": 0.0}) is None, (
+        "a reward without weight decides nothing"
+    )
     both = opening.Rewards.open(
         [Reward(function="exact_match"), Reward(function="number_match", weight=2)], lambda _: None
     )
