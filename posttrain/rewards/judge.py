@@ -27,6 +27,8 @@ RATINGS = tuple(map(str, range(1, 10)))
 LETTERS = ("A", "B")
 LOW_MASS = 0.5
 """A probability of all the words that the judge may say below which it says something else."""
+HIGH_DISAGREEMENT = 0.5
+"""A share of comparisons with another verdict in the other order above which a judge looks at places, not answers."""
 NO_RULES = "A good answer is correct, does what was asked for, and says no more than that."
 """What stands in the place of a constitution where none is given."""
 RATE = """\

@@ -11,7 +11,7 @@ from cordee import files, parts, units
 from cordee.stage import Context
 from posttrain.rewards import reference as of_reference
 from posttrain.rewards.answers import Answer, Answers
-from posttrain.rewards.judge import LOW_MASS
+from posttrain.rewards.judge import HIGH_DISAGREEMENT, LOW_MASS
 from posttrain.rewards.opening import VALUE, open_reward, total
 from posttrain.rewards.reference import LOGPROB, TOKENS, Encoder
 from posttrain.rewards.settings import KINDS, Reward
@@ -73,6 +73,10 @@ def score(
         if mass is not None and mass < LOW_MASS:
             share = units.score(mass, percent=True)
             context.note(f"{reward.label}: the judge says one of the words it is asked for with {share} only")
+        differing = summary.further(reward.label, "disagreement")
+        if differing is not None and differing > HIGH_DISAGREEMENT:
+            share = units.score(differing, percent=True)
+            context.note(f"{reward.label}: the judge prefers a place, not an answer, in {share} of the comparisons")
     shutil.rmtree(context.out / PARTS)
     return {"rows": answers.rows, "prompts": len(answers), **kept}
 
