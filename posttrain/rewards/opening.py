@@ -135,7 +135,7 @@ def _of_function(reward: Reward, named: str) -> Opened:
         raise UserError(error.problem, file=error.file, key=f"rewards: {reward.label}", hint=error.hint) from error
     except Exception as error:
         problem = f"{named} can't be used: {type(error).__name__}: {error}"
-        raise UserError(problem, key=f"rewards: {reward.label}") from error
+        raise UserError(problem, file=reward.code, key=f"rewards: {reward.label}") from error
     parameters = inspect.signature(function).parameters.values()
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
     known = {one.name for one in parameters}

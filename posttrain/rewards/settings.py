@@ -43,6 +43,8 @@ class Reward(Config):
     TRL calls reward functions. One that takes no `completions` is called with its arguments, and returns one."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """The function's own arguments; they may also stand beside its name."""
+    code: Input | None = None
+    """The file of a function of one's own, whose content is part of the identity; filled in by itself."""
     model: ModelInput | None = None
     """A reward model: a folder with a sequence classification head of one label (`$reward`)."""
     judge: ModelInput | None = None
@@ -82,7 +84,8 @@ class Reward(Config):
         if not isinstance(written, dict):
             return given
         kept = {key: value for key, value in given.items() if key in cls.model_fields}
-        return {**kept, "arguments": _checked(given["function"], {**written, **beside})}
+        arguments = _checked(given["function"], {**written, **beside})
+        return {"code": code_of(given["function"]), **kept, "arguments": arguments}
 
     @property
     def label(self) -> str:
@@ -107,6 +110,13 @@ def place_of(function: str) -> tuple[str, str]:
     """The module and the name of a function as a recipe names it."""
     module, colon, name = function.partition(":")
     return (module, name) if colon else (OWN, function)
+
+
+def code_of(function: str) -> str | None:
+    """The file of a function, unless it is of an installed package, or of this project."""
+    file = peek.source_of(place_of(function)[0])
+    is_own = file is not None and place_of(function)[0] != OWN and "site-packages" not in file.parts
+    return str(file) if is_own else None
 
 
 def parameters_of(function: str) -> dict[str, peek.Parameter]:

@@ -36,6 +36,11 @@ def words(completions, **kwargs):
 """
 
 
+def think_is_of_trl() -> bool:
+    """Of an installed package the manifest has the version, and the identity no file."""
+    return Reward.model_validate({"function": "trl.rewards:think_format_reward"}).code is None
+
+
 def opened(**keys: Any) -> opening.Opened:
     return opening.open_reward(Reward.model_validate(keys), lambda _: None)
 
@@ -161,6 +166,8 @@ def test_functions_of_trl_and_of_a_user_work_as_they_are(tmp_path: Path, monkeyp
     one = Answer(Path("a"), 1, rows[0], *split(rows[0], as_text=False), 0)
     with pytest.raises(UserError, match="needs the column 'completion_ids'"):
         punished.of([one])
+    assert Reward.model_validate({"function": "mine:brevity"}).code == Input(tmp_path / "mine.py")
+    assert think_is_of_trl()
     assert opened(function="mine:brevity", most=2)(["?"] * 2, said) == [0.0, 1.0]
     assert opened(function="mine:make", power=2)(["?"], said[:1]) == [1.0]
     for name, message in (("broken", "gives nan"), ("short", "1 values for 2"), ("words", "is no number")):

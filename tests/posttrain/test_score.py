@@ -238,6 +238,7 @@ score.run(config, Context(out=Path({out!r}), seed=3, events=Path({events!r})))
 """
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_nothing_but_the_part_in_work_is_done_again(
     tmp_path: Path, new_context: NewContext
 ) -> None:
