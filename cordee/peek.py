@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cordee.errors import Fault
 _NAMES: dict[str, Any] = {
     **{kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple, set)},
     **{name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")},
+    "Path": Path,
 }
 
 
@@ -43,6 +45,53 @@ def functions(module: str) -> list[str]:
     if file is None:
         raise Fault(f"there is no module {module}")
     return [node.name for node in _parse(file).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a function, as its source spells it."""
+
+    kind: Any
+    """Its type, `Any` where only the module knows it; of a path, `Path`."""
+    is_required: bool
+    is_keyword: bool
+    """Whether it can be given by its name only."""
+
+
+def parameters(module: str, name: str) -> dict[str, Parameter] | None:
+    """The parameters of a module's function, which the module defines or imports, by name; None if there is none.
+
+    Raises:
+        Fault: there is no such module.
+    """
+    file = source_of(module)
+    if file is None:
+        raise Fault(f"there is no module {module}")
+    found = _function(file, name)
+    if found is None:
+        return None
+    given, named = found.args, found.args.kwonlyargs
+    plain = [*given.posonlyargs, *given.args]
+    without: list[ast.expr | None] = [None] * (len(plain) - len(given.defaults))
+    defaults = [*without, *given.defaults, *given.kw_defaults]
+    return {
+        one.arg: Parameter(_type(ast.unparse(one.annotation)) if one.annotation else Any, default is None, one in named)
+        for one, default in zip([*plain, *named], defaults, strict=True)
+    }
+
+
+def _function(file: Path, name: str) -> ast.FunctionDef | None:
+    """The definition of a function that a file defines or imports."""
+    tree = _parse(file)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node
+    for statement in ast.walk(tree):
+        if isinstance(statement, ast.ImportFrom):
+            for alias in statement.names:
+                if name == (alias.asname or alias.name) and (source := _imported_from(statement, file)):
+                    return _function(source, alias.name) if source != file else None
+    return None
 
 
 def members(enum: str) -> set[str]:

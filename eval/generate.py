@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,9 @@ class Config(ModelsConfig):
     """Prompts that a model can't be asked, or that are too long: an error, or left out for all models and counted."""
     max_prompts: int | None = Field(default=48, ge=1)
     """How many prompts are answered, spread evenly over the languages; `null` for all of them."""
+    partition: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1)
+    """Which part of the prompts is answered, and of how many: `[2, 8]` takes every eighth one, from the second on, with
+    the answers that it would have among all. Each part is a stage of its own; who reads them takes them all."""
     n: int = Field(default=1, ge=1)
     """Answers to each prompt; more than one needs a temperature."""
     max_tokens: int = Field(default=32, ge=1)
@@ -68,6 +71,8 @@ class Config(ModelsConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         """Check what no key alone can tell."""
+        if self.partition[0] > self.partition[1]:
+            raise UserError(f"{self.partition[0]} of {self.partition[1]} is no part", key="partition")
         if self.n > 1 and self.sampling.temperature == 0:
             problem = f"{self.n} answers to a prompt are all the same at temperature 0, which is greedy"
             raise UserError(problem, key="n", hint="sampling: {temperature: 1.0}")
@@ -97,7 +102,8 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
     """At most `max_tokens` tokens for each answer."""
     models = [model_folder.cost(path, f"models.{name}", given) for name, path in config.models.items()]
     parameters, prompts = models[0].parameters, config.max_prompts or _rows(config, given)
-    tokens = float(len(config.models) * prompts * config.n * config.max_tokens) if prompts else None
+    answers = prompts * config.n / config.partition[1] if prompts else None
+    tokens = len(config.models) * answers * config.max_tokens if answers else None
     return Cost(tokens=tokens, flops=2 * parameters * tokens if parameters and tokens else None, parameters=parameters)
 
 
@@ -123,7 +129,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         longest = engine.longest_request(folder, config.max_length) - config.max_tokens
         encoders[model] = prompts.Encoder.of(model, folder, longest, source.ignore, context.note)
     context.waits("the prompts")
-    chosen = prompts.choose(source, config.max_prompts, context.note)
+    chosen = prompts.choose(source, config.max_prompts, context.note).share(*config.partition)
     asked, problems = prompts.checked(chosen, list(encoders.values()), context, may_drop=config.bad_rows == "drop")
     for kind in problems.kinds.values():
         context.note(f"{kind.count} prompts left out: {kind.problem}")

@@ -52,7 +52,7 @@ def collect(config: Config) -> dict[str, Any]:
     Raises:
         Fault: an artifact is damaged, or is not what its manifest says.
     """
-    from eval.reporting import comparison, provenance, records, sections
+    from eval.reporting import alignment, comparison, provenance, records, sections
 
     listed = [records.open_record(path) for path in [*config.artifacts, *config.certificates]]
     everything, missing = records.pipeline(listed)
@@ -74,6 +74,7 @@ def collect(config: Config) -> dict[str, Any]:
         "further_metrics": comparison.further(tables),
         "languages": by_language,
         "checkpoints": comparison.checkpoints(tables, by_language),
+        "rewards": alignment.collect(everything),
         "samples": sections.samples(listed),
         "certificates": sections.certificates(listed),
         "provenance": provenance.collect(everything, missing, corpus.licences if corpus else {}),

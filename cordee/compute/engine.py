@@ -302,6 +302,16 @@ class Engine:
             for output, text in zip(outputs, texts, strict=True)
         ]  # fmt: skip
 
+    def ask(self, prompts: Sequence[Sequence[int]], asked: Any) -> list[Any]:
+        """What vLLM returns of each prompt of token ids, given `vllm.SamplingParams`.
+
+        Raises:
+            Fault: the last load failed.
+        """
+        if self.folder is None:
+            raise Fault("the engine holds no checkpoint's weights")
+        return self._ask(prompts, asked, self.request)
+
     def _forget(self, folder: Path) -> None:
         if not self.llm.reset_prefix_cache():
             raise Fault("vLLM kept its prefix cache", file=folder)

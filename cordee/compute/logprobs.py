@@ -1,15 +1,19 @@
 """Log-probabilities of given tokens: one way to compute them for every gate, proof and metric."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 MERGE_LIMIT = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1}
 """How far a merged model may be from base and adapter, in nats, by its weights' dtype."""
 MERGE_MEASURE = {"float32": "max", "float16": "mean", "bfloat16": "mean"}
 """Which difference that is: float32 only sums in another order; rounding moves single improbable tokens by nats."""
+LOGITS_AT_ONCE = 1 << 28
+"""The largest number of logits that are held at a time: 1 GiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +81,53 @@ def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_s
             Scores(logprobs[index, : len(row) - 1], top1[index, : len(row) - 1]) for index, row in enumerate(batch)
         )
     return scores
+
+
+def completion_logprobs(
+    model: PreTrainedModel, sequences: Sequence[tuple[Sequence[int], int]], *, tokens_at_once: int = 8192
+) -> list[float]:
+    """The log-probability of each completion given its prompt, in nats: the sum over its tokens.
+
+    Sequences of about the same length are read together, and only positions of completions go through the head, where
+    the model allows it. The model is used as it is: put it in evaluation mode and on its device first.
+
+    Args:
+        model: a causal language model, or an adapter on one.
+        sequences: token ids `[seq]` of a prompt with its completion, and the place where the completion begins, from 1.
+        tokens_at_once: tokens, padding included, that the model reads at a time; one sequence at least.
+    """
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    takes_places = "logits_to_keep" in inspect.signature(causal.forward).parameters
+    vocab = model.config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    sums = [0.0] * len(sequences)
+    for batch in _batches(sequences, tokens_at_once, LOGITS_AT_ONCE // vocab):
+        longest, first = len(sequences[batch[0]][0]), min(sequences[at][1] for at in batch)
+        rows = [list(sequences[at][0]) for at in batch]
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+        kept = {"logits_to_keep": torch.arange(first - 1, longest, device=device)} if takes_places else {}
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
+            if not takes_places:
+                logits = logits[:, first - 1 :]
+            logprobs = token_logprobs(logits, ids[:, first - 1 :]).double().cpu()  # [batch, longest - first]
+        for row, at in enumerate(batch):
+            sums[at] = float(logprobs[row, sequences[at][1] - first : len(rows[row]) - first].sum())
+    return sums
+
+
+def _batches(
+    sequences: Sequence[tuple[Sequence[int], int]], tokens_at_once: int, logits_at_once: int
+) -> Iterator[list[int]]:
+    """Places of sequences that are read together, the longest first; of so many tokens and of so many logits' rows."""
+    batch: list[int] = []
+    for at in sorted(range(len(sequences)), key=lambda place: -len(sequences[place][0])):
+        count, longest = len(batch) + 1, len(sequences[batch[0] if batch else at][0])
+        kept = longest - min(sequences[place][1] for place in [*batch, at]) + 1
+        if batch and (count * longest > tokens_at_once or count * kept > logits_at_once):
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch

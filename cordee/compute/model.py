@@ -24,11 +24,13 @@ TRAINERS_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
 def open_model(
-    folder: Path, *, dtype: torch.dtype | None = None, key: str | None = None, **options: Any
-) -> PreTrainedModel:
+    folder: Path, *, dtype: torch.dtype | None = None, key: str | None = None, kind: Any = AutoModelForCausalLM,
+    **options: Any,
+) -> PreTrainedModel:  # fmt: skip
     """The causal language model in a folder, on the CPU, in `dtype` (None: the one it is stored in).
 
-    `options` go to `from_pretrained`, such as `attn_implementation`.
+    `kind` is the class of transformers that opens it, where it is another model. `options` go to `from_pretrained`,
+    such as `attn_implementation`.
 
     Raises:
         UserError: the folder is no model.
@@ -37,7 +39,7 @@ def open_model(
     model_folder.require(folder, key)
     model_folder.require_undamaged(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
@@ -104,13 +106,13 @@ def save_model(
     with files.replaced(folder, last="config.json") as beside:
         model.save_pretrained(beside, state_dict=state_dict)
         if base:
-            _restore(beside / "config.json", files.read_json(base / "config.json"))
+            restore_config(beside / "config.json", files.read_json(base / "config.json"))
         files.write_json(beside / GENERATION_CONFIG, _generation_config(base or tokenizer, opened, chats=chats))
         copy_tokenizer(tokenizer, beside)
         probe.write(beside, probe.measure(open_model(beside, dtype=torch.float32), opened(probe.TEXT)["input_ids"]))
 
 
-def _restore(file: Path, base: dict[str, Any]) -> None:
+def restore_config(file: Path, base: dict[str, Any]) -> None:
     """Write a config with the fields that trainers set as the base's config has them, in nested configs too."""
     config: dict[str, Any] = files.read_json(file)
     nested = [(config[name], own) for name, own in base.items() if isinstance(own, dict) and config.get(name)]

@@ -11,8 +11,8 @@ from typing import Any
 import evaluate
 import numpy as np
 
+from cordee import sandbox
 from cordee.errors import UserError
-from eval.measuring import sandbox
 from eval.measuring.asked import CONFIRM
 
 NAME = "code_eval"

@@ -1,27 +1,24 @@
 """One model's answers on the disk: part by part while they are generated, then as one file of JSON lines.
 
-A part is the answers to consecutive prompts, `parts/<model>/<first>-<end>.jsonl`, a file that appears whole. An attempt
-that was interrupted has lost no more than the part that it was at. Memory holds one part.
+A part (`cordee.parts`) is the answers to consecutive prompts, `parts/<model>/<first>-<end>.jsonl`. Memory holds one.
 """
 
 import itertools
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cordee import files
+from cordee import parts
 from cordee.chat import formats
 from cordee.compute.generating import Generated
 from cordee.stage import Context
 from eval.measuring.prompts import Prompt, Prompts, plain
 
-PARTS, ANSWERS, PART = "parts", "answers", "[0-9]*.jsonl"
+PARTS, ANSWERS = "parts", "answers"
 OWN = ("prompt_id", "sample", "model", "finish_reason", "tokens", "special_tokens")
 """What a row says of its answer."""
 LEFT_OUT = {*formats.COLUMNS, "label", "messages", "answer", *OWN}
@@ -66,17 +63,16 @@ class Writer:
         folder, coming, at = self.out / PARTS / self.model, iter(prompts), 0
         folder.mkdir(parents=True, exist_ok=True)
         size = max(1, at_once // self.samples)
-        for end, is_there in _parts(folder, len(prompts), size):
+        for end, is_there in parts.ends(folder, len(prompts), size):
             part = list(itertools.islice(coming, end - at))
             if not is_there:
                 done = before + at * self.samples
                 context.progress(done, total, "answers")
                 if context.stop_requested():
                     context.stop(f"answer {done} of {total}")
-                rows = self._rows(part, ask)
-                files.write_text(folder / f"{at:09}-{end:09}.jsonl", "".join(map(_line, rows)))
+                parts.write(folder, at, end, self._rows(part, ask))
             at = end
-        self._join(folder)
+        parts.join(folder, self.file)
         shutil.rmtree(folder)
 
     def _rows(self, part: Sequence[Prompt], ask: Ask) -> list[dict[str, Any]]:
@@ -95,18 +91,6 @@ class Writer:
         reference = {} if prompt.answer is None else {"answer": prompt.answer}
         own = (prompt.number, sample, self.model, answer.finish_reason, answer.tokens, answer.special)
         return {**said, **reference, **others, **dict(zip(OWN, own, strict=True))}
-
-    def _join(self, folder: Path) -> None:
-        self.file.parent.mkdir(exist_ok=True)
-        beside = self.file.with_name(f".{self.file.name}.tmp")
-        with beside.open("wb") as whole:
-            for path in sorted(folder.glob(PART)):
-                with path.open("rb") as part:
-                    shutil.copyfileobj(part, whole)
-            whole.flush()
-            os.fsync(whole.fileno())
-        beside.replace(self.file)
-        files.sync_folder(self.file.parent)
 
 
 @dataclass
@@ -127,16 +111,15 @@ class Told:
 def tell(file: Path, shown: set[int]) -> Told:
     """Read a file of answers, line by line."""
     told = Told()
-    with file.open(encoding="utf-8", newline="\n") as lines:
-        for row in map(json.loads, lines):
-            text = row["completion"] if "completion" in row else row["messages"][-1]["content"]
-            told.answers += 1
-            told.tokens += row["tokens"]
-            told.cut += row["finish_reason"] == "length"
-            told.empty += not text.strip()
-            told.special += row["special_tokens"] > 0
-            if row["prompt_id"] in shown and row["sample"] == 0:
-                told.shown[row["prompt_id"]] = text
+    for row in parts.lines(file):
+        text = row["completion"] if "completion" in row else row["messages"][-1]["content"]
+        told.answers += 1
+        told.tokens += row["tokens"]
+        told.cut += row["finish_reason"] == "length"
+        told.empty += not text.strip()
+        told.special += row["special_tokens"] > 0
+        if row["prompt_id"] in shown and row["sample"] == 0:
+            told.shown[row["prompt_id"]] = text
     return told
 
 
@@ -146,24 +129,8 @@ def seed_of(seed: int, prompt: int, sample: int) -> int:
     return int(state) >> 1
 
 
-def _parts(folder: Path, count: int, size: int) -> Iterator[tuple[int, bool]]:
-    """The end of each part of `count` prompts, and whether it is on the disk; parts of an earlier size are kept."""
-    names = (path.stem.partition("-") for path in folder.glob(PART))
-    there = {int(first): int(end) for first, _, end in names}
-    at = 0
-    while at < count:
-        is_there = at in there
-        following = min((first for first in there if first > at), default=count)
-        at = there[at] if is_there else min(at + size, following)
-        yield at, is_there
-
-
 def _given(message: dict[str, Any]) -> dict[str, Any]:
     """A message of the prompt: an answer in it is not the model's, and is not trained on."""
     if message.get("role") != "assistant":
         return message
     return {**{key: value for key, value in message.items() if key != "weight"}, "train": False}
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"

@@ -70,6 +70,18 @@ class Prompts:
     def __len__(self) -> int:
         return int(self.kept.sum())
 
+    def share(self, which: int, of: int) -> "Prompts":
+        """Every `of`-th prompt, from the one at place `which` on, counted from 1.
+
+        Raises:
+            UserError: there are fewer prompts than parts.
+        """
+        if of > len(self):
+            raise UserError(f"{len(self)} prompts can't be divided into {of} parts", key="partition")
+        kept = np.zeros_like(self.kept)
+        kept[self.kept.nonzero()[0][which - 1 :: of]] = True
+        return Prompts(self.source, kept)
+
     def __iter__(self) -> Iterator[Prompt]:
         """The prompts, in the order of the source; they are known to be such."""
         problems = Problems()

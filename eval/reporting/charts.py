@@ -156,6 +156,32 @@ def intervals(identity: str, title: str, scores: Sequence[Score], chance: float 
     return _svg(identity, (440, bottom + 28), "intervals", title, words, body)
 
 
+def histogram(identity: str, title: str, counts: Sequence[int], low: float, high: float) -> Markup:
+    """How many values are in each of equal parts from `low` to `high`, as bars.
+
+    Args:
+        identity: the id of the chart, unique on the page.
+        title: the quantity.
+        counts: of the values in each part.
+        low: the least value.
+        high: the largest value.
+    """
+    marks = ticks(0, max(counts), 3)
+    frame = Frame(46, 12, 448, 150, (0, 0), (len(counts), marks[-1]))
+    body = []
+    for mark in marks:
+        body.append(_line("grid", (frame.left, frame.y(mark)), (frame.right, frame.y(mark))))
+        body.append(_text("tick", (frame.left - 8, frame.y(mark) + 4), f"{mark:,g}", "end"))
+    bar = Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>')
+    for place, count in enumerate(counts):
+        width, top = frame.x(1) - frame.x(0) - 2, frame.y(count)
+        body.append(bar.format(frame.x(place) + 1, top, width, frame.bottom - top))
+    body.append(_text("tick", (frame.left, frame.bottom + 18), f"{low:.3g}", "start"))
+    body.append(_text("tick", (frame.right, frame.bottom + 18), f"{high:.3g}", "end"))
+    words = f"{sum(counts):,} values from {low:.3g} to {high:.3g}; most in part {counts.index(max(counts)) + 1} of "
+    return _svg(identity, (500, 176), "histogram", title, f"{words}{len(counts)}.", body)
+
+
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers at equal distances; the first is at most `low`, the last at least `high`."""
     span = (high - low) or abs(high) or 1.0

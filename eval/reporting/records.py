@@ -127,6 +127,8 @@ class Sample(Shape):
     kind: str = ""
     language: str = ""
     outputs: dict[str, str]
+    rewards: dict[str, float] = {}
+    """Of those of them that were scored."""
 
 
 class ShownRow(Shape):
@@ -155,6 +157,12 @@ class Source(Shape):
     tokens: int
     loss_tokens: int | None = None
     left_out: list[LeftOut] = []
+
+
+class ModelConfig(Shape):
+    """A model's `config.json`."""
+
+    architectures: list[str] | None = None
 
 
 class Sources(Shape):

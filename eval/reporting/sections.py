@@ -5,13 +5,14 @@ from typing import Any
 from cordee import units
 from cordee.certificate import NAME, Certificate
 from eval.measuring.statistics import BITS_PER_BYTE
-from eval.reporting.records import Corpus, Record, Source, Sources
+from eval.reporting.records import Corpus, ModelConfig, Record, Source, Sources
 
 SERIES = {
     "loss": "Training loss",
     "heldout_bits_per_byte": "Held-out text (bits per byte)",
     "heldout_loss": "Held-out loss",
     "rewards/accuracies": "Preference accuracy (fraction of pairs)",
+    "accuracy": "Accuracy of the reward model (fraction of pairs)",
 }
 """The metrics of `metrics.jsonl` that are drawn, and their titles."""
 ROWS = "rows.json"
@@ -45,10 +46,12 @@ def output(record: Record) -> str:
     rows, vocabulary, bits = (record.manifest.metrics.get(key) for key in keys)
     known = {
         "adapter_config.json": "an adapter",
-        "config.json": "a language model" + ("" if bits is None else f", {bits:.3f} bits per held-out byte"),
+        "config.json": _model(record) + ("" if bits is None else f", {bits:.3f} bits per held-out byte"),
         "tokenizer.json": f"a vocabulary of {units.count(vocabulary)}" if vocabulary else "a tokenizer",
         "tokens.json": "tokens" + (f" of {units.count(rows)} documents" if rows else ""),
         "results.json": "benchmark results",
+        "scored.jsonl": (f"{units.count(rows)} " if rows else "") + "scored answers",
+        "pairs.jsonl": (f"{units.count(rows)} " if rows else "") + "preference pairs",
         "samples.jsonl": (f"{units.count(rows)} " if rows else "") + "answers",
     }
     if record.holds("corpus.json"):
@@ -58,6 +61,14 @@ def output(record: Record) -> str:
         if record.holds(file):
             return words
     return f"{units.count(rows)} rows" if rows else f"{len(record.manifest.files)} files"
+
+
+def _model(record: Record) -> str:
+    """What kind of model an artifact is."""
+    if not record.holds("config.json"):
+        return ""
+    named = record.read("config.json", ModelConfig).architectures or [""]
+    return "a reward model" if named[0].endswith("ForSequenceClassification") else "a language model"
 
 
 def training_data(records: list[Record]) -> list[dict[str, Any]]:
@@ -175,10 +186,15 @@ def samples(records: list[Record]) -> list[dict[str, Any]]:
         chosen = [rows[index * len(rows) // min(SAMPLES, len(rows))] for index in range(min(SAMPLES, len(rows)))]
         shown = [
             {
-                **row.model_dump(exclude={"outputs"}),
+                **row.model_dump(exclude={"outputs", "rewards"}),
                 "prompt": cut(row.prompt),
                 "outputs": [
-                    {"model": name, "text": cut(text), "right": right(text, row.reference)}
+                    {
+                        "model": name,
+                        "text": cut(text),
+                        "right": right(text, row.reference),
+                        "reward": row.rewards.get(name),
+                    }
                     for name, text in row.outputs.items()
                 ],
             }

@@ -31,7 +31,8 @@ def lora_config(given: Mapping[str, Any], model: PreTrainedModel, new_tokens: Se
     """
     given = dict(given) | (_trained_tokens(given, model, new_tokens) if new_tokens else {})
     try:
-        config = LoraConfig(**{"target_modules": "all-linear", **given}, task_type="CAUSAL_LM")
+        task = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
+        config = LoraConfig(**{"target_modules": "all-linear", **given}, task_type=task)
         # experts that were linear layers in transformers 4 are parameters now: `gate_proj` and `up_proj` are one
         convert_peft_config_for_transformers(config, model, None)
     except (TypeError, ValueError) as error:
@@ -67,7 +68,7 @@ def coverage(model: PeftModel) -> str:
     left = {
         _kind(name)
         for name, weight in model.named_parameters()
-        if weight.ndim > 1 and id(weight) not in done and not weight.requires_grad
+        if weight.ndim > 1 and id(weight) not in done and not weight.requires_grad and "original_module" not in name
     }
     said = f"lora covers {len(covered)} modules: {', '.join(sorted({*covered}))}"
     return said + (f"; not covered: {', '.join(sorted(left - {*covered}))}" if left - {*covered} else "")

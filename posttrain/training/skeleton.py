@@ -160,7 +160,10 @@ def open_trainer(
 
 
 def fit(
-    build: Callable[[Config, Context], tuple[Trainer, TrainingData]], config: Config, context: Context
+    build: Callable[[Config, Context], tuple[Trainer, TrainingData]],
+    config: Config,
+    context: Context,
+    save: Callable[[Trainer, TrlConfig, Path], None] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, from the newest resume point if there is one, and write the model or the adapter.
 
@@ -171,6 +174,7 @@ def fit(
         build: opens model and data, checks them, and returns the trainer and its data.
         config: the stage's config.
         context: where to write, the seed, and where progress is reported.
+        save: writes what is published, called in every process; `publish` if not given.
 
     Returns:
         The manifest's metrics: what TRL logged last, `steps`, `tokens`, `flops`, `parameters`, …
@@ -182,7 +186,7 @@ def fit(
     """
     finished = context.out / "training.json"
     if not finished.exists():
-        found = _train(*build(config, context), config, context)
+        found = _train(*build(config, context), config, context, save or publish)
         if context.is_main:
             files.write_json(finished, found)
         PartialState().wait_for_everyone()
@@ -191,7 +195,10 @@ def fit(
     return cast("dict[str, Any]", files.read_json(finished))
 
 
-def _train(trainer: Trainer, data: TrainingData, config: TrlConfig, context: Context) -> dict[str, Any]:
+def _train(
+    trainer: Trainer, data: TrainingData, config: TrlConfig, context: Context,
+    save: Callable[[Trainer, TrlConfig, Path], None],
+) -> dict[str, Any]:  # fmt: skip
     """Take the steps that are left, publish, and say what was trained."""
     trainable = _trainable_parameters(trainer, data, config, context)
     with PartialState().main_process_first():  # which deletes what is damaged
@@ -216,7 +223,7 @@ def _train(trainer: Trainer, data: TrainingData, config: TrlConfig, context: Con
         return heldout.measure(trainer, data.weigh)
 
     device.open_trackers(trainer.accelerator, config.report_to, context.out / "logs", "posttrain")
-    watch = Watch(trainer, config, context, begin, lambda folder: publish(trainer, config, folder), measure)
+    watch = Watch(trainer, config, context, begin, lambda folder: save(trainer, config, folder), measure)
     if point:
         watch.totals.update(point.state["totals"])
     take_step, means = trainer.training_step, metrics.Means(trainer, data.weigh)
@@ -235,7 +242,7 @@ def _train(trainer: Trainer, data: TrainingData, config: TrlConfig, context: Con
         tracker.finish()
     if watch.stopping:
         context.stop(f"step {trainer.state.global_step} of {trainer.state.max_steps}")
-    publish(trainer, config, context.out)
+    save(trainer, config, context.out)
     return metrics.of_training(trainer, data, config, context, watch) | {"trainable_parameters": trainable}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cordee import model_folder, peek
@@ -81,8 +81,10 @@ def new_tokens(config: TrlConfig, tokenizer: PreTrainedTokenizerBase) -> list[in
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in config.added_tokens]
 
 
-def open_base(config: TrlConfig, base: Path) -> PreTrainedModel:
+def open_base(config: TrlConfig, base: Path, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The model in the folder `base`, in float32 unless `trainer: {model_init_kwargs: {dtype: …}}` says otherwise.
+
+    `kind` is the class of transformers that opens it.
 
     Raises:
         UserError: the folder holds no model, or an option is unknown or does not fit it.
@@ -95,7 +97,7 @@ def open_base(config: TrlConfig, base: Path) -> PreTrainedModel:
     dtype = options.pop("dtype")
     try:
         return compute.open_model(
-            base, dtype=None if dtype == "auto" else getattr(torch, dtype), key="model", **options
+            base, dtype=None if dtype == "auto" else getattr(torch, dtype), key="model", kind=kind, **options
         )
     except (ImportError, TypeError, StrictDataclassError) as error:
         if not given:

@@ -88,6 +88,23 @@ def test_a_row_of_answers_has_its_prompt_and_what_is_told_of_it(first, context, 
     assert said == f"first: {len(cut)} of 3 answers ({100 * len(cut) / 3:.1f}%) are cut off at max_tokens=6"
 
 
+def test_partitions_have_the_answers_of_the_whole(first, held_out, tmp_path):
+    keys = {"n": 2, "sampling": {"temperature": 1.0}, "max_prompts": None}
+    found = []
+    for name, partition in (("whole", [1, 1]), ("a", [1, 3]), ("b", [2, 3]), ("c", [3, 3])):
+        context = context_in(tmp_path / name)
+        generate.run(config(first, held_out["language"], partition=partition, **keys), context)
+        found.append(answers(context))
+    whole, *parts = found
+    assert [len(part) for part in parts] == [4, 2, 2]
+    place = lambda row: (row["prompt_id"], row["sample"])  # noqa: E731
+    assert sorted((row for part in parts for row in part), key=place) == whole
+    with pytest.raises(UserError, match="partition: 4 prompts can't be divided into 5 parts"):
+        generate.run(config(first, held_out["language"], partition=[1, 5], **keys), context_in(tmp_path / "d"))
+    with pytest.raises(UserError, match="partition: 3 of 2 is no part"):
+        config(first, held_out["language"], partition=[3, 2])
+
+
 def test_special_tokens_that_an_answer_lacks_are_counted(first, held_out, context):
     from cordee.compute.tokenizer import open_tokenizer
 

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from figures import figure
 
-from cordee import plan, recipe
+from cordee import plan, recipe, sandbox
 from cordee.artifact import Store
 from cordee.errors import UserError
 from cordee.stage import Context
 from eval import benchmark
-from eval.measuring import batches, catalog, code_eval, sandbox, task_files
+from eval.measuring import batches, catalog, code_eval, task_files
 
 LM_EVAL = "lm_eval/tasks/"
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import evaluate
 import pytest
 
+from cordee import sandbox
 from cordee.errors import UserError
-from eval.measuring import code_eval, sandbox
+from eval.measuring import code_eval
 
 RIGHT = """
 import collections, datetime, functools, hashlib, heapq, itertools, math, random, re, string, time, typing
@@ -82,8 +83,8 @@ SLOW = {
     "exception that does not end": "class Own(Exception):\n    def __str__(self):\n        while True: pass\nraise Own",
 }
 LACKING = """
+from cordee import sandbox, sandboxed
 from cordee.errors import Fault
-from eval.measuring import sandbox, sandboxed
 
 def lacking(call, first=None):  # a kernel without a system call, or without this value of its first argument
     also = [] if first is None else [(0x20, 0, 0, 16), (0x15, 0, 1, first)]
@@ -164,7 +165,7 @@ def test_what_does_not_end_is_ended(name):
 
 
 def test_a_program_ends_with_the_process_that_started_it(tmp_path):
-    code = "from eval.measuring import sandbox; sandbox.run('import time; time.sleep(60)', 60)"
+    code = "from cordee import sandbox; sandbox.run('import time; time.sleep(60)', 60)"
     with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}) as parent:
         deadline = time.monotonic() + 20
         while not left() and time.monotonic() < deadline:

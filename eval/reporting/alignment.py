@@ -1,0 +1,81 @@
+"""What a report tells of rewards: the figures of scored answers, of pairs made of them, and of reward models."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from eval.reporting.records import Record, Shape
+
+SCORES, PAIRS, CALIBRATION = "scores.json", "pairs.json", "calibration.json"
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RewardFigures(Shape):
+    """One reward over all answers."""
+
+    answers: int
+    null_share: Number
+    mean: Number | None = None
+    std: Number | None = None
+    least: Number | None = None
+    most: Number | None = None
+    histogram: list[int] = Field(default_factory=list)
+    mass: Number | None = None
+    disagreement: Number | None = None
+
+
+class Mean(Shape):
+    """A reward over some of the answers."""
+
+    mean: Number
+    answers: int
+
+
+class Scores(Shape):
+    """`scores.json`."""
+
+    rewards: dict[str, RewardFigures]
+    by: dict[str, dict[str, dict[str, Mean]]] = Field(default_factory=dict)
+    answers: int
+    prompts: int
+
+
+class Pairs(Shape):
+    """`pairs.json`."""
+
+    choose: str
+    pairs: int
+    prompts: int
+    answers: int
+    margin_mean: Number
+    without: dict[str, int] = Field(default_factory=dict)
+
+
+class Bin(Shape):
+    """Pairs about which a reward model is about as sure."""
+
+    pairs: int
+    confidence: Number
+    accuracy: Number
+
+
+class Calibration(Shape):
+    """`calibration.json`."""
+
+    pairs: int
+    accuracy: Number
+    expected_calibration_error: Number
+    bins: list[Bin]
+
+
+def collect(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
+    """The figures of `scores`, `pairs` and `reward_models`, each with its artifact and stage."""
+
+    def of(file: str, shape: type[Shape]) -> list[dict[str, Any]]:
+        return [
+            {"artifact": record.name, "stage": record.manifest.stage, **record.read(file, shape).model_dump()}
+            for record in records
+            if record.holds(file)
+        ]
+
+    return {"scores": of(SCORES, Scores), "pairs": of(PAIRS, Pairs), "reward_models": of(CALIBRATION, Calibration)}

@@ -1,0 +1,203 @@
+"""Each reward function gives what it says, whoever calls it: this project, a user, or TRL."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reward_samples import answer, written
+
+from cordee.config import Input
+from cordee.errors import Fault, UserError
+from posttrain.rewards import functions, languages, numbers, opening
+from posttrain.rewards.answers import Answer, split
+from posttrain.rewards.settings import Reward
+
+ROOT = Path(__file__).parents[2]
+
+
+MINE = """
+def brevity(completions, most, **kwargs):
+    return [float(len(said[0]["content"]) <= most) for said in completions]
+
+def make(power):
+    def f(completions, **kwargs):
+        return [len(said) ** power for said in completions]
+    return f
+
+def broken(completions, **kwargs):
+    return [float("nan")] * len(completions)
+
+def short(completions, **kwargs):
+    return [1.0]
+
+def words(completions, **kwargs):
+    return ["good"] * len(completions)
+"""
+
+
+def think_is_of_trl() -> bool:
+    """Of an installed package the manifest has the version, and the identity no file."""
+    return Reward.model_validate({"function": "trl.rewards:think_format_reward"}).code is None
+
+
+def opened(**keys: Any) -> opening.Opened:
+    return opening.open_reward(Reward.model_validate(keys), lambda _: None)
+
+
+def called(said_of: list[str], columns: dict[str, list[Any]], **keys: Any) -> list[float | None]:
+    """As TRL calls a function: with messages, and with texts, which has to give the same."""
+    one = opened(**keys)
+    prompts = [[{"role": "user", "content": "?"}] for _ in said_of]
+    said = [[{"role": "assistant", "content": text}] for text in said_of]
+    found = one(prompts=prompts, completions=said, completion_ids=[[1] * len(text) for text in said_of], **columns)
+    assert found == one(["?"] * len(said_of), said_of, [[1] * len(text) for text in said_of], **columns)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("6 * 7 = 42\n#### 42", 42), ("#### 1,234 apples, not 5", 1234), ("#### -3.50", Fraction(-7, 2)),
+        ("so it is $1,234.50.", Fraction(2469, 2)), ("\\boxed{\\frac{3}{4}} of 9", Fraction(3, 4)),
+        ("\\boxed{x = \\dfrac{-1}{2}}", Fraction(-1, 2)), ("10-5 = -5", -5), ("10-5", 5),
+        ("it costs \u22127", -7), ("3/4", Fraction(3, 4)),
+        ("1 1/2 cups", Fraction(3, 2)), ("5km", 5), ("GPT4 has none", None), ("", None), ("1/0", None),
+        ("about 1e3", 1000), ("-$3.50", Fraction(-7, 2)), ("50%", 50), ("1,2,3", 3), ("\\boxed{{7}} and 8", 7),
+        ("####", None), ("\\boxed{none} 5", None),
+    ],
+)  # fmt: skip
+def test_the_number_that_an_answer_gives(text: str, value: Any) -> None:
+    assert numbers.last_number(text) == value
+
+
+def test_an_answer_is_right_as_a_text() -> None:
+    columns = {"answer": ["German", "German", ["German", "Deutsch"], None, 7]}
+    said = [" german. ", "French", "Deutsch", "x", "7"]
+    assert called(said, columns, function="exact_match") == [1, 0, 1, None, 1]
+
+
+def test_an_answer_is_right_by_a_pattern() -> None:
+    columns = {"answer": ["B", "B", "B", None]}
+    said = ["(A) no, (B)", "(B) no, (A)", "B", "(B)"]
+    assert called(said, columns, function="regex_match", pattern=r"\((\w)\)") == [1, 0, 0, None]
+    assert called(["A7", "7"], {"answer": ["A7", "A7"]}, function="regex_match", pattern=r"[A-Z]\d") == [1, 0]
+
+
+def test_an_answer_is_right_as_a_number() -> None:
+    columns = {"answer": ["x\n#### 1,000", "0.5", "no number", None, "3"]}
+    said = ["#### 1000.0", "a half is 1/2", "7", "7", "I don't know"]
+    assert called(said, columns, function="number_match") == [1, 1, None, None, 0]
+    assert called(["3.14", "3.0"], {"answer": ["3.14159"] * 2}, function="number_match", tolerance=0.01) == [1, 0]
+
+
+def test_an_answer_has_a_form_and_a_length() -> None:
+    said = ["<think>a\nb</think> c", "c <think></think>"]
+    assert called(said, {}, function="format_match", pattern="<think>.*</think> .+") == [1, 0]
+    assert called(["one two", "one", ""], {}, function="length_between", least=1, most=1) == [0, 1, 0]
+    assert called(["äöü"], {}, function="length_between", most=3, unit="characters") == [1]
+    assert called(["äöü"], {}, function="length_between", most=2, unit="tokens") == [0]
+    row = answer(1, "7", "7")
+    one = Answer(Path("a"), 1, row, *split(row, as_text=False), 0)
+    assert opened(function="length_between", most=3, unit="tokens").of([one]) == [{"reward": 1.0}]
+    (row.pop("tokens"),)
+    with pytest.raises(UserError, match="the rows have no column `tokens`"):
+        opened(function="length_between", most=3, unit="tokens").of([one])
+
+
+def test_code_passes_its_tests_in_the_sandbox(tmp_path: Path) -> None:
+    good = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
+    bad = good.replace("a + b", "a - b")
+    leaves = f"```python\nopen({str(tmp_path / 'x')!r}, 'w')\ndef add(a, b): return a + b\n```"
+    loop = "```\nwhile True: pass\n```"
+    columns = {"tests": ["assert add(1, 2) == 3"] * 4 + [None]}
+    found = called([good, bad, leaves, loop, good], columns, function="passes_tests", seconds=2)
+    assert found == [1, 0, 0, 0, None]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_math_is_compared_by_math_verify_where_it_is_installed() -> None:
+    if not __import__("importlib.util").util.find_spec("math_verify"):
+        with pytest.raises(UserError, match="math-verify is not installed; pip install math-verify; number_match"):
+            opened(function="math_match")
+        return
+    said = [r"$\frac{1}{2}$", r"$\{3, 1\}$", "$x=4$"]
+    columns = {"answer": ["$0.5$", r"$\{1, 3\}$", "$5$"]}
+    assert called(said, columns, function="math_match") == [1, 1, 0]
+
+
+def test_languages_are_told_apart_by_texts_that_are_given(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    tags = {"de", "fr", "it", "en", "rm-sursilv", "ru", "uk", "el", "zh", "ja", "ar", "fa", "hi", "tr", "fi", "vi"}
+    rows = pq.read_table(ROOT / "data" / "udhr.parquet").to_pylist()
+    known, asked = (
+        [row for row in rows if row["language"] in tags and ((row["article"] or 0) >= 25) == late]
+        for late in (False, True)
+    )
+    file = written(tmp_path / "texts.jsonl", [{"text": row["text"], "language": row["language"]} for row in known])
+    keys = {"function": "language_match", "texts": str(file)}
+    said, right = [row["text"][:100] for row in asked], [row["language"] for row in asked]
+    found = called(said, {"language": right}, **keys)
+    assert sum(found) / len(found) > 0.97
+    wrong = called(said, {"language": ["fi"] * len(said)}, **keys)
+    assert sum(wrong) == pytest.approx(right.count("fi"), abs=2)
+    assert called(["12 + 3", ""], {"language": ["de", "de"]}, **keys) == [None, None]
+    with pytest.raises(UserError, match="has no text in 'rm'"):
+        called(["x"], {"language": ["rm"]}, **keys)
+    assert languages.known(Input(file)) is languages.known(Input(file)), "read once"
+
+
+def test_a_file_among_arguments_is_part_of_the_identity() -> None:
+    reward = Reward.model_validate({"function": "language_match", "texts": "$corpus/train.parquet"})
+    assert reward.arguments == {"texts": Input("$corpus/train.parquet")}
+    assert Reward.model_validate(reward.model_dump(mode="json")) == reward
+
+
+def test_functions_of_trl_and_of_a_user_work_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = [[{"role": "assistant", "content": "<think>\na\n</think>\nb"}], [{"role": "assistant", "content": "b"}]]
+    think = opened(function="trl.rewards:think_format_reward", name="think")
+    assert (think(["?"] * 2, said), think.__name__) == ([1.0, 0.0], "think")
+    punished = opened(function="trl.rewards:get_soft_overlong_punishment", max_completion_len=4, soft_punish_cache=2)
+    assert punished(["?"] * 3, said + said[:1], [[1] * 2, [1] * 3, [1] * 5]) == [0, -0.5, -1]
+    rows = [answer(1, "7", "7")]
+    one = Answer(Path("a"), 1, rows[0], *split(rows[0], as_text=False), 0)
+    with pytest.raises(UserError, match="needs the column 'completion_ids'"):
+        punished.of([one])
+    assert Reward.model_validate({"function": "mine:brevity"}).code == Input(tmp_path / "mine.py")
+    assert think_is_of_trl()
+    assert opened(function="mine:brevity", most=2)(["?"] * 2, said) == [0.0, 1.0]
+    assert opened(function="mine:make", power=2)(["?"], said[:1]) == [1.0]
+    for name, message in (("broken", "gives nan"), ("short", "1 values for 2"), ("words", "is no number")):
+        with pytest.raises(Fault, match=message):
+            opened(function=f"mine:{name}")(["?"] * 2, said)
+
+
+def test_rewards_are_summed_by_weight_where_they_apply() -> None:
+    weights = {"a": 1.0, "b": 0.5, "c": -2.0}
+    assert opening.total({"a": 1.0, "b": None, "c": 0.25}, weights) == 0.5
+    assert opening.total(dict.fromkeys(weights), weights) is None
+    assert opening.total({"a": None, "d": 1.0}, {**weights, "d": 0.0}) is None, (
+        "a reward without weight decides nothing"
+    )
+    both = opening.Rewards.open(
+        [Reward(function="exact_match"), Reward(function="number_match", weight=2)], lambda _: None
+    )
+    row = answer(1, "It is 7.", "7")
+    scored = both.score([Answer(Path("a"), 1, row, *split(row, as_text=False), 0)])
+    assert scored == [{"exact_match": 0.0, "number_match": 1.0}]
+    assert both.weights == {"exact_match": 1.0, "number_match": 2.0}
+    both.close()
+
+
+def test_trl_calls_them_in_its_own_trainer() -> None:
+    """GRPO's trainer takes a reward's name for its logs, and hands its columns over."""
+    one = opened(function="number_match", name="correct")
+    columns = {"answer": ["7", "8"], "trainer_state": object(), "log_extra": print, "log_metric": print}
+    said = [[{"role": "assistant", "content": "7"}]] * 2
+    assert one(prompts=["?"] * 2, completions=said, completion_ids=[[1], [1]], **columns) == [1.0, 0.0]
+    assert one.__name__ == "correct"
+    assert {"exact_match", "regex_match", "number_match", "math_match", "format_match", "length_between",
+            "language_match", "passes_tests"} <= {*dir(functions)}  # fmt: skip
