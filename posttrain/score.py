@@ -38,6 +38,9 @@ class Config(StageConfig):
     reference_answers: str | None = None
     """The `model` of the rows that are the reference's own answers, whose rewards are written as `reference_rewards` to
     each answer to the same prompt; without it, all rows of the prompt are."""
+    policies: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], ModelInput] = Field(default_factory=dict)
+    """Models and adapters by the `model` of the rows that they answered: the log-probability of each one's own answers
+    is written too, and its divergence from the reference."""
     precision: Precision = "auto"
     """What the reference's matrices are multiplied in; it has to be that of the training that reads the result."""
     max_length: int | None = Field(default=None, ge=2)
@@ -61,6 +64,8 @@ class Config(StageConfig):
             raise UserError(f"{self.partition[0]} of {self.partition[1]} is no part", key="partition")
         if self.reference_answers is not None and not self.rewards:
             raise UserError("there are no rewards to write", key="reference_answers", hint="leave it out")
+        if self.policies and self.reference is None:
+            raise UserError("there is nothing to compare them with", key="policies", hint="name a `reference`")
         return self
 
 
@@ -74,6 +79,8 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
     if config.reference is None:
         return Cost(rows=rows)
     parameters = model_folder.cost(config.reference, "reference", given).parameters
+    if tokens is not None and config.policies:
+        tokens *= 2  # each answer is read by the model that gave it as well
     flops = 2 * parameters * tokens if parameters and tokens else None
     return Cost(rows=rows, tokens=tokens, flops=flops, parameters=parameters)
 
@@ -87,14 +94,16 @@ def _share(counts: list[float | None], config: Config) -> float | None:
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Write `scored.jsonl`, `scores.json` and `samples.jsonl`; returns the manifest's metrics."""
     from posttrain.rewards import answers, scoring
-    from posttrain.rewards.reference import Encoder
 
     sources, reference = config.data, None
+    policies: dict[str, scoring.Reader] = {}
     if config.reference is not None:
-        model_folder.require_served(config.reference, "reference")
-        encoder = Encoder.of(config.reference, config.max_length, sources)
-        reference = scoring.Reference(config.reference, encoder, config.precision)
-        if encoder.template is None:
+        reference = scoring.Reader.of(config.reference, "reference", config.max_length, sources, config.precision)
+        policies = {
+            name: scoring.Reader.of(folder, f"policies.{name}", config.max_length, sources, config.precision)
+            for name, folder in config.policies.items()
+        }
+        if reference.encoder.template is None:
             sources = [source.model_copy(update={"as_text": True}) for source in sources]
     check = reference.encoder.encode if reference else None
     found = answers.gather(sources, context.out / scoring.PARTS / "rows", context, config.bad_rows, check)
@@ -103,7 +112,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise UserError(f"{len(found)} prompts can't be divided into {of} parts", key="partition")
     return scoring.score(
         found.share(which, of), config.rewards, context, batch_size=config.batch_size, shown=config.shown,
-        reference=reference, reference_answers=config.reference_answers,
+        reference=reference, policies=policies, reference_answers=config.reference_answers,
     )  # fmt: skip
 
 

@@ -31,11 +31,22 @@ class Mean(Shape):
     answers: int
 
 
+class OfModel(Shape):
+    """A reward of a model's answers, or its divergence from the reference."""
+
+    mean: Number
+    error: Number | None = None
+    change: Number | None = None
+    change_error: Number | None = None
+
+
 class Scores(Shape):
     """`scores.json`."""
 
     rewards: dict[str, RewardFigures]
     by: dict[str, dict[str, dict[str, Mean]]] = Field(default_factory=dict)
+    models: dict[str, dict[str, OfModel]] = Field(default_factory=dict)
+    compared_with: str | None = None
     answers: int
     prompts: int
 

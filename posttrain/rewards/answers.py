@@ -73,6 +73,10 @@ class Answers:
             for places in self._places[first:end]:
                 yield [self._read(opened, int(place)) for place in places]
 
+    def models(self) -> set[str]:
+        """The models that the rows name."""
+        return {str(answer.values.get("model")) for group in self.groups() for answer in group}
+
     def _read(self, opened: io.BufferedReader, place: int) -> Answer:
         opened.seek(place)
         at, file, number, values = json.loads(opened.readline())

@@ -33,9 +33,9 @@ class Encoder:
     sources: Sequence[Source]
 
     @classmethod
-    def of(cls, folder: Path, max_length: int | None, sources: Sequence[Source]) -> "Encoder":
-        """The encoder of the model or adapter in a folder."""
-        tokenizer = open_tokenizer(model_folder.tokenizer_of(folder), key="reference")
+    def of(cls, folder: Path, max_length: int | None, sources: Sequence[Source], key: str) -> "Encoder":
+        """The encoder of the model or adapter in a folder, which stands under a key."""
+        tokenizer = open_tokenizer(model_folder.tokenizer_of(folder), key=key)
         template = Template(tokenizer) if tokenizer.chat_template else None
         return cls(tokenizer, template, Limits(max_length, model_folder.positions(folder), len(tokenizer)), sources)
 
@@ -64,10 +64,11 @@ class Encoder:
 
 
 @contextmanager
-def opened(folder: Path, encoder: Encoder, precision: str) -> Iterator[Any]:
+def opened(folder: Path, encoder: Encoder, precision: str, only: str | None) -> Iterator[Any]:
     """What gives answers their log-probability and its number of tokens, both None of one that says nothing.
 
-    Weights are float32, and matrices are multiplied in `precision`, as in training.
+    Weights are float32, and matrices are multiplied in `precision`, as in training. With `only`, answers of other
+    `model`s are left out.
 
     Raises:
         UserError: the folder is no model.
@@ -79,7 +80,8 @@ def opened(folder: Path, encoder: Encoder, precision: str) -> Iterator[Any]:
     half = precision == "bfloat16"
 
     def measure(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-        encoded = [encoder.encode(answer) for answer in answers]
+        is_asked = [only is None or answer.values.get("model") == only for answer in answers]
+        encoded = [encoder.encode(answer) if asked else None for answer, asked in zip(answers, is_asked, strict=True)]
         sequences = [one for one in encoded if one is not None]
         with torch.autocast(device.default().type, torch.bfloat16, enabled=half):
             sums = iter(logprobs.completion_logprobs(model, sequences))

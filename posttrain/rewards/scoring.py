@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cordee import files, parts, units
+from cordee import files, model_folder, parts, units
+from cordee.chat.source import Source
+from cordee.errors import UserError
 from cordee.stage import Context
 from posttrain.rewards import reference as of_reference
 from posttrain.rewards.answers import Answer, Answers
+from posttrain.rewards.by_model import SUM, ByModel
 from posttrain.rewards.judge import HIGH_DISAGREEMENT, LOW_MASS
 from posttrain.rewards.opening import VALUE, open_reward, total
 from posttrain.rewards.reference import LOGPROB, TOKENS, Encoder
@@ -19,20 +22,25 @@ from posttrain.rewards.summary import Summary
 from posttrain.rewards.texts import text_of
 
 PARTS, SCORED = "parts", "scored.jsonl"
-REFERENCE = "reference"
-"""The name of the pass that computes log-probabilities; no reward has a folder of that name."""
-SUM = "sum"
-"""The name of the weighted sum in the figures."""
+REFERENCE, POLICY = "reference", "policy-"
+"""The name of the pass that computes log-probabilities, and the beginning of those of the models that answered; no
+reward has a folder of such a name."""
 Measure = Callable[[Sequence[Answer]], Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The reference model, and how it reads."""
+class Reader:
+    """A model that gives answers their log-probabilities, and how it reads them."""
 
     folder: Path
     encoder: Encoder
     precision: str
+
+    @classmethod
+    def of(cls, folder: Path, key: str, max_length: int | None, sources: Sequence[Source], precision: str) -> "Reader":
+        """The reader in a folder of a model or an adapter."""
+        model_folder.require_served(folder, key)
+        return cls(folder, Encoder.of(folder, max_length, sources, key), precision)
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Pass:
 
 def score(
     answers: Answers, rewards: Sequence[Reward], context: Context, *, batch_size: int, shown: int,
-    reference: Reference | None, reference_answers: str | None,
+    reference: Reader | None, policies: Mapping[str, Reader], reference_answers: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score all answers, write `scored.jsonl`, `scores.json` and `samples.jsonl`, and say what they are like.
 
@@ -57,13 +65,16 @@ def score(
         batch_size: prompts of a part.
         shown: prompts whose best and worst answer are kept.
         reference: gives log-probabilities.
+        policies: give those of their own answers, by the `model` of the rows.
         reference_answers: the `model` of the rows whose rewards are those of the reference; None: all rows.
 
     Raises:
         UserError: a reward can't be had, or not for these answers.
         Stopped: a stop was asked for.
     """
-    passes = _passes(rewards, reference, context)
+    for name in sorted(policies.keys() - answers.models()) if policies else ():
+        raise UserError(f"no answer has the `model` {name!r}", key=f"policies.{name}", hint="the rows say who answered")
+    passes = _passes(rewards, reference, policies, context)
     for done, one in enumerate(passes):
         _run(one, answers, batch_size, context, done * len(answers), len(passes) * len(answers))
     summary = Summary()
@@ -81,18 +92,24 @@ def score(
     return {"rows": answers.rows, "prompts": len(answers), **kept}
 
 
-def _passes(rewards: Sequence[Reward], reference: Reference | None, context: Context) -> list[Pass]:
+def _passes(
+    rewards: Sequence[Reward], reference: Reader | None, policies: Mapping[str, Reader], context: Context
+) -> list[Pass]:
     """Functions first; judges last, since vLLM replaces operations that transformers would run."""
     functions, models, judges = (
         [_pass(reward, context) for reward in rewards if getattr(reward, kind) is not None] for kind in KINDS
     )
     if reference is not None:
-
-        def opened() -> AbstractContextManager[Measure]:
-            return of_reference.opened(reference.folder, reference.encoder, reference.precision)
-
-        functions.append(Pass(REFERENCE, REFERENCE, opened))
+        functions.append(_reading(REFERENCE, reference, None))
+    functions += [_reading(f"{POLICY}{name}", reader, name) for name, reader in policies.items()]
     return [*functions, *models, *judges]
+
+
+def _reading(name: str, reader: Reader, only: str | None) -> Pass:
+    def opened() -> AbstractContextManager[Measure]:
+        return of_reference.opened(reader.folder, reader.encoder, reader.precision, only)
+
+    return Pass(name, name, opened)
 
 
 def _pass(reward: Reward, context: Context) -> Pass:
@@ -114,7 +131,8 @@ def _run(one: Pass, answers: Answers, size: int, context: Context, before: int, 
     coming = list(parts.ends(folder, len(answers), size))
     if all(is_there for _, is_there in coming):
         return
-    context.waits(f"the reward {one.name}" if one.name != REFERENCE else "the reference model")
+    is_reward = one.name != REFERENCE and not one.name.startswith(POLICY)
+    context.waits(f"the reward {one.name}" if is_reward else f"the model {one.name.removeprefix(POLICY)}")
     with one.open() as measure:
         at = 0
         for end, is_there in coming:
@@ -136,6 +154,7 @@ def _write(
     weights = {reward.label: reward.weight for reward in rewards}
     every = max(1, len(answers) // shown)
     samples: list[dict[str, Any]] = []
+    by_model = ByModel(reference_answers)
     counts = {"tokens": 0, "without_reward": 0, "empty": 0, "without_reference_answers": 0}
     beside = context.out / f".{SCORED}.tmp"
     with beside.open("w", encoding="utf-8", errors="surrogatepass") as out:
@@ -149,6 +168,7 @@ def _write(
                 for row in rows:
                     row["reference_rewards"] = known
             out.writelines(map(parts.line, rows))
+            by_model.add(place, rows)
             counts["tokens"] += sum(row.get("reference_tokens") or 0 for row in rows)
             counts["without_reward"] += sum(row.get(VALUE) is None for row in rows)
             counts["empty"] += sum(not answer.text.strip() for answer in group)
@@ -159,6 +179,8 @@ def _write(
     told: dict[str, Any] = {
         "rewards": summary.described(),
         "by": summary.by(),
+        "models": by_model.described(),
+        "compared_with": reference_answers,
         "weights": weights,
         "left_out": answers.left_out,
     }
@@ -183,6 +205,8 @@ def _row(
     if REFERENCE in figures:
         row["reference_logprob"] = figures[REFERENCE][LOGPROB]
         row["reference_tokens"] = figures[REFERENCE][TOKENS]
+    if own := figures.get(f"{POLICY}{row.get('model')}"):
+        row["policy_logprob"] = own[LOGPROB]
     return row
 
 
