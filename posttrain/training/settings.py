@@ -60,6 +60,14 @@ OWNED = {
 }
 """Fields of `transformers.TrainingArguments` and of TRL's configs that no recipe sets under `trainer:`, each with the
 key to write instead."""
+SFT_OWNED = {
+    **OWNED,
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "dataset_kwargs", "dataset_num_proc"), ""),
+    **dict.fromkeys(("packing_strategy", "padding_free", "eval_packing"), ""),
+    "dataset_text_field": "`columns: {yours: text}` beside the file's path",
+    "truncation_mode": "the stage's `overlong`",
+}
+"""Besides, of `trl.SFTConfig`: what is trained on, and how chats are packed whole (best-fit decreasing)."""
 LORA_OWNED = dict.fromkeys(
     (
         *("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"),

@@ -1,0 +1,146 @@
+"""Distillation from a larger teacher of the same vocabulary: its whole next-token distributions are learnt.
+
+    accelerate launch -m posttrain.distill --config FILE [key=value …]
+
+Off-policy on the chats that are given, on-policy on what the student samples, or both (GKD, Agarwal et al. 2024, arXiv
+2306.13649). The rest is as in posttrain.sft: the same data, packing, adapters and checks of batches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from cordee import model_folder, worker
+from cordee.config import Library
+from cordee.cost import Cost
+from cordee.errors import UserError
+from cordee.model_folder import ModelInput
+from cordee.stage import Context
+from posttrain.training.settings import SFT_OWNED, TrlConfig, data_cost, training_cost
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from posttrain.training.metrics import TrainingData
+
+VERSION = 1
+DISTILL_OWNED = {
+    **SFT_OWNED,
+    "loss_type": "the stage's `beta`",
+    "label_smoothing_factor": "the stage's `temperature`",
+    "router_aux_loss_coef": "",
+    "activation_offloading": "",
+}
+
+
+class Config(TrlConfig):
+    """Who is the teacher, and what is learnt of it."""
+
+    teacher: ModelInput
+    """The teacher, a model or an adapter of the student's vocabulary: frozen, in the dtype that it is stored in."""
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Which divergence is minimised: 0 is forward KL(teacher‖student), 1 reverse KL(student‖teacher), what lies between
+    the generalized Jensen-Shannon divergence."""
+    temperature: float = Field(default=1.0, gt=0)
+    """What the logits of both are divided by in the divergence; above 0."""
+    cross_entropy: float = Field(default=0.0, ge=0, lt=1)
+    """The weight w of the cross-entropy with the data's tokens: the loss is (1 - w) · divergence + w · cross-entropy;
+    0 to below 1."""
+    on_policy: float = Field(default=0.0, ge=0, le=1)
+    """The share of the steps, drawn by the seed, in which the student's own completions stand in the place of each
+    row's last answer (λ of GKD); 0 to 1."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens of the longest completion that the student samples; at least 1."""
+    sampling_temperature: float = Field(default=1.0, gt=0)
+    """What the student's logits are divided by when it samples; above 0."""
+    trainer: Annotated[dict[str, Any], Library("trl.SFTConfig", owned=DISTILL_OWNED)] = Field(default_factory=dict)
+    """Any field of TRL's SFTConfig that the stage doesn't set itself (`learning_rate`, `packing`, `max_length`, …)."""
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        if self.on_policy and self.trainer.get("packing"):
+            hint = "leave it out: prompts of several chats in a row can't be completed"
+            raise UserError("is for data that are given, not for on_policy", key="trainer.packing", hint=hint)
+        return self
+
+
+def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
+    """As posttrain.sft, and a forward pass of the teacher over each token; sampling is not counted."""
+    found = training_cost(config, given, data_cost(config, given, "chats").tokens)
+    teacher = model_folder.cost(config.teacher, "teacher", given)
+    if found.flops is None or teacher.parameters is None:
+        return found
+    flops = found.flops + 2.0 * teacher.parameters * (found.tokens or 0.0)
+    memory = None if found.memory_bytes is None else found.memory_bytes + 4.0 * teacher.parameters
+    return replace(found, flops=flops, memory_bytes=memory)
+
+
+def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
+    """The trainer, whose batches are checked, and what it reads."""
+    from trl import SFTConfig
+
+    from cordee.chat.tokenized import Tokenized
+    from cordee.compute.model import sequence_limits
+    from posttrain.training import distill_trainer, reading, sequences, skeleton, start
+    from posttrain.training.masks import counts
+    from posttrain.training.metrics import TrainingData
+    from posttrain.training.sft_trainer import PackedRows, check_batches
+
+    arguments = skeleton.arguments(SFTConfig, config, context)
+    if not arguments.max_length:
+        raise UserError("must be a number of tokens", key="trainer.max_length")
+    model, tokenizer = skeleton.open_model(config)
+    teacher = distill_trainer.open_teacher(config.teacher, start.find(config).tokenizer)
+    length = arguments.max_length
+    chats, heldout = reading.read(config, "chats", model, tokenizer, length, context, Tokenized.conversation)
+    how = distill_trainer.How(
+        config.beta, config.temperature, config.cross_entropy, config.on_policy, config.max_new_tokens,
+        config.sampling_temperature, distill_trainer.stops(config.model, tokenizer), context.seed,
+    )  # fmt: skip
+    distill_trainer.require_prompts(chats, how, sequence_limits(model, None).positions)
+    data, apart = (sequences.dataset(some, length, packing=arguments.packing) for some in (chats, heldout))
+    trainer = skeleton.open_trainer(
+        distill_trainer.DistillTrainer, config, model, arguments, train_dataset=data,
+        eval_dataset=apart if len(apart) else None, processing_class=tokenizer, teacher=teacher, how=how,
+    )  # fmt: skip
+    if arguments.packing and "flash" not in model.config._attn_implementation:  # noqa: SLF001 - there is no public name
+        trainer.data_collator = PackedRows(tokenizer.pad_token_id, config.per_device_train_batch_size, length)
+    check_batches(trainer, chats)
+    distill_trainer.check_prompts(trainer, chats)
+    tokens = int(chats.lengths("ids").sum())
+    context.note(
+        f"{len(chats)} chats, {tokens} tokens; {config.on_policy:.0%} of the steps on the student's own answers"
+    )
+    found = TrainingData(
+        counts,
+        distill_trainer.weights,
+        rows=len(chats),
+        tokens=tokens,
+        sequence_length=length,
+        digest=chats.digest,
+        has_reference=True,
+        varying_shapes=not isinstance(trainer.data_collator, PackedRows),
+        metrics={
+            "packed_rows": len(trainer.train_dataset),
+            "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
+        },
+    )
+    return trainer, found
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Check, train or go on training, and write the model or the adapter; returns the manifest's metrics."""
+    from posttrain.training.skeleton import fit
+
+    return fit(build, config, context)
+
+
+def main() -> None:
+    """Entry point."""
+    worker.main(Config, run)
+
+
+if __name__ == "__main__":
+    main()
