@@ -120,12 +120,9 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
         tokens=tokens,
         sequence_length=length,
         digest=chats.digest,
-        has_reference=True,
+        teacher_parameters=sum(weights.numel() for weights in teacher.parameters()),
         varying_shapes=not isinstance(trainer.data_collator, PackedRows),
-        metrics={
-            "packed_rows": len(trainer.train_dataset),
-            "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
-        },
+        metrics={"packed_rows": len(trainer.train_dataset)},
     )
     return trainer, found
 

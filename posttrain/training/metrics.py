@@ -35,6 +35,8 @@ class TrainingData:
     """Of the token ids of one pass over the data, and of where they carry loss."""
     has_reference: bool = False
     """Whether a frozen reference model reads each token as well."""
+    teacher_parameters: int = 0
+    """Parameters of a frozen model of another size that reads each token as well."""
     varying_shapes: bool = True
     """Whether batches have different shapes, which takes longer to compile."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -91,7 +93,7 @@ def flops(trainer: Trainer, data: TrainingData, config: TrlConfig, tokens: float
     model = trainer.accelerator.unwrap_model(trainer.model)
     shape = model_folder.shape(model.config.to_dict())
     work = training_flops(_parameters(model), tokens, shape.layers or 0, shape.width or 0, data.sequence_length)
-    return passes(config, has_reference=data.has_reference) * work
+    return passes(config, has_reference=data.has_reference) * work + 2.0 * data.teacher_parameters * tokens
 
 
 def _parameters(model: torch.nn.Module) -> int:
