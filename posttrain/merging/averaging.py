@@ -71,7 +71,8 @@ def average(folders: Sequence[Path], weights: Sequence[float]) -> tuple[PreTrain
         Fault: one is damaged.
     """
     model = open_model(folders[0], key="models")
-    total, dtype = {}, model.dtype
+    total: Average = {}
+    dtype = model.dtype
     kinds = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
     for folder, weight in zip(folders, weights, strict=True):
         one = model if folder is folders[0] else open_model(folder, key="models")

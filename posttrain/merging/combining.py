@@ -41,8 +41,10 @@ def one_base(parts: Sequence[Weighted], given: Path | None) -> Path:
     """The folder of the model that all adapters were trained on.
 
     Raises:
-        UserError: they were trained on several, or on another one than was given.
+        UserError: they were trained on several or on another than was given, or one is not a pair of matrices alone.
     """
+    for part in parts:
+        _require_plain(part.path)
     bases = [model_folder.base_of(part.path, given, key="adapters", base_key="model") for part in parts]
     known = model_folder.weight_hashes(bases[0])
     for part, base in zip(parts, bases, strict=True):
@@ -65,8 +67,6 @@ def combine(parts: Sequence[Weighted], how: Combined, model: PreTrainedModel, ba
         UserError: an adapter does not fit the base, or PEFT can't combine them.
         Fault: one is damaged, or PEFT's exact sum is none.
     """
-    for part in parts:
-        _require_plain(part.path)
     adapted = adapters.open_adapter(parts[0].path, model, base)
     names = [adapters.NAME, *(f"adapter{number}" for number in range(2, len(parts) + 1))]
     for name, part in zip(names[1:], parts[1:], strict=True):

@@ -94,7 +94,8 @@ class Questions:
         hits = [self._owners[first[at] : last[at]] for at in np.flatnonzero(last > first)]
         if not hits:
             return None
-        there, matcher = Counter(tokens), SequenceMatcher(None, b=tokens, autojunk=False)
+        there = Counter(tokens)
+        matcher: SequenceMatcher[int] = SequenceMatcher(None, (), tokens, autojunk=False)
         for number, _ in Counter(np.concatenate(hits).tolist()).most_common():
             question = self.questions[number]
             least = SHARE * len(question.tokens)

@@ -34,8 +34,8 @@ def mark(sources: Sequence[Scanned], how: Deduplicate, similarity: float, folder
         _, at, inverse = np.unique(digests, return_index=True, return_inverse=True)
         first[rows] = rows[at[inverse]]
         verdicts[rows[first[rows] != rows]] = DUPLICATE
-    if how == "near":
-        rows = np.flatnonzero(verdicts == KEPT)
+    rows = np.flatnonzero(verdicts == KEPT)
+    if how == "near" and len(rows):
         found = rows[minhash.first_of_cluster(_signatures(sources, rows, folder), similarity)]
         first[rows] = found
         verdicts[rows[found != rows]] = NEAR_DUPLICATE
@@ -46,8 +46,8 @@ def mark(sources: Sequence[Scanned], how: Deduplicate, similarity: float, folder
 
 def _signatures(sources: Sequence[Scanned], rows: Places, folder: Path) -> minhash.Signatures:
     """`[rows, HASHES]`: the signatures of some rows, mapped from a file."""
-    found = np.lib.format.open_memmap(
-        folder / "signatures.npy", mode="w+", dtype=np.uint32, shape=(len(rows), minhash.HASHES)
+    found: minhash.Signatures = np.memmap(
+        folder / "signatures.bin", mode="w+", dtype=np.uint32, shape=(len(rows), minhash.HASHES)
     )
     start = written = 0
     for path in (path for one in sources for path in one.signatures):

@@ -126,7 +126,7 @@ def scan(source: MixtureSource, name: str, rules: Rules, context: Context, folde
             if context.stop_requested():
                 context.stop(f"row {total} of {name}")
             one = _Part(source, name, rules, names)
-            one.read(part)
+            one.read(part, context, total)
             problems.add(one.problems)
             if rules.bad_rows == "drop" or not one.problems.count:
                 one.write(place)
@@ -158,8 +158,8 @@ class _Part:
     names: list[str]
     problems: Problems = field(default_factory=Problems)
 
-    def read(self, rows: Sequence[Row]) -> None:
-        """Read the rows and judge them."""
+    def read(self, rows: Sequence[Row], context: Context, before: int) -> None:
+        """Read the rows, which follow so many, and judge them."""
         self.columns = {name: np.zeros(len(rows), kind) for name, kind in COLUMNS.items()}
         self.numbers = {name: number for number, name in enumerate(self.names)}
         self.signatures = np.zeros((len(rows) if self.rules.near else 0, minhash.HASHES), np.uint32)
@@ -174,6 +174,7 @@ class _Part:
                     good.append((at, row, text))
                     self.columns["verdict"][at] = KEPT
         for start in range(0, len(good), 1000):
+            context.progress(before + start, before + len(rows), f"rows of {self.name}")
             self._measure(good[start : start + 1000])
         for kind in self.problems.described():
             self.found.leave_out(kind["problem"], kind["rows"], kind["first"])

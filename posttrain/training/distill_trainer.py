@@ -112,8 +112,8 @@ class DistillTrainer(TokenTrainer):
         self.model.train(was_training)
         rows = []
         for asked, completion in zip(prompts, said, strict=True):
-            ids = torch.tensor(asked + completion)
-            labels = torch.tensor([IGNORED] * len(asked) + completion)
+            ids = asked + completion
+            labels = [IGNORED] * len(asked) + completion
             rows.append({"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]})
         found: dict[str, torch.Tensor] = self.data_collator(rows)
         return found
@@ -186,7 +186,7 @@ def require_prompts(chats: Sequences[Conversation], how: How, positions: int | N
     for at in range(len(chats)):
         part, place = chats.place(at)
         start = int(part.items("loss", at=place).reshape(-1, 2)[-1][0])
-        if start < 1:
+        if start <= 1:  # what begins a sequence asks nothing
             row = chats[at]
             problem = f"row {row.number} is a text without a prompt, which the student can't be asked"
             raise UserError(problem, file=row.file, key="on_policy", hint="`columns: {yours: prompt, …}`, or 0")

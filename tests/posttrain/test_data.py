@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cordee.chat.source import Source
 from cordee.cost import Cost
 from cordee.errors import Stopped, UserError
 from cordee.files import read_json, read_json_lines
@@ -175,8 +174,10 @@ def test_a_mixture_that_was_stopped_goes_on_and_ends_the_same(
     config = data.Config.model_validate({"data": [{"path": file} for file in files], **keys})
     read = []
     measure = scan._Part.read
-    monkeypatch.setattr(scan._Part, "read", lambda part, rows: (read.append(len(rows)), measure(part, rows)))
-    for at in (2, 3, 4, 5):
+    monkeypatch.setattr(
+        scan._Part, "read", lambda part, rows, *rest: (read.append(len(rows)), measure(part, rows, *rest))
+    )
+    for at in (2, 3, 4, 1):
         with pytest.raises(Stopped):
             data.run(config, StopsAt(broken.out, broken.seed, broken.events, at))
     mixed(broken, *files, **keys)
@@ -289,7 +290,7 @@ def test_planted_questions_of_gsm8k_are_all_found_in_its_training_split(
     assert leaked["rows"] == 0
     assert {row["source"] for row in found} == {"train"}
     assert train["rows_read"] == 7473
-    assert train["contaminated"].get("gsm8k", 0) < 40
+    assert train["contaminated"] == {"gsm8k": 5}  # templates of one author, with other numbers
     told = card["decontamination"]["tasks"]["gsm8k"]
     assert told == {"questions": 1319, "too_short": 0, "rows_left_out": 1319 + train["contaminated"].get("gsm8k", 0)}
     shown = leaked["left_out"][0]["first"][0]
@@ -322,7 +323,6 @@ def test_a_mixture_is_trained_on(write: Any, new_context: Callable[[str], Contex
     trainer = {"max_length": 64, "max_steps": 1, "bf16": False}
     keys = {"model": str(model_folder), "data": [{"path": str(mix.out / data.DATA)}], "global_batch_size": 4}
     assert sft.run(sft.Config.model_validate({**keys, "trainer": trainer, "compile": "off"}), train)["rows"] == 5
-    assert Source(path=mix.out).path == mix.out
     keys["data"] = [{"path": str(mix.out)}]  # the folder of the artifact: its cards describe the data
     assert (
         sft.run(sft.Config.model_validate({**keys, "trainer": trainer, "compile": "off"}), new_context("two"))["rows"]
