@@ -107,9 +107,11 @@ def test_linear_is_said_to_be_off_the_sum(adapter: Any, context: Context) -> Non
     assert "`cat` is that sum" in context.events.read_text()
 
 
+LONG = ("ties_svd", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
+
+
 @pytest.mark.parametrize(
-    "combination",
-    ["ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune"],
+    "combination", ["ties", "dare_linear", *(pytest.param(one, marks=pytest.mark.long) for one in LONG)]
 )
 def test_pruned_combinations_are_merged_and_repeat(adapter: Any, context: Context, combination: str) -> None:
     parts = [{"path": str(adapter("one@1", 1))}, {"path": str(adapter("two@1", 2))}]
