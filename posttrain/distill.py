@@ -21,9 +21,12 @@ from cordee.stage import Context
 from posttrain.training.settings import SFT_OWNED, TrlConfig, data_cost, training_cost
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+    from cordee.chat.conversations import Conversation
     from posttrain.training.metrics import TrainingData
+    from posttrain.training.sequences import Sequences
 
 VERSION = 1
 DISTILL_OWNED = {
@@ -55,6 +58,9 @@ class Config(TrlConfig):
     """Tokens of the longest completion that the student samples; at least 1."""
     sampling_temperature: float = Field(default=1.0, gt=0)
     """What the student's logits are divided by when it samples; above 0."""
+    across_vocabularies: bool = False
+    """Whether the teacher may have another vocabulary: the probabilities of both are compared in falling order, where
+    tokens of both end at the same byte (ULD, arXiv 2402.12030). Both tokenizers have to be byte-level."""
     trainer: Annotated[dict[str, Any], Library("trl.SFTConfig", owned=DISTILL_OWNED)] = Field(default_factory=dict)
     """Any field of TRL's SFTConfig that the stage doesn't set itself (`learning_rate`, `packing`, `max_length`, …)."""
 
@@ -63,6 +69,13 @@ class Config(TrlConfig):
         if self.on_policy and self.trainer.get("packing"):
             hint = "leave it out: prompts of several chats in a row can't be completed"
             raise UserError("is for data that are given, not for on_policy", key="trainer.packing", hint=hint)
+        refused = {"on_policy": self.on_policy > 0, "trainer.packing": bool(self.trainer.get("packing"))}
+        if self.across_vocabularies and (named := [key for key, is_asked in refused.items() if is_asked]):
+            problem = "is not for a teacher of another vocabulary (`across_vocabularies`)"
+            raise UserError(problem, key=named[0], hint="leave it out")
+        if self.across_vocabularies and self.beta != type(self).model_fields["beta"].default:
+            problem = "is of distributions over one vocabulary, and not for `across_vocabularies`"
+            raise UserError(problem, key="beta", hint="leave it out")
         return self
 
 
@@ -83,7 +96,7 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
 
     from cordee.chat.tokenized import Tokenized
     from cordee.compute.model import sequence_limits
-    from posttrain.training import distill_trainer, reading, sequences, skeleton, start
+    from posttrain.training import alignment, distill_trainer, reading, skeleton, start
     from posttrain.training.masks import counts
     from posttrain.training.metrics import TrainingData
     from posttrain.training.sft_trainer import PackedRows, check_batches
@@ -92,7 +105,8 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
     if not arguments.max_length:
         raise UserError("must be a number of tokens", key="trainer.max_length")
     model, tokenizer = skeleton.open_model(config)
-    teacher = distill_trainer.open_teacher(config.teacher, start.find(config).tokenizer)
+    across = config.across_vocabularies
+    teacher = distill_trainer.open_teacher(config.teacher, start.find(config).tokenizer, across=across)
     length = arguments.max_length
     chats, heldout = reading.read(config, "chats", model, tokenizer, length, context, Tokenized.conversation)
     how = distill_trainer.How(
@@ -100,13 +114,15 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
         config.sampling_temperature, distill_trainer.stops(config.model, tokenizer), context.seed,
     )  # fmt: skip
     distill_trainer.require_prompts(chats, how, sequence_limits(model, None).positions)
-    data, apart = (sequences.dataset(some, length, packing=arguments.packing) for some in (chats, heldout))
+    data, apart = _datasets(config, context, (chats, heldout), tokenizer, teacher, arguments)
     trainer = skeleton.open_trainer(
         distill_trainer.DistillTrainer, config, model, arguments, train_dataset=data,
-        eval_dataset=apart if len(apart) else None, processing_class=tokenizer, teacher=teacher, how=how,
+        eval_dataset=apart, processing_class=tokenizer, teacher=teacher, how=how,
     )  # fmt: skip
     if arguments.packing and "flash" not in model.config._attn_implementation:  # noqa: SLF001 - there is no public name
         trainer.data_collator = PackedRows(tokenizer.pad_token_id, config.per_device_train_batch_size, length)
+    if config.across_vocabularies:
+        trainer.data_collator = alignment.WithTeacher(trainer.data_collator, pad=0)
     check_batches(trainer, chats)
     distill_trainer.check_prompts(trainer, chats)
     tokens = int(chats.lengths("ids").sum())
@@ -125,6 +141,32 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
         metrics={"packed_rows": len(trainer.train_dataset)},
     )
     return trainer, found
+
+
+def _datasets(
+    config: Config,
+    context: Context,
+    found: "tuple[Sequences[Conversation], Sequences[Conversation]]",
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher: "PreTrainedModel",
+    settings: Any,
+) -> "tuple[Dataset, Dataset | None]":
+    """The rows to train on and those that are held out, as the trainer takes them."""
+    from cordee.compute.tokenizer import open_tokenizer
+    from posttrain.training import alignment, sequences
+
+    rows = []
+    apart = config.heldout if isinstance(config.heldout, list) else config.data
+    for some, sources in zip(found, (config.data, apart), strict=True):
+        if not len(some):
+            continue
+        if not config.across_vocabularies:
+            rows.append(sequences.dataset(some, settings.max_length, packing=settings.packing))
+            continue
+        theirs = open_tokenizer(model_folder.tokenizer_of(config.teacher))
+        teaching = alignment.Teaching.of(config, sources, tokenizer, theirs, teacher, context)
+        rows.append(alignment.dataset(some, teaching))
+    return rows[0], rows[1] if len(rows) > 1 else None
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from cordee.chat.conversations import Conversation
 from cordee.compute import adapter
 from cordee.compute.tokenizer import difference, open_tokenizer
 from cordee.errors import Fault, UserError
-from posttrain.training import divergence, masks, sampling
+from posttrain.training import alignment, divergence, masks, sampling
 from posttrain.training.sequences import Sequences
 from posttrain.training.settings import IGNORED
 from posttrain.training.sft_trainer import TokenTrainer
 
+Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]
 MEASURED = ("divergence", "cross_entropy", "entropy", "mean_token_accuracy")
 """What is logged beside the loss: means over the tokens with loss."""
 
@@ -58,23 +59,37 @@ class DistillTrainer(TokenTrainer):
         """The mean over the tokens with loss, of the whole step where their number is given."""
         if return_outputs:
             raise NotImplementedError
-        passed = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
-        wanted = inputs["labels"][:, 1:]
-        mask = wanted != IGNORED
-        with torch.no_grad():
-            teacher = self.teacher(**passed, use_cache=False).logits[:, :-1][mask]
-        student = model(**passed, use_cache=False).logits[:, :-1][mask]
-        width = min(student.shape[-1], teacher.shape[-1])  # tables may be padded differently
-        losses, measured = divergence.mixed(
-            student[:, :width], teacher[:, :width], wanted[mask], beta=self.how.beta,
-            temperature=self.how.temperature, cross_entropy_weight=self.how.cross_entropy,
-        )  # fmt: skip
+        mask = inputs["labels"][:, 1:] != IGNORED
+        losses, measured = (self._across if "teacher_ids" in inputs else self._same)(model, inputs, mask)
         count = mask.sum() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients
         self._measure(inputs, mask, measured)
         return loss
+
+    def _same(self, model: Any, inputs: Mapping[str, Any], mask: torch.Tensor) -> Losses:
+        """The loss of each token with loss, where teacher and student have one vocabulary."""
+        passed = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
+        with torch.no_grad():
+            teacher = self.teacher(**passed, use_cache=False).logits[:, :-1][mask]
+        student = model(**passed, use_cache=False).logits[:, :-1][mask]
+        width = min(student.shape[-1], teacher.shape[-1])  # tables may be padded differently
+        return divergence.mixed(
+            student[:, :width], teacher[:, :width], inputs["labels"][:, 1:][mask], beta=self.how.beta,
+            temperature=self.how.temperature, cross_entropy_weight=self.how.cross_entropy,
+        )  # fmt: skip
+
+    def _across(self, model: Any, inputs: Mapping[str, Any], mask: torch.Tensor) -> Losses:
+        """The loss of each token with loss, where they have two."""
+        with torch.no_grad():
+            read = {"input_ids": inputs["teacher_ids"], "attention_mask": inputs["teacher_mask"]}
+            teacher = self.teacher(**read, use_cache=False).logits
+        passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        student = model(**passed, use_cache=False).logits
+        apart = alignment.distances(student, teacher, inputs, self.how.temperature)[:, 1:][mask]
+        targets = inputs["labels"][:, 1:][mask]
+        return divergence.with_cross_entropy(apart, student[:, :-1][mask], targets, self.how.cross_entropy)
 
     def _measure(self, inputs: Mapping[str, Any], mask: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
         """Add the means over a batch of all processes to what TRL logs."""
@@ -144,12 +159,13 @@ def weights(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return dict.fromkeys(("loss", *MEASURED), masks.counts(batch)["loss_tokens"])
 
 
-def open_teacher(folder: Path, student: Path) -> PreTrainedModel:
+def open_teacher(folder: Path, student: Path, *, across: bool) -> PreTrainedModel:
     """The teacher, as it is stored, whose tokens are those of the student's tokenizer.
 
     Args:
         folder: of the teacher, a model or an adapter.
         student: the folder of the student's tokenizer.
+        across: whether its tokens may be others, which have to be bytes then.
 
     Raises:
         UserError: it is no model, or its tokens are others.
@@ -157,12 +173,16 @@ def open_teacher(folder: Path, student: Path) -> PreTrainedModel:
     """
     model_folder.require_served(folder, "teacher")
     own = model_folder.tokenizer_of(folder)
+    if across:
+        for place, key in ((own, "teacher"), (student, "model")):
+            alignment.require_byte_level(open_tokenizer(place), place, key)
+        return adapter.open_served(folder)
     theirs, ours = open_tokenizer(own, key="teacher").get_vocab(), open_tokenizer(student).get_vocab()
     problem = "" if theirs == ours else _differing(theirs, ours)
     if problem := problem or difference(own, student):
         hint = (
-            "its answers (eval.generate) teach across vocabularies: train on them with posttrain.sft; "
-            "TRL has trl.experimental.gold"
+            "`across_vocabularies: true` compares sorted probabilities, as trl.experimental.gold does; "
+            "or train on its answers (eval.generate, posttrain.sft)"
         )
         raise UserError(f"its vocabulary is not the student's: {problem}", file=folder, key="teacher", hint=hint)
     return adapter.open_served(folder)

@@ -67,7 +67,15 @@ def mixed(
         the loss `[tokens]`, and `[tokens]` each without gradient: `divergence`, `cross_entropy`, `entropy` (all in
         nats) and `mean_token_accuracy` (0 or 1).
     """
-    divergence = generalized_jsd(student, teacher, beta, temperature)
+    return with_cross_entropy(
+        generalized_jsd(student, teacher, beta, temperature), student, targets, cross_entropy_weight
+    )
+
+
+def with_cross_entropy(
+    divergence: torch.Tensor, student: torch.Tensor, targets: torch.Tensor, cross_entropy_weight: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """As `mixed`, of a divergence `[tokens]` that was computed before."""
     loss, likely = divergence, None
     if cross_entropy_weight:
         likely = cross_entropy(student, targets)
