@@ -92,7 +92,7 @@ def distances(
 def groups_of(student: Sequence[int], teacher: Sequence[int]) -> tuple[Groups, Groups]:
     """The group of each token of a text, by the lengths of both sides' tokens in bytes."""
     ends = [np.cumsum(lengths) for lengths in (student, teacher)]
-    shared = np.intersect1d(*ends)
+    shared = np.intersect1d(ends[0], ends[1])
     return np.searchsorted(shared, ends[0]), np.searchsorted(shared, ends[1])
 
 
