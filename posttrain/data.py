@@ -3,8 +3,8 @@
     python -m posttrain.data --config FILE [key=value …]
 
 Writes `data.jsonl`, which every `data:` key reads, with the rows as they were and a column `source`; and the data card,
-`card.md` and `card.json`. Sources are streamed twice; memory holds 17 bytes of a row, and while near duplicates are
-sought about 50 more.
+`card.md` and `card.json`. Sources are streamed twice; memory holds 17 bytes of a row, and about 60 more while duplicates
+and amounts are worked out.
 """
 
 from collections.abc import Mapping
@@ -146,8 +146,8 @@ def _scanned(config: Config, context: Context, folder: Path) -> "tuple[list[Scan
     for task, count in questions.too_short.items() if questions else ():
         context.note(f"{count} questions of {task} are too short to be found in rows")
     found = []
-    for name, source in zip(_names(config.data), config.data, strict=True):
-        found.append(scan.scan(source, name, rules, context, folder / name))
+    for at, (name, source) in enumerate(zip(_names(config.data), config.data, strict=True)):
+        found.append(scan.scan(source, name, rules, context, folder / str(at)))
     return found, questions
 
 
