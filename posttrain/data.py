@@ -3,8 +3,8 @@
     python -m posttrain.data --config FILE [key=value …]
 
 Writes `data.jsonl`, which every `data:` key reads, with the rows as they were and a column `source`; and the data card,
-`card.md` and `card.json`. Sources are streamed twice; memory holds 17 bytes of a row, and about 60 more while duplicates
-and amounts are worked out.
+`card.md` and `card.json`. Sources are streamed twice. Memory holds 17 bytes of a row, and about 60 more while
+duplicates and amounts are worked out.
 """
 
 from collections.abc import Mapping
