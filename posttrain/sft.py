@@ -15,7 +15,7 @@ from cordee.config import Library
 from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.stage import Context
-from posttrain.training.settings import OWNED, TrlConfig, data_cost, training_cost
+from posttrain.training.settings import SFT_OWNED, TrlConfig, data_cost, training_cost
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
     from posttrain.training.sequences import Sequences
 
 VERSION = 6
-SFT_OWNED = {
-    **OWNED,
-    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "dataset_kwargs", "dataset_num_proc"), ""),
-    **dict.fromkeys(("packing_strategy", "padding_free", "eval_packing"), ""),
-    "dataset_text_field": "`columns: {yours: text}` beside the file's path",
-    "truncation_mode": "the stage's `overlong`",
-}
-"""Besides: what is trained on, and how chats are packed whole (best-fit decreasing)."""
 
 
 class Config(TrlConfig):

@@ -154,7 +154,8 @@ class Source(Shape):
     path: str
     rows: int
     sequences: int
-    tokens: int
+    tokens: int | None = None
+    """None where they were not counted."""
     loss_tokens: int | None = None
     left_out: list[LeftOut] = []
 

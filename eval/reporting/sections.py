@@ -85,7 +85,7 @@ def training_data(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def _source(source: Source) -> dict[str, Any]:
-    share = None if source.loss_tokens is None else source.loss_tokens / max(source.tokens, 1)
+    share = None if source.loss_tokens is None else source.loss_tokens / max(source.tokens or 0, 1)
     return {
         **source.model_dump(exclude={"path", "loss_tokens"}),
         "name": source.path.rstrip("/").rpartition("/")[2],

@@ -40,6 +40,8 @@ class TrainingData:
     """Whether a frozen reference model reads each token of the data once as well."""
     has_kl: bool = False
     """Whether the model reads as many answers to other prompts in each step, and the reference once."""
+    teacher_parameters: int = 0
+    """Parameters of a frozen model of another size that reads each token as well."""
     varying_shapes: bool = True
     """Whether batches have different shapes, which takes longer to compile."""
     lengths: npt.NDArray[np.int64] | None = None
@@ -107,7 +109,8 @@ def flops(trainer: Trainer, data: TrainingData, config: TrlConfig, tokens: float
         return training_flops(_parameters(model), of, shape.layers or 0, shape.width or 0, data.sequence_length)
 
     once = FORWARD * work(data.tokens) if data.has_reference else 0.0
-    return passes(config) * work(tokens) + once + (once + FORWARD * work(tokens) if data.has_kl else 0.0)
+    further = once + FORWARD * work(tokens) if data.has_kl else 2.0 * data.teacher_parameters * tokens
+    return passes(config) * work(tokens) + once + further
 
 
 def _parameters(model: torch.nn.Module) -> int:

@@ -194,7 +194,7 @@ def dataset(sequences: Sequences[Any], max_length: int, *, packing: bool) -> Dat
     def read(batch: dict[str, list[list[int]]]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {"input_ids": [], "labels": [], "seq_lengths": []}
         for row in batch["sequences"]:
-            whole = [_ids_and_labels(*sequences.place(at)) for at in row]
+            whole = [ids_and_labels(*sequences.place(at)) for at in row]
             found["input_ids"].append(np.concatenate([ids for ids, _ in whole]))
             found["labels"].append(np.concatenate([labels for _, labels in whole]))
             found["seq_lengths"].append([len(ids) for ids, _ in whole])
@@ -206,7 +206,7 @@ def dataset(sequences: Sequences[Any], max_length: int, *, packing: bool) -> Dat
     return Dataset(pa.table({"sequences": index})).with_transform(read)
 
 
-def _ids_and_labels(part: Tokenized, at: int) -> tuple[Places, Places]:
+def ids_and_labels(part: Tokenized, at: int) -> tuple[Places, Places]:
     """`[seq]` each, int64: the token ids, and the same where they carry loss."""
     ids = part.items("ids", at).astype(np.int64)
     labels = np.full(len(ids), IGNORED)

@@ -78,6 +78,14 @@ PREFERENCE_OWNED = OWNED | {
     "padding_value": "the stage's `pad_token`",
 }
 """Besides, of the configs of methods that learn from given answers."""
+SFT_OWNED = {
+    **OWNED,
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "dataset_kwargs", "dataset_num_proc"), ""),
+    **dict.fromkeys(("packing_strategy", "padding_free", "eval_packing"), ""),
+    "dataset_text_field": "`columns: {yours: text}` beside the file's path",
+    "truncation_mode": "the stage's `overlong`",
+}
+"""Besides, of `trl.SFTConfig`: what is trained on, and how chats are packed whole (best-fit decreasing)."""
 LORA_OWNED = dict.fromkeys(
     (
         *("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"),

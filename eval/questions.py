@@ -1,0 +1,74 @@
+"""The questions that benchmarks ask, as rows: `posttrain.data` leaves rows out that hold one (`against: [$questions]`).
+
+    python -m eval.questions --config FILE [key=value …]
+
+Tasks are named as `eval.benchmark` names them; no model is needed. `questions.jsonl` has for each document of a task
+`task`, `document` and `prompt`: the text that lm-eval asks, without examples and without a chat template.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cordee import files, worker
+from cordee.errors import UserError
+from cordee.stage import Context
+from eval.measuring.asked import TasksConfig
+
+VERSION = 1
+QUESTIONS = "questions.jsonl"
+
+
+class Config(TasksConfig):
+    """Which tasks' questions are written."""
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Load the tasks with their data and write their questions; returns the manifest's metrics."""
+    from eval.measuring import batches
+
+    context.waits("the tasks and their data")
+    written: dict[str, int] = {}
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="cordee-") as cache:
+        for batch in batches.make(config, context.out, Path(cache)):
+            for name, task in batch.loaded["tasks"].items():
+                if name in written:  # asked in another way as well
+                    continue
+                documents = task.eval_docs
+                numbers = (batch.samples or {}).get(name) or range(len(documents))
+                own = [row for number in numbers for row in _rows(name, number, documents[number], task)]
+                written[name] = len(own)
+                lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in own]
+    if empty := [name for name, count in written.items() if not count]:
+        raise UserError(f"{empty[0]} asks nothing that is a text", key="tasks")
+    files.write_text(context.out / QUESTIONS, "".join(lines))
+    for name, count in written.items():
+        context.note(f"{count} questions of {name}")
+    return {"rows": len(lines), "tasks": len(written)}
+
+
+def _rows(name: str, number: int, document: Any, task: Any) -> Iterator[dict[str, Any]]:
+    """The question of a document; the contexts that it chooses among where lm-eval asks several (WinoGrande)."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        asked = [task.doc_to_target(document)]
+    elif getattr(task, "multiple_input", 0):
+        asked = task.doc_to_choice(document)
+    else:
+        asked = [task.doc_to_text(document)]
+    yield from ({"task": name, "document": number, "prompt": text} for text in asked if _is_text(text))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def main() -> None:
+    """Entry point."""
+    worker.main(Config, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Merging beyond one adapter: several adapters by weight, averages of checkpoints."""
