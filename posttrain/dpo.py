@@ -39,7 +39,7 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
     seen = data_cost(config, given, "pairs")
     in_pair = seen.tokens / seen.rows if seen.rows and seen.tokens else config.longest  # more than in either sequence
     tokens = 2.0 * seen.rows * min(in_pair, config.longest) if seen.rows else None
-    return training_cost(config, given, tokens, has_reference=True)
+    return training_cost(config, given, tokens, has_reference=True, sequences=2)
 
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
