@@ -167,7 +167,7 @@ class Memory:
     @property
     def total(self) -> float:
         """The sum of all terms."""
-        return sum(getattr(self, term.name) for term in fields(self))
+        return float(sum(getattr(self, term.name) for term in fields(self)))
 
     def __str__(self) -> str:
         """`22.1 GB = weights 16.1 + …`, without the terms that do not count."""
@@ -238,18 +238,26 @@ def layer_bytes(
     - attention that keeps no scores (sdpa, flash): queries, keys, values and its result, c (2 q + 2 k);
     - the MLP: gate, its activation, the other half, and the product, 4 c f; without a gate 2 c f; with xIELU, which is
       made of single operations, (4 c + r) f and a mask, f;
-    - of a LoRA adapter, the input of each adapted matrix and what its first factor makes of it: c (n + rank).
+    - of a LoRA adapter, the input of each adapted matrix, of which PEFT makes a copy unless c is 4, and what its first
+      factor makes of it: c (n + rank). Frozen weights then need none of their inputs: not the normalized ones, nor the
+      norms' outputs, nor the product.
 
     With r = c = 2, and without dropout's masks, GPT's 34 h are 16 h + 8 h + 16 h here: norms in float32 keep more.
     """
-    h, f = model.width, model.mlp_width
-    reads = max(2.0, len(model.matrices) / model.layers - 2) if residual > computed else 2.0
-    norms = 2 * (4 + residual) * h + reads * computed * h
+    h, f, trains = model.width, model.mlp_width, adapter is None
+    norms = 2 * (4 + residual * trains) * h
+    if trains:
+        norms += computed * h * (max(2.0, len(model.matrices) / model.layers - 2) if residual > computed else 2.0)
     if model.normed_queries:
-        norms += (4 + computed) * (model.query_width + model.key_width)
+        norms += (4 + computed * trains) * (model.query_width + model.key_width)
     attention = computed * (2 * model.query_width + 2 * model.key_width)
-    kept = 4 * computed + residual + 1 if model.activation == "xielu" else (4 if model.is_gated else 2) * computed
-    adapted = sum(computed * (rank + inputs) for rank, inputs in adapter or ()) / model.layers
+    if model.activation == "xielu":
+        kept = (2 + 2 * trains) * computed + residual + 1
+    else:
+        kept = ((3 if model.is_gated else 1) + trains) * computed
+    ranks = sum(rank for rank, _ in adapter or ()) / model.layers
+    inputs = sum(columns for _, columns in adapter or ()) / model.layers
+    adapted = computed * (ranks + (min(inputs, 2 * h + f) if computed == 4 else inputs))
     return norms + attention + kept * f + adapted
 
 

@@ -63,12 +63,12 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
     layers, width = fields["num_hidden_layers"], fields["hidden_size"]
     told = {"hidden_act": "xielu", **fields, "vocab_size": vocab_size}
     decoder = Decoder.of(told, apertus_shapes(told), parameters)
-    memory = decoder and of_training(decoder, _training(config))
+    memory = of_training(decoder, _training(config)) if decoder else None
     return Cost(
         tokens=tokens,
         flops=training_flops(parameters, tokens, layers, width, config.sequence_length),
         parameters=parameters,
-        memory_bytes=memory and memory.total,
+        memory_bytes=memory.total if memory else None,
         vocab_size=vocab_size,
         memory=memory,
         decoder=decoder,

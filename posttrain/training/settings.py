@@ -238,12 +238,12 @@ def training_cost(
         config.require_adapter_choice()
     base = model_folder.cost(config.model, "model", given, base=config.base, base_key="base")
     decoder = base.decoder or _decoder(config)
-    needed = decoder and memory.of(config, decoder, sequences)
+    needed = memory.of(config, decoder, sequences) if decoder else None
     cost = Cost(
         tokens=tokens,
         parameters=base.parameters,
         vocab_size=base.vocab_size,
-        memory_bytes=needed and needed.total,
+        memory_bytes=needed.total if needed else None,
         memory=needed,
         decoder=decoder,
     )
@@ -256,6 +256,6 @@ def training_cost(
 
 def _decoder(config: TrlConfig) -> Decoder | None:
     """The sizes of a model whose stage is done; None where it is not there yet."""
-    if not config.model.is_dir():
+    if not ((config.model / "config.json").is_file() or model_folder.is_adapter(config.model)):
         return None
     return model_folder.cost(config.model, "model", {}, base=config.base, base_key="base").decoder

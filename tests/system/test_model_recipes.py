@@ -139,13 +139,12 @@ def small_model(folder: Path) -> None:
     ApertusForCausalLM(config).save_pretrained(folder)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "name", ["lora-8b", pytest.param("sft-8b", marks=pytest.mark.long), pytest.param("sft-70b", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("name", ["lora-8b", "sft-8b", "sft-70b"])
 def test_a_small_version_runs(here: Path, cordee: Any, name: str) -> None:
     small_model(here / "models/my-model")
-    chats(here / "data/my-chats.jsonl", 40, 300)
+    chats(here / "data/my-chats.jsonl", 24, 120)
     done = cordee("run", f"configs/recipes/tiny/models/{name}.yaml", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = here / f"runs/{name}-tiny"
