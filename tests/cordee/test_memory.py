@@ -1,15 +1,19 @@
 """The memory of a training: closed forms worked by hand, and the tensors that torch itself keeps."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from cordee import memory
+from cordee import machine, memory
+from cordee.config import Devices, Launch
+from cordee.cost import Cost
 from cordee.memory import Decoder, Training
 
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8,
          "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}  # fmt: skip
 TOKENS = 128
@@ -182,3 +186,28 @@ def test_the_layers_matrices_of_a_model_that_is_not_made_are_those_that_it_will_
     sizes, _ = built("Apertus", torch.float32)
     made = Decoder.of({**LLAMA, "hidden_act": "xielu"}, memory.apertus_shapes(LLAMA), sizes.parameters)
     assert made == sizes
+
+
+def test_an_accelerate_configuration_says_what_is_computed_on(write: Any) -> None:
+    sharded = Launch(config_file=str(ROOT / "configs/accelerate/fsdp2.yaml"), num_processes=4).devices()
+    assert sharded == Devices(4, are_gpus=True, sharded=True)
+    assert Launch(config_file=str(ROOT / "configs/accelerate/gpu.yaml")).devices() == Devices(1, are_gpus=True)
+    assert Launch(config_file=str(ROOT / "configs/accelerate/cpu-2.yaml")).devices() == Devices(1, are_gpus=False)
+    assert Launch(num_processes=2).devices() == Devices(2, are_gpus=machine.has_gpu())
+    told = "distributed_type: FSDP\nuse_cpu: false\nfsdp_config: {fsdp_version: 2, fsdp_reshard_after_forward: false, "
+    file = write("fsdp.yaml", told + "fsdp_activation_checkpointing: true}")
+    found = Launch(config_file=str(file)).devices()
+    assert found == Devices(1, are_gpus=True, sharded=True, reshards=False, checkpoints=True)
+
+
+def test_a_model_that_a_stage_will_make_has_the_sizes_of_what_it_is_made_from(
+    llama_8b: Decoder, tmp_path: Path
+) -> None:
+    from posttrain import sft
+
+    keys = {"model": str(tmp_path / "none"), "data": [{"path": str(tmp_path / "chats.jsonl")}], "precision": "float32"}
+    given = {"model": Cost(parameters=llama_8b.parameters, decoder=llama_8b), "data.0.path": Cost(tokens=1e6, rows=1e3)}
+    cost = sft.cost(sft.Config.model_validate({**keys, "per_device_train_batch_size": 1}), given)
+    assert cost.memory == memory.of_training(llama_8b, Training(1024))
+    assert (cost.memory_bytes, cost.decoder) == (cost.memory.total, llama_8b)
+    assert cost.flops == 3e6 * (6 * llama_8b.parameters + 12 * 32 * 4096 * 1024)

@@ -45,7 +45,8 @@ def write(folder: Path, size: str) -> None:
     """A model's folder; the weights' file has its full size in bfloat16, and takes no place on the disk."""
     made, settings, _ = stock_tokenizers.smollm2()
     template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     stock_tokenizers.write(folder, (made, settings | {"chat_template": template}, ""), beside_model=False)
     config = {**APERTUS, **SHAPES[size]}
