@@ -14,8 +14,9 @@ from typing import Any
 
 RUNTIME_BYTES = 0.6e9
 """The libraries, and on a GPU CUDA's context."""
-HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
-"""TRL's fused LM head computes logits of so many tokens and entries of the vocabulary at once."""
+HEAD_TOKENS, HEAD_COLUMNS, FOLDED = 4096, 32768, 7
+"""TRL's fused LM head has a buffer for logits of so many tokens and entries of the vocabulary; without Triton it also
+has so many pieces of float32."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FIELDS = (
     ("num_hidden_layers", "n_layer", "n_layers"),
@@ -145,6 +146,7 @@ class Training:
     """Whether a layer's weights are given back after the forward pass, where they are sharded."""
     fused_head: bool = True
     """Whether logits are computed piece by piece, of tokens with loss."""
+    is_gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,9 @@ def of_training(model: Decoder, how: Training) -> Memory:
       there is checkpointing, since no cache keeps them.
     - activations: T layers a, with `layer_bytes` a; with checkpointing T (layers r width + a), r bytes a number
       between layers; and the last norm's, T (4 + r) width.
-    - logits: c · 4096 · 32768 at most, 4 T width, and the head's gradient in float32 where it is trained; without the
-      fused head three copies in float32 (logits, log-probabilities, their gradient).
+    - logits: c · 32768 for each of at most 4096 tokens, and on a CPU 28 for each entry of the vocabulary up to 32768;
+      4 T width, and the head's gradient in float32 where it is trained. Without the fused head three copies in float32
+      (logits, log-probabilities, their gradient).
     """
     shards = how.devices if how.sharded else 1
     trained = model.parameters if how.trained is None else how.trained
@@ -276,5 +279,6 @@ def _logits(model: Decoder, how: Training, *, trains_head: bool) -> float:
     """The bytes of the LM head's work."""
     if not how.fused_head:
         return 12 * how.tokens * model.vocab_size
-    tile = how.computed * min(how.tokens, HEAD_TOKENS) * min(model.vocab_size, HEAD_COLUMNS)
+    folded = 0 if how.is_gpu else 4 * FOLDED * min(model.vocab_size, HEAD_COLUMNS)
+    tile = min(how.tokens, HEAD_TOKENS) * (how.computed * HEAD_COLUMNS + folded)
     return tile + 4 * how.tokens * model.width + (4 * model.head if trains_head else 0)

@@ -48,6 +48,7 @@ def of(config: "TrlConfig", decoder: Decoder, sequences: int = 1) -> Memory:
             devices=devices.count,
             sharded=devices.sharded,
             reshards=devices.reshards,
+            is_gpu=devices.are_gpus,
         ),
     )
 

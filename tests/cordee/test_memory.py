@@ -91,6 +91,47 @@ def test_with_checkpointing_each_layer_keeps_its_input_and_one_keeps_all() -> No
     assert inputs == pytest.approx(told.activations - TOKENS * layer, rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Apertus"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "checkpointing"),
+    [("float32", False, False), ("float32", True, True), ("bfloat16", True, True)],
+)
+def test_the_peak_of_a_step_is_what_torch_counts(
+    kind: str, dtype: str, autocast: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a tenth, of TRL's head, a backward pass and AdamW, without the runtime."""
+    import transformers
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from trl.trainer import utils
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(utils, "_use_triton", lambda _: True)  # as the stages have it
+    config = getattr(transformers, f"{kind}Config")(**LLAMA | {"vocab_size": 2000})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(getattr(torch, dtype))
+    utils.add_fused_lm_head(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.arange(4 * 256).reshape(4, -1) % 2000
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+        loss.backward()
+        optimizer.step()
+
+    step()
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        step()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    how = Training(4 * 256, stored=memory.BYTES[dtype], computed=2 if autocast else 4, is_gpu=False)
+    told = memory.of_training(decoder(config.to_dict(), model), replace(how, checkpointing=checkpointing))
+    assert told.total - told.runtime == pytest.approx(peak, rel=0.1)
+
+
 @pytest.fixture
 def llama_8b() -> Decoder:
     """Llama 3.1 8B: 32 layers of 4096, 8 of 32 heads' keys, an MLP of 14336, two tables of 128256."""
@@ -167,6 +208,9 @@ def test_torchs_optimizers_keep_so_much(name: str, kind: torch.dtype) -> None:
 def test_the_logits_are_a_tile_or_all_of_them(llama_8b: Decoder) -> None:
     tile = memory.of_training(llama_8b, Training(2 * 4096, computed=2, stored=2)).logits
     assert tile == 2 * 4096 * 32768 + 4 * 8192 * 4096 + 4 * 128256 * 4096
+    small = replace(llama_8b, vocab_size=2000)
+    folded = memory.of_training(small, Training(1024, is_gpu=False)).logits
+    assert folded == 1024 * (4 * 32768 + 28 * 2000) + 4 * 1024 * 4096 + 4 * 2000 * 4096
     assert memory.of_training(llama_8b, Training(8192, fused_head=False)).logits == 12 * 8192 * 128256
 
 
@@ -208,6 +252,6 @@ def test_a_model_that_a_stage_will_make_has_the_sizes_of_what_it_is_made_from(
     keys = {"model": str(tmp_path / "none"), "data": [{"path": str(tmp_path / "chats.jsonl")}], "precision": "float32"}
     given = {"model": Cost(parameters=llama_8b.parameters, decoder=llama_8b), "data.0.path": Cost(tokens=1e6, rows=1e3)}
     cost = sft.cost(sft.Config.model_validate({**keys, "per_device_train_batch_size": 1}), given)
-    assert cost.memory == memory.of_training(llama_8b, Training(1024))
+    assert cost.memory == memory.of_training(llama_8b, Training(1024, is_gpu=machine.has_gpu()))
     assert (cost.memory_bytes, cost.decoder) == (cost.memory.total, llama_8b)
     assert cost.flops == 3e6 * (6 * llama_8b.parameters + 12 * 32 * 4096 * 1024)
