@@ -128,6 +128,36 @@ class Launch(Config):
             yaml12.read(file, key="launch.config_file")
         return name
 
+    def devices(self) -> "Devices":
+        """What the training computes on, as its accelerate configuration says it, or with this machine's own."""
+        if self.config_file is None:
+            return Devices(self.num_processes, are_gpus=machine.has_gpu())
+        told = yaml12.read(Path(self.config_file), key="launch.config_file")
+        fsdp = told.get("fsdp_config")
+        sharding = fsdp if told.get("distributed_type") == "FSDP" and isinstance(fsdp, dict) else {}
+        return Devices(
+            self.num_processes,
+            are_gpus=told.get("use_cpu", not machine.has_gpu()) is False,
+            sharded=bool(sharding),
+            reshards=sharding.get("fsdp_reshard_after_forward", True) is True,
+            checkpoints=sharding.get("fsdp_activation_checkpointing", False) is True,
+        )
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What a training computes on."""
+
+    count: int
+    """One for each process."""
+    are_gpus: bool
+    sharded: bool = False
+    """Whether weights, gradients and moments are divided over them (FSDP)."""
+    reshards: bool = True
+    """Whether a layer's weights are given back between its forward and its backward pass."""
+    checkpoints: bool = False
+    """Whether the backward pass computes each layer again."""
+
 
 class AccelerateConfig(Config):
     """Base of the stages that are started by `accelerate launch`."""

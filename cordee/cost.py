@@ -5,8 +5,10 @@ and 4 in the backward pass, plus 12 · layers · width · context for attention.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from cordee.memory import Decoder, Memory
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Cost:
     vocab_size: int | None = None
     rows: float | None = None
     """Documents, chats or pairs of the stage's output."""
+    memory: Memory | None = None
+    """Of a training, what the memory is needed for."""
+    decoder: Decoder | None = field(default=None, compare=False, repr=False)
+    """The sizes of the model that is made or read, for the stages that read it."""
 
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -48,12 +54,3 @@ def decoder_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
 def training_flops(parameters: float, tokens: float, layers: int, width: int, context: int) -> float:
     """FLOPs to train on `tokens` tokens."""
     return tokens * (6.0 * parameters + 12.0 * layers * width * context)
-
-
-def training_bytes(parameters: float, micro_batch_tokens: float, layers: int, width: int, vocab_size: int) -> float:
-    """Peak memory of one training process, in bytes.
-
-    Float32 weights, gradients and two Adam moments; about 34 bytes per token, layer and width of activations
-    (Korthikanti et al. 2022, arXiv 2205.05198, equation 2); three copies of the logits.
-    """
-    return 16.0 * parameters + micro_batch_tokens * (34.0 * layers * width + 12.0 * vocab_size) + 0.6e9

@@ -15,6 +15,7 @@ from cordee import files, hashes, manifest
 from cordee.config import Input
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
+from cordee.memory import Decoder
 
 ADAPTER_CONFIG = "adapter_config.json"
 LONGEST_HEADER = 100_000_000
@@ -285,8 +286,15 @@ def cost(
     if is_adapter(folder):
         folder = base_of(folder, base, key=key, base_key=base_key)
     require(folder, key)
-    sizes = [_parameters(path) for path in weights(folder) if path.suffix == ".safetensors"]
-    return Cost(parameters=sum(sizes) or None, vocab_size=shape(files.read_json(folder / "config.json")).vocab_size)
+    config = files.read_json(folder / "config.json")
+    shapes = [_shapes(path) for path in weights(folder) if path.suffix == ".safetensors"]
+    parameters = sum(math.prod(sizes) for file in shapes for sizes in file.values())
+    named = {name: sizes for file in shapes for name, sizes in file.items()}
+    return Cost(
+        parameters=parameters or None,
+        vocab_size=shape(config).vocab_size,
+        decoder=Decoder.of(language_config(config), named, parameters),
+    )
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
@@ -304,15 +312,15 @@ def vocabulary(folder: Path) -> dict[str, int]:
         raise Fault(f"is no tokenizer: {error!r}", file=folder / "tokenizer.json") from error
 
 
-def _parameters(file: Path) -> int:
-    """The numbers in a safetensors file, its few buffers among them.
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in a safetensors file, of its few buffers too.
 
-    They follow from the header: eight bytes of length, then JSON with each tensor's shape.
+    They stand in the header: eight bytes of length, then JSON.
     """
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header: dict[str, Any] = json.loads(opened.read(min(length, LONGEST_HEADER)))
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        return {name: [*map(int, tensor["shape"])] for name, tensor in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Fault("is damaged: its header can't be read", file=file) from error

@@ -17,13 +17,15 @@ from rich.tree import Tree
 from cordee import artifact, certificate, events, files, lineage, lock, provenance, units
 from cordee.artifact import Artifact, Damaged
 from cordee.clean import Item
+from cordee.config import AccelerateConfig, Config
 from cordee.display import progress_line
 from cordee.keys import Key
 from cordee.lineage import Step
 from cordee.plan import Plan, Planned, measured
 from cordee.prove import Proof
 
-# Training speed of one core and of one GPU, for estimates without a measurement.
+# Training speed of one core and of one GPU, for estimates without a measurement; that of a GPU is 30 % of what an H100
+# can do in bfloat16 (989e12), about what the Apertus models were trained at (arXiv 2509.14233, section 6).
 ROUGH_CORE_FLOPS_PER_S = 5e10
 ROUGH_GPU_FLOPS_PER_S = 3e14
 WIDE = 100
@@ -40,7 +42,7 @@ STYLES = {
 def plan(out: Console, plan: Plan) -> None:
     """Print a plan: its table, the keys that changed, what is damaged, and what could not be checked."""
     out.print(_plan_table(plan, out.width))
-    for line in _plan_notes(plan):
+    for line in _plan_notes(plan, out.width):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -52,7 +54,8 @@ def _plan_table(plan: Plan, width: int) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("tokens", "params", "FLOPs", "memory", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    measured = _measured(plan)
+    for_gpus = _is_for_gpus(plan)
+    measured = _measured(plan) if bool(provenance.host().gpu) == for_gpus else {}
     for planned in plan.stages:
         cost, version = planned.cost, planned.artifact and planned.artifact.manifest.version
         table.add_row(
@@ -62,13 +65,13 @@ def _plan_table(plan: Plan, width: int) -> Table:
             *(units.count(number) if number is not None else "" for number in (cost.tokens, cost.parameters)),
             f"{cost.flops:.2g}" if cost.flops else "",
             units.size(cost.memory_bytes) if cost.memory_bytes else "",
-            _time(planned, measured),
+            _time(planned, measured, for_gpus=for_gpus),
         )
     return table
 
 
-def _plan_notes(plan: Plan) -> Iterator[str]:
-    """The lines below the table: the keys that changed, what is damaged, and what could not be checked."""
+def _plan_notes(plan: Plan, width: int) -> Iterator[str]:
+    """The lines below the table: the keys that changed, what is damaged, what could not be checked, what is assumed."""
     for planned in plan.stages:
         if planned.why:
             yield f"{planned.name} is {planned.state}: {'; '.join(planned.why)}"
@@ -77,8 +80,32 @@ def _plan_notes(plan: Plan) -> Iterator[str]:
     yield from damaged(plan)
     for package in plan.recipe.unchecked:
         yield f"{package} is not installed here: its keys are checked when the stage starts"
+    if width >= WIDE:
+        for planned in plan.stages:
+            if planned.cost.memory:
+                yield f"{planned.name}: {planned.cost.memory}, a device"
     if any(planned.cost.seconds is None and planned.cost.flops for planned in plan.stages):
-        yield "times: ~ from an earlier run on this machine, ≈ a rough estimate"
+        yield f"times: ~ from an earlier run on this machine, ≈ {_assumed(plan)}"
+
+
+def _assumed(plan: Plan) -> str:
+    """What an estimate without a measurement rests on."""
+    if _is_for_gpus(plan):
+        return f"at {ROUGH_GPU_FLOPS_PER_S:.0e} FLOP/s a GPU, 30 % of an H100's peak".replace("e+", "e")
+    return f"at {ROUGH_CORE_FLOPS_PER_S:.0e} FLOP/s a core of this machine".replace("e+", "e")
+
+
+def _is_for_gpus(plan: Plan) -> bool:
+    """Whether a recipe is for GPUs: this machine has one, or an accelerate configuration of a stage asks for them."""
+    launches = [config.launch for one in plan.stages if isinstance(config := one.config, AccelerateConfig)]
+    return bool(provenance.host().gpu) or any(one.config_file and one.devices().are_gpus for one in launches)
+
+
+def _gpus(config: Config) -> int:
+    """How many GPUs a stage computes on."""
+    if isinstance(config, AccelerateConfig):
+        return config.launch.num_processes
+    return int(getattr(config, "tensor_parallel_size", 1)) * int(getattr(config, "data_parallel_size", 1))
 
 
 def damaged(plan: Plan) -> Iterator[str]:
@@ -119,16 +146,17 @@ def _measured(plan: Plan) -> dict[str, _Measured]:
     return found
 
 
-def _time(planned: Planned, measured: dict[str, _Measured]) -> str:
-    """The time that a stage took, or an estimate."""
+def _time(planned: Planned, measured: dict[str, _Measured], *, for_gpus: bool = False) -> str:
+    """The time that a stage took, or an estimate; where it is for GPUs, from the number of its own."""
     if planned.cost.seconds is not None:
         return units.duration(planned.cost.seconds)
     if not planned.cost.flops:
         return ""
     if known := measured.get(planned.item.stage.uses):
         return f"~{units.duration(max(planned.cost.flops / known.flops * known.seconds, known.least_seconds))}"
-    host = provenance.host()
-    rough = ROUGH_GPU_FLOPS_PER_S if host.gpu else ROUGH_CORE_FLOPS_PER_S * host.cores
+    rough = ROUGH_CORE_FLOPS_PER_S * provenance.host().cores
+    if for_gpus:
+        rough = ROUGH_GPU_FLOPS_PER_S * _gpus(planned.config)
     return f"≈{units.duration(planned.cost.flops / rough)}"
 
 

@@ -102,9 +102,10 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
     """At most `max_tokens` tokens for each answer."""
     models = [model_folder.cost(path, f"models.{name}", given) for name, path in config.models.items()]
     parameters, prompts = models[0].parameters, config.max_prompts or _rows(config, given)
-    answers = prompts * config.n / config.partition[1] if prompts else None
-    tokens = len(config.models) * answers * config.max_tokens if answers else None
-    return Cost(tokens=tokens, flops=2 * parameters * tokens if parameters and tokens else None, parameters=parameters)
+    answers = len(config.models) * prompts * config.n / config.partition[1] if prompts else None
+    tokens = answers * config.max_tokens if answers else None
+    flops = 2 * parameters * tokens if parameters and tokens else None
+    return Cost(tokens=tokens, flops=flops, parameters=parameters, rows=answers)
 
 
 def _rows(config: Config, given: dict[str, Cost]) -> float | None:

@@ -50,6 +50,7 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
         parameters=base.parameters,
         memory_bytes=copies * base.parameters + 0.6e9,
         vocab_size=base.vocab_size,
+        decoder=base.decoder,
     )
 
 

@@ -38,7 +38,8 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
     """At most: each pair is two sequences of at most `max_length` tokens."""
     seen = data_cost(config, given, "pairs")
     in_pair = seen.tokens / seen.rows if seen.rows and seen.tokens else config.longest  # more than in either sequence
-    return training_cost(config, given, 2.0 * seen.rows * min(in_pair, config.longest) if seen.rows else None)
+    tokens = 2.0 * seen.rows * min(in_pair, config.longest) if seen.rows else None
+    return training_cost(config, given, tokens, sequences=2)
 
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":

@@ -14,8 +14,9 @@ from pydantic import Field
 from cordee import files, model_folder, worker, yaml12
 from cordee.config import Config as BaseConfig
 from cordee.config import Input
-from cordee.cost import SHAPE, Cost, decoder_parameters, training_bytes, training_flops
+from cordee.cost import SHAPE, Cost, decoder_parameters, training_flops
 from cordee.errors import UserError
+from cordee.memory import BYTES, Decoder, Training, apertus_shapes, of_training
 from cordee.stage import Context
 from pretrain.training.settings import Settings
 
@@ -59,15 +60,33 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
     if not vocab_size or fields.get("model_type", "apertus") != "apertus" or any(name not in fields for name in SHAPE):
         return Cost(tokens=tokens, vocab_size=vocab_size)
     parameters = decoder_parameters(fields, vocab_size)
-    slow_mean = 4.0 * parameters if config.optimizer == "ademamix" else 0.0
     layers, width = fields["num_hidden_layers"], fields["hidden_size"]
-    at_once = config.per_device_train_batch_size * config.sequence_length
+    told = {"hidden_act": "xielu", **fields, "vocab_size": vocab_size}
+    decoder = Decoder.of(told, apertus_shapes(told), parameters)
+    memory = of_training(decoder, _training(config)) if decoder else None
     return Cost(
         tokens=tokens,
         flops=training_flops(parameters, tokens, layers, width, config.sequence_length),
         parameters=parameters,
-        memory_bytes=training_bytes(parameters, at_once, layers, width, vocab_size) + slow_mean,
+        memory_bytes=memory.total if memory else None,
         vocab_size=vocab_size,
+        memory=memory,
+        decoder=decoder,
+    )
+
+
+def _training(config: Config) -> Training:
+    """What the memory of a training depends on: weights, gradients and moments are float32."""
+    devices = config.launch.devices()
+    return Training(
+        tokens=config.per_device_train_batch_size * config.sequence_length,
+        computed=BYTES[config.precision],
+        optim=config.optimizer,
+        checkpointing=devices.checkpoints,
+        devices=devices.count,
+        sharded=devices.sharded,
+        reshards=devices.reshards,
+        fused_head=False,
     )
 
 

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path  # noqa: TC003 - a type that pydantic reads
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cordee import files, model_folder
+from cordee import model_folder
 from cordee.chat.named import ChatTemplate
 from cordee.chat.source import BadRows, EarlierAnswers, Overlong, Source
 from cordee.config import Execution, Input, Library, Precision, TrainingConfig, require_whole_batches
-from cordee.cost import Cost, training_bytes, training_flops
+from cordee.cost import Cost, training_flops
 from cordee.errors import UserError
+from cordee.memory import Decoder
 from cordee.model_folder import ModelInput
+from posttrain.training import memory
 
 Of = Literal["chats", "pairs", "labelled", "scored"]
 """What rows are: chats, preference pairs, answers that are good or bad, answers with a reward."""
@@ -263,11 +264,16 @@ def preference_cost(
     epochs = 1.0 if config.trainer.get("max_steps", -1) > 0 else float(config.trainer.get("num_train_epochs", EPOCHS))
     once = (tokens or 0.0) / max(epochs, 1.0)
     forward = (once if has_reference else 0.0) + (once + (tokens or 0.0) if has_kl else 0.0)
-    return training_cost(config, given, tokens, forward)
+    return training_cost(config, given, tokens, forward, sequences=sides)
 
 
 def training_cost(
-    config: TrlConfig, given: Mapping[str, Cost], tokens: float | None, forward_tokens: float = 0.0
+    config: TrlConfig,
+    given: Mapping[str, Cost],
+    tokens: float | None,
+    forward_tokens: float = 0.0,
+    *,
+    sequences: int = 1,
 ) -> Cost:
     """What training on `tokens` tokens costs.
 
@@ -276,6 +282,7 @@ def training_cost(
         given: the costs of its inputs; "model" is the one that matters.
         tokens: tokens over all epochs; None where they are not known yet.
         forward_tokens: tokens that are only read, by the model or by a reference.
+        sequences: how many are in a row, each of at most `max_length` tokens.
 
     Raises:
         UserError: the model is neither made by a stage nor a model folder.
@@ -283,20 +290,27 @@ def training_cost(
     if config.model.is_dir():
         config.require_adapter_choice()
     base = model_folder.cost(config.model, "model", given, base=config.base, base_key="base")
-    cost = Cost(tokens=tokens, parameters=base.parameters, vocab_size=base.vocab_size)
+    decoder = base.decoder or _decoder(config)
+    needed = memory.of(config, decoder, sequences) if decoder else None
+    cost = Cost(
+        tokens=tokens,
+        parameters=base.parameters,
+        vocab_size=base.vocab_size,
+        memory_bytes=needed.total if needed else None,
+        memory=needed,
+        decoder=decoder,
+    )
     if tokens is None or base.parameters is None:
         return cost
-    folder: Path = config.model
-    if model_folder.is_adapter(folder):
-        folder = model_folder.base_of(folder, config.base, key="model", base_key="base")
-    model_file = folder / "config.json"
-    shape = model_folder.shape(files.read_json(model_file) if model_file.exists() else {})
-    layers, width = shape.layers or 0, shape.width or 0
-    at_once = config.per_device_train_batch_size * config.longest
-    memory = training_bytes(base.parameters, at_once, layers, width, base.vocab_size or 0)
-    if config.trains_adapter:
-        memory -= 12.0 * base.parameters  # no gradient, no moments
+    layers, width = (decoder.layers, decoder.width) if decoder else (0, 0)
     flops = [
         training_flops(base.parameters, count, layers, width, config.longest) for count in (tokens, forward_tokens)
     ]
-    return replace(cost, flops=passes(config) * flops[0] + FORWARD * flops[1], memory_bytes=memory)
+    return replace(cost, flops=passes(config) * flops[0] + FORWARD * flops[1])
+
+
+def _decoder(config: TrlConfig) -> Decoder | None:
+    """The sizes of a model whose stage is done; None where it is not there yet."""
+    if not ((config.model / "config.json").is_file() or model_folder.is_adapter(config.model)):
+        return None
+    return model_folder.cost(config.model, "model", {}, base=config.base, base_key="base").decoder

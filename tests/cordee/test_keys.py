@@ -63,9 +63,9 @@ def test_a_key_that_names_a_function_lists_the_functions_and_finds_the_nearest()
         way: Annotated[str, FunctionOf("cordee.cost")] = "training_flops"
         """How it opens."""
 
-    assert Gate(way="training_bytes").way == "training_bytes"
-    with pytest.raises(UserError, match="way: no way 'training_byte'; did you mean 'training_bytes'"):
-        Gate(way="training_byte")
+    assert Gate(way="decoder_parameters").way == "decoder_parameters"
+    with pytest.raises(UserError, match="way: no way 'decoder_parameter'; did you mean 'decoder_parameters'"):
+        Gate(way="decoder_parameter")
     with pytest.raises(UserError, match="no way 'Cost'"):  # a class is no function
         Gate(way="Cost")
 

@@ -2,16 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import manifests
 import pytest
 from rich.console import Console
 
-from cordee import plan, recipe, runner, show
+from cordee import machine, plan, recipe, runner, show
 from cordee.artifact import Store
+from cordee.config import AccelerateConfig
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 BROOK = """
 name: brook
 stages:
@@ -118,6 +121,21 @@ def test_a_time_follows_from_the_largest_run_and_is_no_less_than_the_shortest(br
         return show._time(replace(spring, cost=Cost(flops=flops)), measured)
 
     assert (time(5e11), time(2e12), time(1e6)) == ("~50.0 s", "~3 min 20 s", "~8.0 s")
+
+
+def test_without_a_measurement_a_time_follows_from_the_devices(brook):
+    class Trained(AccelerateConfig):
+        pass
+
+    (spring, _) = brook().stages
+    launch = {"config_file": str(ROOT / "configs/accelerate/gpu.yaml"), "num_processes": 4}
+    trained = replace(spring, config=Trained(launch=launch), cost=Cost(flops=1.2e17))
+    assert show._time(trained, {}, for_gpus=True) == "≈1 min 40 s", "4 GPUs, 3e14 FLOP/s each"
+    assert show._time(replace(spring, cost=Cost(flops=3e15)), {}, for_gpus=True) == "≈10.0 s", "one GPU"
+    made = replace(brook(), stages=(trained, spring))
+    assert show._is_for_gpus(made)
+    assert show._is_for_gpus(brook()) == machine.has_gpu()
+    assert "3e14 FLOP/s a GPU, 30 % of an H100's peak" in show._assumed(made)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ TASKS = sorted([*ROOT.glob("eval/tasks/*.yaml"), *ROOT.glob("examples/*/tasks/*.
 def test_all_yaml_files_are_found():
     shipped = {path for package in ROOT.iterdir() if package.name[0] != "." for path in package.rglob("*.y*ml")}
     assert shipped - set((ROOT / "runs").rglob("*")) == {*RECIPES, *MODELS, *LAUNCHES, *TASKS, *SUITES, *PEERS}
-    assert [len(found) for found in (RECIPES, MODELS, LAUNCHES, TASKS)] == [4, 3, 4, 4]
+    assert [len(found) for found in (RECIPES, MODELS, LAUNCHES, TASKS)] == [10, 3, 5, 4]
 
 
 def read_shape(path, folder):
@@ -92,10 +92,28 @@ def test_a_shipped_recipe_is_right(path, monkeypatch):
     assert recipe.load(path).stages
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name != "tiny"], ids=lambda path: path.stem)
+WHOLE = [path.relative_to(ROOT / "configs/recipes") for path in RECIPES if "tiny" not in path.parts]
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=str)
 def test_a_recipe_has_a_tiny_twin_with_the_same_stages(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    whole, tiny = recipe.load(path), recipe.load(path.parent / "tiny" / path.name)
+    whole, tiny = recipe.load(Path("configs/recipes", path)), recipe.load(Path("configs/recipes/tiny", path))
     assert [(item.name, item.stage.uses, item.needs) for item in whole.stages] == [
         (item.name, item.stage.uses, item.needs) for item in tiny.stages
     ]
+
+
+@pytest.mark.parametrize("path", [path for path in WHOLE if path.parent.name == "models"], ids=str)
+def test_a_recipe_for_a_model_of_ones_own_is_judged_and_reported_and_its_twin_has_its_keys(path, monkeypatch):
+    """But for what says how to compute, and on how much of a benchmark."""
+    monkeypatch.chdir(ROOT)
+    whole, tiny = (recipe.load(Path(folder, path)) for folder in ("configs/recipes", "configs/recipes/tiny"))
+    assert [item.stage.uses for item in whole.stages][-2:] == ["eval.benchmark", "eval.report"]
+    apart = {"launch", "tensor_parallel_size", "data_parallel_size", "engine", "limit", "batch_size"}
+    for one in whole.stages:
+        keys, own = (set(of.document["stages"][one.name]) for of in (whole, tiny))
+        assert keys - apart == own - apart, one.name
+        for name in ("trainer", "lora", "sampling"):
+            asked, small = (of.document["stages"][one.name].get(name, {}).keys() for of in (whole, tiny))
+            assert asked == small, one.name
