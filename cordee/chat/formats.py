@@ -173,7 +173,7 @@ def pair(values: Values, *, as_text: bool) -> Values | TextPair:
     return rest | {"prompt": before, "chosen": sides[0], "rejected": sides[1]}
 
 
-def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pairs"]) -> None:
+def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pairs", "prompts"]) -> None:
     """See that the first rows of a source have a shape that is known, without a model.
 
     Raises:
@@ -184,7 +184,11 @@ def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pai
     problems = Problems()
     for row in rows:
         with problems.of(row.file, row.number, row.values):
-            (pair if of == "pairs" else chat)(columns_of(row, source), as_text=source.as_text)
+            values = columns_of(row, source)
+            if of == "prompts":
+                question(values)
+            else:
+                (pair if of == "pairs" else chat)(values, as_text=source.as_text)
     if problems.count == len(rows):
         problems.raise_any(source.path, len(rows))
 

@@ -26,10 +26,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cordee import files, hashes, machine
-from cordee.chat import pairs
+from cordee.chat import pairs, prompts
 from cordee.chat.conversations import Conversation, Encoder, Ids
 from cordee.chat.pairs import TokenPair
 from cordee.chat.problems import Kind, Notes, Problems
+from cordee.chat.prompts import Prompt
 from cordee.chat.selection import files_of, selected
 from cordee.chat.source import Rules, Source
 from cordee.chat.spans import Answer
@@ -46,8 +47,10 @@ PARALLEL_BYTES = 16_000_000
 AHEAD = 4
 """Batches per worker that wait for it or for their turn."""
 SEQUENCES, REPORT = "sequences.arrow", "report.json"
-LISTS = {"chats": ("ids", "loss", "answers"), "pairs": ("prompt", "chosen", "rejected")}
-Of = Literal["chats", "pairs"]
+LISTS = {"chats": ("ids", "loss", "answers"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("ids", "row")}
+TEXT = "row"
+"""The list that holds a row as JSON, in bytes; all others hold numbers of 32 bits."""
+Of = Literal["chats", "pairs", "prompts"]
 Columns = dict[str, list[Any]]
 
 
@@ -83,7 +86,7 @@ class Tokenized:
         return whole.astype(np.int64)
 
     def items(self, name: str, at: int) -> Ids:
-        """`[items]`, int32: a list of a sequence, such as its `ids`."""
+        """`[items]`, int32, of a row's text uint8: a list of a sequence, such as its `ids`."""
         part = int(np.searchsorted(self._starts, at, side="right")) - 1
         offsets, values = self._flat[name][part]
         within = at - int(self._starts[part])
@@ -142,6 +145,11 @@ class Tokenized:
         sides = (self.items(name, at).tolist() for name in LISTS["pairs"])
         return TokenPair(self.files[self._number("file", at)], self._number("number", at), *sides)
 
+    def prompt(self, at: int) -> Prompt:
+        """A prompt, by its place."""
+        row: dict[str, Any] = json.loads(self.items(TEXT, at).tobytes())
+        return Prompt(self.files[self._number("file", at)], self._number("number", at), self.items("ids", at), row)
+
     def _number(self, name: str, at: int) -> int:
         part = int(np.searchsorted(self._starts, at, side="right")) - 1
         return int(self._batches[part].column(name)[at - int(self._starts[part])].as_py())
@@ -151,7 +159,7 @@ def tokenize(of: Of, tokenizer: Any, source: Source, rules: Rules, context: Cont
     """A source's rows in tokens: found in the cache, or made there.
 
     Args:
-        of: `chats` (texts too) or `pairs`.
+        of: `chats` (texts too), `pairs` or `prompts`.
         tokenizer: its chat template renders the rows.
         source: what is read.
         rules: what becomes of rows that can't be used or are too long.
@@ -310,6 +318,8 @@ def _part(of: Of, encoder: Encoder, places: dict[Path, int], rows: list[Row]) ->
     problems, notes = Problems(), Notes()
     if of == "pairs":
         columns = _of_pairs(pairs.encode(rows, encoder, problems, notes), places)
+    elif of == "prompts":
+        columns = _of_prompts(prompts.encode(rows, encoder, problems, notes), places)
     else:
         columns = _of_chats(encoder.conversations(rows, problems, notes), places)
     return Encoded(_record_batch(of, columns), len(rows), problems.counted(), notes)
@@ -339,11 +349,22 @@ def _of_pairs(found: Sequence[TokenPair], places: dict[Path, int]) -> Columns:
     }
 
 
+def _of_prompts(found: Sequence[Prompt], places: dict[Path, int]) -> Columns:
+    return {
+        "file": [places[one.file] for one in found],
+        "number": [one.number for one in found],
+        "ids": [one.ids for one in found],
+        TEXT: [np.frombuffer(json.dumps(one.row).encode(), np.uint8) for one in found],
+    }
+
+
 def _counts(of: Of, batch: pa.RecordBatch) -> dict[str, int]:
     """What a batch's sequences add to the report."""
     sizes = {name: len(batch.column(name).values) for name in LISTS[of]}
     if of == "pairs":
         return {"sequences": batch.num_rows, "tokens": 2 * sizes["prompt"] + sizes["chosen"] + sizes["rejected"]}
+    if of == "prompts":
+        return {"sequences": batch.num_rows, "tokens": sizes["ids"]}
     runs = batch.column("loss").values.to_numpy().astype(np.int64)
     return {"sequences": batch.num_rows, "tokens": sizes["ids"], "loss_tokens": int((runs[1::2] - runs[::2]).sum())}
 
@@ -351,7 +372,8 @@ def _counts(of: Of, batch: pa.RecordBatch) -> dict[str, int]:
 def _schema(of: Of) -> pa.Schema:
     numbers = [("file", pa.int32()), ("number", pa.int64())]
     numbers += [("messages", pa.int32()), ("is_cut", pa.int8())] if of == "chats" else []
-    return pa.schema([*numbers, *((name, pa.large_list(pa.int32())) for name in LISTS[of])])
+    lists = ((name, pa.large_list(pa.uint8() if name == TEXT else pa.int32())) for name in LISTS[of])
+    return pa.schema([*numbers, *lists])
 
 
 def _record_batch(of: Of, columns: Columns) -> pa.RecordBatch:
@@ -361,7 +383,7 @@ def _record_batch(of: Of, columns: Columns) -> pa.RecordBatch:
         if pa.types.is_large_list(field.type):
             offsets = pa.array(np.cumsum([0, *map(len, values)]), pa.int64())
             flat = np.concatenate(values) if values else np.zeros(0, np.int32)
-            arrays.append(pa.LargeListArray.from_arrays(offsets, pa.array(flat, pa.int32())))
+            arrays.append(pa.LargeListArray.from_arrays(offsets, pa.array(flat, field.type.value_type)))
         else:
             arrays.append(pa.array(np.array(values, dtype=np.int64), pa.int64()).cast(field.type))
     return pa.record_batch(arrays, schema=_schema(of))

@@ -11,8 +11,9 @@ from transformers import Trainer
 from cordee import files, model_folder
 from cordee.cost import training_flops
 from cordee.stage import Context
-from posttrain.training import adapters, reading
+from posttrain.training import adapters, heldout, reading
 from posttrain.training.compiling import is_compiled
+from posttrain.training.order import set_order
 from posttrain.training.settings import TrlConfig, passes
 from posttrain.training.watch import Watch
 
@@ -37,6 +38,14 @@ class TrainingData:
     """Whether a frozen reference model reads each token as well."""
     varying_shapes: bool = True
     """Whether batches have different shapes, which takes longer to compile."""
+    can_compile: bool = True
+    """Whether the model may be compiled where that pays."""
+    order: Callable[[Trainer, TrlConfig, Context], None] = set_order
+    """Sets the number of steps, and in which order rows are seen."""
+    epoch_rows: float | None = None
+    """Rows of all steps of one epoch, where these are not the data's own: completions of prompts."""
+    measure: Callable[[Trainer, Callable[..., Any]], dict[str, float]] = heldout.measure
+    """Gives the figures of the rows that are held out; it is given `weigh`."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Further metrics of the stage."""
 

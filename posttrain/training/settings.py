@@ -183,7 +183,7 @@ def data_cost(config: TrlConfig, given: Mapping[str, Cost], of: Literal["chats",
 
 
 def source_cost(
-    source: Source, key: str, given: Mapping[str, Cost], of: Literal["chats", "pairs"], bad_rows: BadRows
+    source: Source, key: str, given: Mapping[str, Cost], of: Literal["chats", "pairs", "prompts"], bad_rows: BadRows
 ) -> Cost:
     """Rows and tokens of a source: what its beginning tells, or the stage that will make it.
 

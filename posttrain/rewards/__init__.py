@@ -1,0 +1,1 @@
+"""What answers are worth: functions in TRL's calling convention, each with a name and a weight."""
