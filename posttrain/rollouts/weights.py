@@ -32,7 +32,8 @@ def named(model: PreTrainedModel | PeftModel, *, changed_only: bool) -> Iterator
         UserError: the adapter is of a kind that can't be added up here.
     """
     if not isinstance(model, PeftModel):
-        yield from revert_weight_conversion(model, dict(_whole(model))).items()
+        whole = {name: _full(weight) for name, weight in model.named_parameters()}
+        yield from revert_weight_conversion(model, {**whole, **({} if changed_only else _buffers(model))}).items()
         return
     base = model.get_base_model()
     modules = dict(base.named_modules())
@@ -46,6 +47,8 @@ def named(model: PreTrainedModel | PeftModel, *, changed_only: bool) -> Iterator
         is_changed = found is not weight or weight.requires_grad
         if is_changed or not changed_only:
             yield f"{owner}.{kind}", _full(found)
+    if not changed_only:
+        yield from _buffers(base).items()
 
 
 def require_addable(model: PreTrainedModel | PeftModel) -> None:
@@ -69,9 +72,10 @@ def require_addable(model: PreTrainedModel | PeftModel) -> None:
             raise UserError(problem, key="lora", hint=PLAIN)
 
 
-def _whole(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, weight in model.named_parameters():
-        yield name, _full(weight)
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside the weights that are trained, such as xIELU's `beta`."""
+    stored = model.state_dict()
+    return {name: stored[name] for name, _ in model.named_buffers() if name in stored and _is_own(name)}
 
 
 def _full(weight: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from cordee.compute.engine import line, prepare
 from cordee.errors import Fault, UserError
 from posttrain.rollouts.sampling import Drawing, Sampled
 
-AT_ONCE = {"max_num_batched_tokens": 512, "max_num_seqs": 64}
+TOKENS_AT_ONCE, SEQUENCES_AT_ONCE = 512, 64
 """On a CPU so few that a layer's activations stay in its cache."""
 
 
@@ -105,7 +105,9 @@ class Vllm:
             SamplingParams(**common, max_tokens=min(how.max_tokens, self.start.max_length - len(ids)), seed=seed)
             for ids, seed in zip(prompts, seeds, strict=True)
         ]
-        with torch.random.fork_rng():  # the trainer's random numbers are not used up
+        # the trainer's random numbers are not used up; on a CPU vLLM would compile a comparison for seconds
+        stance = "default" if torch.cuda.is_available() else "force_eager"
+        with torch.random.fork_rng(), torch.compiler.set_stance(stance):
             outputs = self.llm.generate(
                 [{"prompt_token_ids": list(ids)} for ids in prompts], asked, use_tqdm=False
             )  # fmt: skip
@@ -125,7 +127,11 @@ def _started(place: str, start: Start) -> Any:
     from vllm import LLM
 
     on_gpu = torch.cuda.is_available()
-    arguments: dict[str, Any] = {"gpu_memory_utilization": start.memory} if on_gpu else dict(AT_ONCE)
+    arguments: dict[str, Any] = {"gpu_memory_utilization": start.memory}
+    if not on_gpu:  # a prompt in one piece: between two, vLLM sets back its random numbers, which it can't on a CPU
+        at_once = max(TOKENS_AT_ONCE, start.max_length)
+        arguments = {"enable_chunked_prefill": False, "max_num_batched_tokens": at_once}
+        arguments["max_num_seqs"] = SEQUENCES_AT_ONCE
     if start.processes > 1:  # vLLM takes the process group that there is
         arguments["distributed_executor_backend"] = "external_launcher"
     with _plain_matrices():
