@@ -28,7 +28,7 @@ VERSION = 1
 class Config(RolloutConfig):
     """What is trained, on which prompts, and what completions are worth."""
 
-    defaults: ClassVar[Mapping[str, float]] = {"num_generations": 8, "max_completion_length": 256, "beta": 0.0}
+    defaults: ClassVar[Mapping[str, float]] = {"num_generations": 8, "max_completion_length": 512, "beta": 0.0}
     tools: list[str] = Field(default_factory=list)
     """Functions that the model may call, as `package.module:function`, with type hints and a docstring as TRL wants
     them; the chat template has to know tools."""

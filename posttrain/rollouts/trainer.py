@@ -86,8 +86,9 @@ class Rollouts(Trainer):
         ends = [*self.stops, self.processing_class.pad_token_id]
         masks = self.args.mask_truncated_completions
         is_masked = [masks and cut for cut in audit.truncated(self._sampled, ends)]
-        self._known = audit.expected(self._asked, self._sampled, is_masked)
-        audit.require(output, self._known)
+        known = audit.expected(self._asked, self._sampled, is_masked)
+        audit.require(output, known)
+        self._known = known if is_training else self._known
         if output.get("sampling_per_token_logps") is None:
             output["sampling_per_token_logps"] = _padded(self._logprobs, output["completion_ids"])
         count = len(inputs) * (self.accelerator.num_processes if is_training else 1)

@@ -89,3 +89,29 @@ def lines(context: Context, name: str = "metrics.jsonl") -> list[dict[str, Any]]
 
 def notes(context: Context) -> str:
     return context.events.read_text(encoding="utf-8")
+
+
+def served(folder: Path, template: str) -> Path:
+    """An Apertus model with random weights, large enough for vLLM's kernels."""
+    import torch
+    from chat_samples import make_tokenizer
+    from transformers import ApertusConfig, ApertusForCausalLM, AutoTokenizer
+
+    make_tokenizer(folder, template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    torch.manual_seed(0)
+    model = ApertusForCausalLM(
+        ApertusConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **ids,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # so that other weights say other things
+    model.generation_config.eos_token_id = [
+        tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|assistant_end|>")
+    ]  # fmt: skip
+    model.save_pretrained(folder)
+    return folder
