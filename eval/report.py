@@ -52,7 +52,7 @@ def collect(config: Config) -> dict[str, Any]:
     Raises:
         Fault: an artifact is damaged, or is not what its manifest says.
     """
-    from eval.reporting import comparison, provenance, records, sections
+    from eval.reporting import comparison, provenance, records, rollouts, sections
 
     listed = [records.open_record(path) for path in [*config.artifacts, *config.certificates]]
     everything, missing = records.pipeline(listed)
@@ -75,6 +75,7 @@ def collect(config: Config) -> dict[str, Any]:
         "languages": by_language,
         "checkpoints": comparison.checkpoints(tables, by_language),
         "samples": sections.samples(listed),
+        "completions": rollouts.completions(everything),
         "certificates": sections.certificates(listed),
         "provenance": provenance.collect(everything, missing, corpus.licences if corpus else {}),
     }

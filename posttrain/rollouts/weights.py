@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch.distributed.tensor import DTensor
@@ -94,6 +94,9 @@ def _added(layer: torch.nn.Module | None, kind: str, weight: torch.Tensor) -> to
     """A base's weight with what its layer's adapter adds to it; itself where that is nothing."""
     with torch.no_grad():
         if isinstance(layer, LoraLayer) and kind == "weight" and NAME in layer.scaling:
+            if isinstance(layer, Linear) and not layer.fan_in_fan_out:  # in one pass over the weight
+                up, down = (_full(part[NAME].weight).to(weight.dtype) for part in (layer.lora_B, layer.lora_A))
+                return torch.addmm(_full(weight), up, down, alpha=layer.scaling[NAME])
             return _full(weight) + _full(layer.get_delta_weight(NAME)).to(weight.dtype)
         if isinstance(layer, ModulesToSaveWrapper):
             trained: torch.Tensor = getattr(layer.modules_to_save[NAME], kind)

@@ -58,7 +58,11 @@ def of_training(
     sources = files.read_json(context.out / reading.ROWS)["sources"]
     last: dict[str, float] = next((row for row in reversed(state.log_history) if "loss" in row), {})
     return {
-        **{name: float(value) for name, value in last.items() if name not in ("step", "num_tokens") and value is not None},
+        **{
+            name: float(value)
+            for name, value in last.items()
+            if name not in ("step", "num_tokens") and value is not None
+        },
         **watch.totals,
         **watch.heldout,
         "epoch": watch.epochs(state.global_step),
