@@ -27,10 +27,10 @@ def append(path: Path, event: str, **fields: Any) -> None:
     append_row(path, {"event": event, "time": time.time(), **fields})
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line in one write: a reader sees all of it or nothing."""
+def append_row(path: Path, *rows: dict[str, Any]) -> None:
+    """Append JSON lines in one write: a reader sees all of them or none."""
     with path.open("ab", buffering=0) as file:
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def append_error(path: Path, error: CordeeError) -> None:

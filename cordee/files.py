@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,23 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
+
+
+def cut_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Shorten a file of JSON objects, one a line, to those before the first that is not kept, or was cut off."""
+    kept = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or not isinstance(row, dict) or not is_kept(row):
+                break
+            kept += len(line)
+    with path.open("rb+") as file:
+        file.truncate(kept)
+        os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> dict[int, dict[str, Any]]:

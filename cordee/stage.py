@@ -7,7 +7,6 @@ that is raised when its results change (1 if there is none), and `cost(config, g
 import ast
 import importlib
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ from cordee.errors import Stopped, UserError, nearest
 CACHE = "CORDEE_CACHE"
 """In the environment of a stage: a folder for what it can make again, kept from one start to the next."""
 STAGE_PACKAGES = ("pretrain", "posttrain", "eval")
+BY_STEP = ("metrics.jsonl", "completions.jsonl")
+"""Files of an artifact to which a training appends lines, each of which names its `step`."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,27 @@ class Context:
         if self.is_main:
             events.append_row(self.out / "metrics.jsonl", {"step": step, **metrics})
 
+    def keep(self, *rows: dict[str, Any]) -> None:
+        """Append lines to the artifact's `completions.jsonl`, each with its `step`."""
+        if self.is_main:
+            events.append_row(self.out / "completions.jsonl", *rows)
+
     def flush(self) -> None:
-        """Flush `metrics.jsonl`: a resume point that is marked next must not outlive the lines before it."""
-        path = self.out / "metrics.jsonl"
-        if self.is_main and path.exists():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        """Flush what is written by the step: a resume point marked next must not outlive the lines before it."""
+        there = [path for name in BY_STEP if (path := self.out / name).exists()]
+        if self.is_main and there:
+            for path in there:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
             files.sync_folder(self.out)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of `metrics.jsonl` and the `checkpoints/` after `step`: a resumed run writes them again."""
+        """Drop the lines by the step and the `checkpoints/` after `step`: a resumed run writes them again."""
         if not self.is_main:
             return
-        path = self.out / "metrics.jsonl"
-        if path.exists():
-            rows = [row for row in files.read_json_lines(path) if row["step"] <= step]
-            files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for path in (self.out / name for name in BY_STEP):
+            if path.exists():
+                files.cut_lines(path, lambda row: row["step"] <= step)
         for folder in (self.out / "checkpoints").glob("*"):
             if not (folder.name.isdecimal() and int(folder.name) <= step):
                 shutil.rmtree(folder)

@@ -52,7 +52,7 @@ def collect(config: Config) -> dict[str, Any]:
     Raises:
         Fault: an artifact is damaged, or is not what its manifest says.
     """
-    from eval.reporting import alignment, comparison, provenance, records, sections
+    from eval.reporting import alignment, comparison, provenance, records, rollouts, sections
 
     listed = [records.open_record(path) for path in [*config.artifacts, *config.certificates]]
     everything, missing = records.pipeline(listed)
@@ -76,6 +76,7 @@ def collect(config: Config) -> dict[str, Any]:
         "checkpoints": comparison.checkpoints(tables, by_language),
         "rewards": alignment.collect(everything),
         "samples": sections.samples(listed),
+        "completions": rollouts.completions(everything),
         "certificates": sections.certificates(listed),
         "provenance": provenance.collect(everything, missing, corpus.licences if corpus else {}),
     }

@@ -1,8 +1,9 @@
 """The Arrow columns that sequences are kept in."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,20 +11,24 @@ import pyarrow as pa
 from cordee.chat.answers import TokenAnswer
 from cordee.chat.conversations import Conversation
 from cordee.chat.pairs import TokenPair
+from cordee.chat.prompts import Prompt
+from cordee.chat.source import Of
 
-Of = Literal["chats", "pairs", "labelled", "scored"]
-"""What rows have to be: chats, preference pairs, answers that are good or bad, answers with a reward."""
+TEXT = "row"
+"""The list that holds a row as JSON, in bytes."""
 TOKENS: dict[Of, tuple[str, ...]] = {
     "chats": ("ids",),
     "pairs": ("prompt", "chosen", "rejected"),
     "labelled": ("prompt", "completion"),
     "scored": ("prompt", "completion"),
+    "prompts": ("ids",),
 }
 """Lists of token ids."""
 LISTS: dict[Of, dict[str, Any]] = {
     **{of: dict.fromkeys(names, pa.int32()) for of, names in TOKENS.items()},
     "chats": dict.fromkeys(("ids", "loss", "answers"), pa.int32()),
     "scored": {"prompt": pa.int32(), "completion": pa.int32(), "reference_rewards": pa.float64()},
+    "prompts": {"ids": pa.int32(), TEXT: pa.uint8()},
 }
 """All lists, and the type of their items."""
 NUMBERS: dict[Of, dict[str, Any]] = {
@@ -31,6 +36,7 @@ NUMBERS: dict[Of, dict[str, Any]] = {
     "pairs": dict.fromkeys(("chosen_reference_logprob", "rejected_reference_logprob"), pa.float64()),
     "labelled": dict.fromkeys(("label", "reference_logprob"), pa.float64()),
     "scored": dict.fromkeys(("reward", "reference_logprob"), pa.float64()),
+    "prompts": {},
 }
 """Numbers beside the file's place and the row's number; NaN where one is not told."""
 
@@ -48,7 +54,7 @@ def schema(of: Of) -> pa.Schema:
 
 
 def record_batch(
-    of: Of, found: Sequence[Conversation | TokenPair | TokenAnswer], places: Mapping[Path, int]
+    of: Of, found: Sequence[Conversation | TokenPair | TokenAnswer | Prompt], places: Mapping[Path, int]
 ) -> pa.RecordBatch:
     """Sequences as a batch.
 
@@ -84,8 +90,13 @@ def _answers(one: Conversation) -> Any:
     return np.array([(a.message, a.first, a.end, a.until) for a in one.answers], np.int32).reshape(-1)
 
 
-MADE: dict[str, Any] = {"loss": _loss, "answers": _answers}
-"""Lists of a chat that are no attributes of it."""
+def _text(one: Prompt) -> Any:
+    """The row as JSON, in bytes."""
+    return np.frombuffer(json.dumps(one.row).encode(), np.uint8)
+
+
+MADE: dict[str, Any] = {"loss": _loss, "answers": _answers, TEXT: _text}
+"""Lists that are no attributes as they stand."""
 
 
 def counts(of: Of, batch: pa.RecordBatch) -> dict[str, int]:
@@ -95,6 +106,8 @@ def counts(of: Of, batch: pa.RecordBatch) -> dict[str, int]:
         runs = batch.column("loss").values.to_numpy().astype(np.int64)
         with_loss = int((runs[1::2] - runs[::2]).sum())
         return {"sequences": batch.num_rows, "tokens": sizes["ids"], "loss_tokens": with_loss}
+    if of == "prompts":
+        return {"sequences": batch.num_rows, "tokens": sizes["ids"]}
     if of == "pairs":
         return {"sequences": batch.num_rows, "tokens": 2 * sizes["prompt"] + sizes["chosen"] + sizes["rejected"]}
     return {"sequences": batch.num_rows, "tokens": sizes["prompt"] + sizes["completion"]}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cordee.chat import turns
 from cordee.chat.problems import BadRowError, Problems
-from cordee.chat.source import Source
+from cordee.chat.source import Of, Source
 from cordee.data.row import COMMA, Broken, Row
 from cordee.errors import UserError, nearest
 
@@ -197,7 +197,7 @@ def answer(values: Values, *, as_text: bool) -> Values | Text:
     return rest | {"prompt": before, "completion": turns.side(completion, "assistant", "completion")}
 
 
-def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pairs", "labelled", "scored"]) -> None:
+def require_known(rows: Sequence[Row], source: Source, of: Of) -> None:
     """See that the first rows of a source have a shape that is known, without a model.
 
     Raises:
@@ -209,6 +209,9 @@ def require_known(rows: Sequence[Row], source: Source, of: Literal["chats", "pai
     for row in rows:
         with problems.of(row.file, row.number, row.values):
             values = columns_of(row, source)
+            if of == "prompts":
+                question(values)
+                continue
             is_pair = of == "pairs" or (of != "chats" and all(column in values for column in PAIRS))
             (pair if is_pair else chat if of == "chats" else answer)(values, as_text=source.as_text)
     if problems.count == len(rows):

@@ -9,6 +9,8 @@ from pydantic import Field
 from cordee.chat.problems import BadRowError, OverlongRowError
 from cordee.config import Config, Input
 
+Of: TypeAlias = Literal["chats", "pairs", "labelled", "scored", "prompts"]
+"""What rows have to be: chats, preference pairs, answers that are good or bad, answers with a reward, prompts."""
 BadRows: TypeAlias = Literal["error", "drop"]
 Overlong: TypeAlias = Literal["error", "drop", "truncate", "cut"]
 EarlierAnswers: TypeAlias = Literal["own_row", "skip"]

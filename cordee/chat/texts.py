@@ -23,13 +23,13 @@ def tokenize(text: Text, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int
     """
     if not text.completion.strip():
         raise BadRowError("an answer has no content", "completion")
-    ids = _ids(text.prompt + text.completion, tokenizer)
+    ids = ids_of(text.prompt + text.completion, tokenizer)
     end = len(ids)
     if tokenizer.eos_token_id is not None:
         is_ended = (text.prompt + text.completion).rstrip().endswith(tokenizer.eos_token)
         ids = ids if is_ended or ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
         end = len(ids) - (ids[-1] == tokenizer.eos_token_id)
-    first = max(1, common_length(ids, _ids(text.prompt, tokenizer)))
+    first = max(1, common_length(ids, ids_of(text.prompt, tokenizer)))
     if len(ids) == 1:
         raise BadRowError("a text of one token, before which nothing stands that it could be predicted from")
     return ids, Answer(0, min(first, end), end, len(ids), trains=True)
@@ -55,7 +55,7 @@ def has_loss(ids: list[int], answer: Answer) -> np.ndarray:
     return (places >= answer.first) & (places < answer.until)
 
 
-def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """A text in tokens; a begin-of-text token that it spells out itself is not written twice."""
     try:
         text.encode()

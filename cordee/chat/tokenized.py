@@ -27,14 +27,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cordee import files, hashes, machine
-from cordee.chat import answers, columns, pairs
+from cordee.chat import answers, columns, pairs, prompts
 from cordee.chat.answers import TokenAnswer
-from cordee.chat.columns import Of
 from cordee.chat.conversations import Conversation, Encoder
 from cordee.chat.pairs import TokenPair
 from cordee.chat.problems import Kind, Notes, Problems
+from cordee.chat.prompts import Prompt
 from cordee.chat.selection import files_of, selected
-from cordee.chat.source import Rules, Source
+from cordee.chat.source import Of, Rules, Source
 from cordee.chat.spans import Answer
 from cordee.data.folder import shown
 from cordee.data.kinds import kind
@@ -50,6 +50,7 @@ AHEAD = 4
 """Batches per worker that wait for it or for their turn."""
 SEQUENCES, REPORT = "sequences.arrow", "report.json"
 TOKENS = {name for names in columns.TOKENS.values() for name in names}
+"""All lists of token ids."""
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Tokenized:
         return found
 
     def items(self, name: str, at: int) -> npt.NDArray[Any]:
-        """`[items]`: a list of a sequence, such as its `ids`, int32."""
+        """`[items]`: a list of a sequence, such as its `ids`, int32; of a row's text uint8."""
         part = int(np.searchsorted(self._starts, at, side="right")) - 1
         offsets, values = self._flat[name][part]
         within = at - int(self._starts[part])
@@ -170,6 +171,11 @@ class Tokenized:
         value = self.value(name, at) if name in self._names else math.nan
         return None if math.isnan(value) else value
 
+    def prompt(self, at: int) -> Prompt:
+        """A prompt, by its place."""
+        row: dict[str, Any] = json.loads(self.items(columns.TEXT, at).tobytes())
+        return Prompt(self.files[self._number("file", at)], self._number("number", at), self.items("ids", at), row)
+
     def _number(self, name: str, at: int) -> int:
         return int(self.value(name, at))
 
@@ -178,7 +184,8 @@ def tokenize(of: Of, tokenizer: Any, source: Source, rules: Rules, context: Cont
     """A source's rows in tokens: found in the cache, or made there.
 
     Args:
-        of: what the rows have to be: `chats` (texts too), `pairs`, or answers that are `labelled` or `scored`.
+        of: what the rows have to be: `chats` (texts too), `pairs`, answers that are `labelled` or `scored`,
+            or `prompts`.
         tokenizer: its chat template renders the rows.
         source: what is read.
         rules: what becomes of rows that can't be used or are too long.
@@ -335,11 +342,13 @@ def _in_worker(rows: list[Row]) -> Encoded:
 
 def _part(of: Of, encoder: Encoder, places: dict[Path, int], rows: list[Row]) -> Encoded:
     problems, notes = Problems(), Notes()
-    found: Sequence[Conversation | TokenPair | TokenAnswer]
+    found: Sequence[Conversation | TokenPair | TokenAnswer | Prompt]
     if of == "chats":
         found = encoder.conversations(rows, problems, notes)
     elif of == "pairs":
         found = pairs.encode(rows, encoder, problems, notes)
+    elif of == "prompts":
+        found = prompts.encode(rows, encoder, problems, notes)
     else:
         found = answers.encode(rows, encoder, problems, notes, of)
     return Encoded(columns.record_batch(of, found, places), len(rows), problems.counted(), notes)

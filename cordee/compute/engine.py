@@ -100,8 +100,13 @@ def _version(package: str) -> str:
     return importlib.metadata.distribution(package).version
 
 
-def prepare() -> None:
-    """Set what vLLM reads from its environment; to be called before vLLM is imported."""
+def prepare(threads: int | None = None) -> None:
+    """Set what vLLM reads from its environment; to be called before vLLM is imported.
+
+    Args:
+        threads: of torch on a CPU; if None, as many as vLLM's own process would have, which leaves one core to its
+            scheduler: sums are rounded alike.
+    """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # gigabytes
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -111,8 +116,7 @@ def prepare() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if torch.cuda.is_available():
         return
-    # As many threads as vLLM's own process would have, which leaves one core to its scheduler: sums are rounded alike.
-    torch.set_num_threads(max(1, machine.cores() - 1))
+    torch.set_num_threads(threads or max(1, machine.cores() - 1))
     # vLLM and lm-eval ask for the version of "vllm"; "+cpu" is how vLLM knows which build it is.
     installed = importlib.metadata.version
 

@@ -13,6 +13,11 @@ SERIES = {
     "heldout_loss": "Held-out loss",
     "rewards/accuracies": "Preference accuracy (fraction of pairs)",
     "accuracy": "Accuracy of the reward model (fraction of pairs)",
+    "reward": "Reward of sampled completions",
+    "heldout_reward": "Reward on held-out prompts",
+    "entropy": "Entropy (nats a token)",
+    "completions/mean_length": "Length of completions (tokens)",
+    "kl": "Divergence from the reference (nats a token)",
 }
 """The metrics of `metrics.jsonl` that are drawn, and their titles."""
 ROWS = "rows.json"

@@ -34,31 +34,33 @@ def use_own_logits(trainer: Trainer, ids: Sequence[int], context: Context) -> No
     """
     found: list[tuple[float, float]] = [(0.0, 0.0)]
     if trainer.accelerator.is_main_process:  # with FSDP the others may have no weights yet
-        found = [_difference(trainer.model, ids)]
+        found = [_difference(trainer.model, ids, getattr(trainer, "temperature", 1.0))]
     difference, tolerance = broadcast_object_list(found)[0]
     if difference <= tolerance:
         return
     problem = f"TRL's fused LM head leaves out a part of this model: log-probabilities are off by {difference:.3g} nats"
     context.note(f"{problem}; the loss is computed from the model's logits, which take more memory")
-    model = trainer.model
-    _replace_fused_forward(model.get_base_model() if isinstance(model, PeftModel) else model)
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            _replace_fused_forward(base, getattr(trainer, "temperature", 1.0))
 
 
-def _difference(model: Any, ids: Sequence[int]) -> tuple[float, float]:
+def _difference(model: Any, ids: Sequence[int], temperature: float) -> tuple[float, float]:
     """The largest difference of a token's log-probability, in nats, and the largest that rounding explains."""
     tokens = torch.tensor([[int(token) for token in ids[:TOKENS]]], device=model.device)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         fused = model(input_ids=tokens, labels=tokens, fused_lm_head=True).log_probs
-        logits = model(input_ids=tokens, use_cache=False).logits
+        logits = model(input_ids=tokens, use_cache=False).logits / temperature
     model.train(was_training)
     rounding = 2 * torch.finfo(model.dtype).eps * float(logits.abs().max())
     own = _of_logits(logits, tokens)["log_probs"]
     return float((fused - own).abs().max()), max(TOLERANCE, rounding)
 
 
-def _replace_fused_forward(model: torch.nn.Module) -> None:
+def _replace_fused_forward(model: torch.nn.Module, temperature: float) -> None:
     """Have `model(…, labels=labels, fused_lm_head=True)` return what TRL's head does, of the model's own logits."""
     given = model.forward
 
@@ -67,7 +69,7 @@ def _replace_fused_forward(model: torch.nn.Module) -> None:
         if not fused_lm_head:
             return given(*args, **inputs) if labels is None else given(*args, labels=labels, **inputs)
         outputs = given(*args, **inputs)
-        fields = _of_logits(outputs.logits, labels)
+        fields = _of_logits(outputs.logits / temperature, labels)
         return FusedCausalLMOutput(**fields, aux_loss=getattr(outputs, "aux_loss", None))
 
     model.forward = types.MethodType(forward, model)

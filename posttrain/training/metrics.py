@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import Trainer
 
 from cordee import files, model_folder
 from cordee.cost import training_flops
 from cordee.stage import Context
-from posttrain.training import adapters, reading
+from posttrain.training import adapters, heldout, reading
 from posttrain.training.compiling import is_compiled
+from posttrain.training.order import set_order
 from posttrain.training.settings import FORWARD, TrlConfig, passes
 from posttrain.training.watch import Watch
 
@@ -44,8 +43,14 @@ class TrainingData:
     """Parameters of a frozen model of another size that reads each token as well."""
     varying_shapes: bool = True
     """Whether batches have different shapes, which takes longer to compile."""
-    lengths: npt.NDArray[np.int64] | None = None
-    """`[rows]`: tokens of each row, where the rows of a step are to be cut into batches by their length."""
+    can_compile: bool = True
+    """Whether the model may be compiled where that pays."""
+    order: Callable[[Trainer, TrlConfig, Context], None] = set_order
+    """Sets the number of steps, and in which order rows are seen."""
+    epoch_rows: float | None = None
+    """Rows of all steps of one epoch, where these are not the data's own: completions of prompts."""
+    measure: Callable[[Trainer, Any], dict[str, float]] = heldout.measure
+    """Gives the figures of the rows that are held out; it is given `weigh`."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Further metrics of the stage."""
 
@@ -58,7 +63,11 @@ def of_training(
     sources = files.read_json(context.out / reading.ROWS)["sources"]
     last: dict[str, float] = next((row for row in reversed(state.log_history) if "loss" in row), {})
     return {
-        **{name: float(value) for name, value in last.items() if name not in ("step", "num_tokens")},
+        **{
+            name: float(value)
+            for name, value in last.items()
+            if name not in ("step", "num_tokens") and value is not None
+        },
         **watch.totals,
         **watch.heldout,
         "epoch": watch.epochs(state.global_step),

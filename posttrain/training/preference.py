@@ -6,13 +6,14 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from cordee.chat.columns import Of
+from cordee.chat.source import Of
 from cordee.chat.tokenized import Tokenized
 from cordee.compute.model import sequence_limits
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain.training import lm_head, reading, reference, skeleton
 from posttrain.training.metrics import TrainingData
+from posttrain.training.order import set_order
 from posttrain.training.preference_rows import Rows
 from posttrain.training.preference_trainer import PreferenceTrainer
 from posttrain.training.scores import Objective
@@ -84,7 +85,8 @@ def build(
     tokens = int(found.lengths(*["prompt"] * len(sides), *sides).sum())
     data = TrainingData(
         functools.partial(_counts, len(sides)), None, len(found), tokens, tokens // (len(sides) * len(found)),
-        found.digest, has_reference=objective.has_reference, has_kl=objective.has_kl, lengths=rows.lengths,
+        found.digest, has_reference=objective.has_reference, has_kl=objective.has_kl,
+        order=functools.partial(set_order, lengths=rows.lengths),
     )  # fmt: skip
     return trainer, data
 

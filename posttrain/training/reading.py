@@ -8,8 +8,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cordee import files
-from cordee.chat.columns import Of
-from cordee.chat.source import Rules
+from cordee.chat.source import Of, Rules
 from cordee.chat.tokenized import Tokenized, tokenize
 from cordee.compute.model import sequence_limits
 from cordee.errors import UserError

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from cordee import model_folder
 from cordee.chat.named import ChatTemplate
-from cordee.chat.source import BadRows, EarlierAnswers, Overlong, Source
+from cordee.chat.source import BadRows, EarlierAnswers, Of, Overlong, Source
 from cordee.config import Execution, Input, Library, Precision, TrainingConfig, require_whole_batches
 from cordee.cost import Cost, training_flops
 from cordee.errors import UserError
@@ -16,8 +16,6 @@ from cordee.memory import Decoder
 from cordee.model_folder import ModelInput
 from posttrain.training import memory
 
-Of = Literal["chats", "pairs", "labelled", "scored"]
-"""What rows are: chats, preference pairs, answers that are good or bad, answers with a reward."""
 BYTES_PER_TOKEN = 3.0
 """Bytes of a chat in a token, where only a guess is possible: before it is read."""
 MAX_LENGTH, EPOCHS = 1024, 3.0

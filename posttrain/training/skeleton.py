@@ -24,10 +24,10 @@ from cordee.compute import model as compute
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from posttrain.training import adapter_settings, adapter_sums, adapters, heldout, metrics, start
+from posttrain.training import adapter_settings, adapter_sums, adapters, metrics, start
 from posttrain.training.compiling import compile_trainer
 from posttrain.training.metrics import TrainingData
-from posttrain.training.order import require_same_data, set_order
+from posttrain.training.order import require_same_data
 from posttrain.training.settings import TrlConfig
 from posttrain.training.watch import Watch
 
@@ -210,27 +210,26 @@ def _train(
     if point:
         context.resumed(point.step)
 
-    set_order(trainer, config, context, data.lengths)
+    data.order(trainer, config, context)
+    epoch_rows = data.epoch_rows or len(trainer.train_dataset)
 
     def begin(steps: int) -> None:
-        tokens = data.tokens * steps * config.global_batch_size / len(trainer.train_dataset)
-        work = metrics.flops(trainer, data, config, tokens)
-        compile_trainer(trainer, config, context, work, varying_shapes=data.varying_shapes)
+        work = metrics.flops(trainer, data, config, data.tokens * steps * config.global_batch_size / epoch_rows)
+        if data.can_compile:
+            compile_trainer(trainer, config, context, work, varying_shapes=data.varying_shapes)
 
     def measure() -> dict[str, float]:
-        if trainer.eval_dataset is None:
-            return {}
-        return heldout.measure(trainer, data.weigh)
+        return {} if trainer.eval_dataset is None else data.measure(trainer, data.weigh)
 
     device.open_trackers(trainer.accelerator, config.report_to, context.out / "logs", "posttrain")
-    watch = Watch(trainer, config, context, begin, lambda folder: save(trainer, config, folder), measure)
+    watch = Watch(trainer, config, context, begin, lambda folder: save(trainer, config, folder), measure, epoch_rows)
     if point:
         watch.totals.update(point.state["totals"])
     take_step, means = trainer.training_step, metrics.Means(trainer, data.weigh)
 
     def counted(model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        watch.count(data.count(inputs))
         loss = cast("torch.Tensor", take_step(model, inputs, *rest))
+        watch.count(data.count(inputs))
         means.add(inputs)
         return loss
 

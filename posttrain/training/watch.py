@@ -30,6 +30,7 @@ class Watch(TrainerCallback):
         begin: Callable[[int], None],
         publish: Callable[[Path], None],
         measure: Callable[[], dict[str, float]],
+        epoch_rows: float,
     ) -> None:
         """Watch a trainer.
 
@@ -40,9 +41,10 @@ class Watch(TrainerCallback):
             begin: told the number of steps before the first.
             publish: writes a model's folder.
             measure: gives figures of the rows that are held out; none where no rows are.
+            epoch_rows: rows of all steps of one epoch.
         """
         self.trainer, self.config, self.context = trainer, config, context
-        self.begin, self.publish, self.measure = begin, publish, measure
+        self.begin, self.publish, self.measure, self.epoch_rows = begin, publish, measure, epoch_rows
         self.heldout: dict[str, float] = {}
         """The last figures of the rows that are held out."""
         self.stopping = False
@@ -56,7 +58,7 @@ class Watch(TrainerCallback):
 
     def epochs(self, step: int) -> float:
         """How often the rows have been seen after a step; to `Trainer`, the whole training is one epoch."""
-        return step * self.config.global_batch_size / len(self.trainer.train_dataset)
+        return step * self.config.global_batch_size / self.epoch_rows
 
     def count(self, counts: Mapping[str, torch.Tensor]) -> None:
         """Add what a batch of this process counts for."""
@@ -79,7 +81,8 @@ class Watch(TrainerCallback):
         if self.heldout:
             self.context.log(step, **self.heldout)
             self.trainer.accelerator.log(self.heldout, step=step)
-            self._figures |= {"heldout_loss": self.heldout["heldout_loss"]}
+            shown = ("heldout_loss", "heldout_reward")
+            self._figures |= {name: self.heldout[name] for name in shown if name in self.heldout}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the step, publish its checkpoint, report progress at most once a second, and stop where asked to."""
@@ -115,7 +118,8 @@ class Watch(TrainerCallback):
         """Write one line of metrics; a loss or a gradient that is no number ends the training, before it is saved."""
         if "loss" not in logs:
             return
-        values = {name: float(value) for name, value in logs.items() if name != "num_tokens"}  # TRL counts padding too
+        # TRL counts padding too; where nothing was measured it says None
+        values = {name: float(value) for name, value in logs.items() if name != "num_tokens" and value is not None}
         values["epoch"] = self.epochs(state.global_step)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values.get(name, 0.0)):
@@ -127,7 +131,7 @@ class Watch(TrainerCallback):
         if state.global_step % self.config.logging_steps == 0 or state.global_step == state.max_steps:
             self.context.log(state.global_step, **values, tokens=self.totals["tokens"])
             self.trainer.accelerator.log(values, step=state.global_step)
-        self._figures |= {"loss": values["loss"]}
+        self._figures |= {name: values[name] for name in ("loss", "reward") if name in values}
 
     def on_save(self, args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         """Flush the metrics and the checkpoint that every process has written its part of, then mark it as whole."""

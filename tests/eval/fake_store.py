@@ -257,6 +257,14 @@ def make(root: Path) -> dict[str, Path]:
             "metrics.jsonl": store.curve(40, 0.693, 0.4, heldout=False)}, inputs={"model": "sft", "data": "chats"},
             seconds=64, memory=2_700_000_000,
             metrics={"tokens": 81_920, "flops": 3.9e12, "parameters": 5_408_768})  # fmt: skip
+    said = [{"step": step, "prompt": [{"role": "user", "content": f"How many? {HOSTILE}"}],
+             "completion": [{"role": "assistant", "content": f"{number} of step {step} {HOSTILE}"}],
+             "rewards": {"correct": float(number == 3), "form": None if number else 0.5}, "reward": number / 4,
+             "advantage": 0.0} for step in range(1, 11) for number in range(4)]  # fmt: skip
+    said.append({**said[0], "step": 10, "heldout": True})
+    publish("grpo", "posttrain.grpo", {"adapter_config.json": "{}", "completions.jsonl": said,
+            "metrics.jsonl": store.curve(10, 0.1, 0.2, heldout=False)}, inputs={"model": "sft", "data": "chats"},
+            metrics={"tokens": 9_000, "collapse": f"entropy fell {HOSTILE}"})  # fmt: skip
     publish(
         "merged",
         "posttrain.merge",

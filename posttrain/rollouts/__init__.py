@@ -1,0 +1,1 @@
+"""Online RL around TRL's trainers: what samples the completions, their seeds, and what is checked of them."""
