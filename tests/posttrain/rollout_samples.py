@@ -40,6 +40,7 @@ def by_ids(completion_ids: list[list[int]], below: int = 200, **_: Any) -> list[
 
 def broken(completions: list[Any], **_: Any) -> list[float | None]:
     """Fails."""
+    del completions
     raise ValueError("no network")
 
 
