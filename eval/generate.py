@@ -6,6 +6,7 @@ python -m eval.generate --config samples.yaml
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -123,7 +124,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cordee.compute import engine, serving
     from eval.measuring import parts, prompts
 
-    settings = config.settings(context)
+    settings = replace(config.settings(context), draws=config.sampling.temperature > 0)
     source = config.source()
     encoders = {}
     for model, folder in config.models.items():

@@ -47,6 +47,8 @@ class Settings:
     """Whether vLLM runs without compiling."""
     tensor_parallel_size: int = 1
     """Devices that share each layer of one model in vLLM."""
+    draws: bool = False
+    """Whether requests have seeds: on a CPU vLLM then fails on a prompt that it reads in several steps."""
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -70,13 +72,18 @@ class Settings:
     def for_vllm(self, folder: Path) -> dict[str, Any]:
         """Arguments for `vllm.LLM` to start on a model folder, without the model itself."""
         # On a CPU so few that a layer's activations stay in its cache; log-probabilities are the same bits.
-        batched = {} if torch.cuda.is_available() else {"max_num_batched_tokens": 512, "max_num_seqs": 64}
+        longest = longest_request(folder, self.max_length)
+        batched: dict[str, Any] = {}
+        if not torch.cuda.is_available():
+            batched = {"max_num_batched_tokens": 512, "max_num_seqs": 64}
+            if self.draws:
+                batched |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(512, longest)}
         return {
             **batched,
             **self._parallel,
             "tokenizer": str(tokenizer_folder(model_folder.tokenizer_of(folder))),
             "dtype": self.dtype,
-            "max_model_len": longest_request(folder, self.max_length),
+            "max_model_len": longest,
             "enforce_eager": self.enforce_eager,
             "disable_log_stats": True,
             "trust_remote_code": False,

@@ -109,7 +109,7 @@ class Vllm:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings would stand in the chat
         self.folder, self.settings = folder, settings
         base = model_folder.served_base(folder)
-        asked = engine.Settings("vllm", dtype=serving.stored_dtype(base), enforce_eager=True)
+        asked = engine.Settings("vllm", dtype=serving.stored_dtype(base), enforce_eager=True, draws=True)
         serving.require_served({"MODEL": folder}, asked)
         self.sampling = _sampling(base, settings)
         self.tokenizer = open_tokenizer(model_folder.tokenizer_of(folder))

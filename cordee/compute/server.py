@@ -104,7 +104,9 @@ def run(
     """
     served = models(name, folder, adapters)
     stored = serving.stored_dtype(next(iter(served.values())))
-    settings = engine.Settings("vllm", max_length, dtype or stored, enforce_eager=not torch.cuda.is_available())
+    settings = engine.Settings(
+        "vllm", max_length, dtype or stored, enforce_eager=not torch.cuda.is_available(), draws=True
+    )
     serving.require_served(served, settings)
     _require_free(port)
     known = engine.probes(served.values())
@@ -147,7 +149,10 @@ def _command(folder: Path, served: Mapping[str, Path], port: int, settings: engi
     words = [sys.executable, "-m", MODULE]
     for key, value in arguments.items():
         option = f"--{key.replace('_', '-')}"
-        words += [option] * value if isinstance(value, bool) else [option, str(value)]
+        if key == "enable_chunked_prefill":  # the only one that is on by default
+            words += [option] if value else [f"--no-{option.removeprefix('--')}"]
+        else:
+            words += [option] * value if isinstance(value, bool) else [option, str(value)]
     if adapters:
         modules = [json.dumps({"name": one, "path": str(path.resolve())}) for one, path in adapters]
         words += ["--max-loras", str(len(adapters)), "--lora-modules", *modules]
