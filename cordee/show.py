@@ -83,7 +83,8 @@ def _plan_notes(plan: Plan, width: int) -> Iterator[str]:
     if width >= WIDE:
         for planned in plan.stages:
             if planned.cost.memory:
-                yield f"{planned.name}: {planned.cost.memory}, a device"
+                total, _, terms = str(planned.cost.memory).partition(" = ")
+                yield f"{planned.name}: {total} a device = {terms}"
     if any(planned.cost.seconds is None and planned.cost.flops for planned in plan.stages):
         yield f"times: ~ from an earlier run on this machine, ≈ {_assumed(plan)}"
 
