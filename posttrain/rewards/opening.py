@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cordee.chat.problems import Note
-from cordee.errors import Fault, UserError, nearest
+from cordee.errors import CordeeError, Fault, UserError, nearest
 from posttrain.rewards import settings
 from posttrain.rewards.answers import Answer
 from posttrain.rewards.settings import Reward
@@ -126,7 +126,7 @@ def _of_function(reward: Reward, named: str) -> Opened:
     arguments = dict(reward.arguments)
     try:
         function = getattr(importlib.import_module(module), name)
-        if "completions" not in inspect.signature(function).parameters:
+        if not settings.BATCH & inspect.signature(function).parameters.keys():
             function, arguments = function(**arguments), {}
         if module == settings.OWN:  # a pattern that is none, a package that is missing
             empty = dict.fromkeys(settings.columns_of(named, arguments), ())
@@ -145,7 +145,13 @@ def _of_function(reward: Reward, named: str) -> Opened:
         prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[Figures]:
         given = {**columns, "prompts": prompts, "completions": completions} | arguments
-        found = function(**{key: value for key, value in given.items() if takes_any or key in known})
+        try:
+            found = function(**{key: value for key, value in given.items() if takes_any or key in known})
+        except CordeeError:
+            raise
+        except Exception as error:
+            problem = f"{named} raises {type(error).__name__}: {error}"
+            raise UserError(problem, file=reward.code, key=f"rewards: {reward.label}") from error
         return [{VALUE: value} for value in checked(found, len(completions), reward.label)]
 
     return Opened(reward.label, reward.weight, measure, frozenset(needed - {"prompts", "completions"} - {*arguments}))

@@ -40,7 +40,8 @@ class Reward(Config):
     """Its part in the sum."""
     function: str | None = None
     """A function of `posttrain.rewards.functions` by its name, or any other as `package.module:function`; called as
-    TRL calls reward functions. One that takes no `completions` is called with its arguments, and returns one."""
+    TRL calls reward functions. One that takes none of a batch (`completions`, `completion_ids`,
+    `prompts`) is called with its arguments, and returns one."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """The function's own arguments; they may also stand beside its name."""
     code: Input | None = None
@@ -148,7 +149,7 @@ def columns_of(function: str, arguments: Mapping[str, Any]) -> set[str]:
 def _checked(function: str, given: dict[str, Any]) -> dict[str, Any]:
     """A function's arguments; those that are paths become inputs, so that their content counts."""
     known = parameters_of(function)
-    is_own, makes_one = place_of(function)[0] == OWN, "completions" not in known
+    is_own, makes_one = place_of(function)[0] == OWN, not BATCH & known.keys()
     arguments = {name: one for name, one in known.items() if name not in BATCH and (one.is_keyword or not is_own)}
     for name, value in given.items():
         if name not in arguments:

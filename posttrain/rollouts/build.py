@@ -21,7 +21,7 @@ from posttrain.rewards.opening import Rewards
 from posttrain.rollouts import collapse, heldout, mismatch, order, weights
 from posttrain.rollouts.samplers import Beside, Colocated
 from posttrain.rollouts.sampling import Sampler
-from posttrain.rollouts.settings import RolloutConfig, trainer_arguments
+from posttrain.rollouts.settings import MISMATCH, RolloutConfig, trainer_arguments
 from posttrain.rollouts.trainer import Rollouts
 from posttrain.rollouts.with_transformers import Transformers
 from posttrain.rollouts.with_vllm import Start, start_of
@@ -60,11 +60,11 @@ def open_run(
     model, tokenizer = skeleton.open_model(config)
     tokenizer.clean_up_tokenization_spaces = False
     positions = sequence_limits(model, None).positions
-    room = None if positions is None else positions - config.max_completion_length
-    if room is not None and room < 1:
+    left = None if positions is None else positions - config.max_completion_length
+    if left is not None and left < 1:
         problem = f"{config.max_completion_length} tokens leave no place for a prompt: the model has {positions}"
         raise UserError(problem, key="trainer.max_completion_length")
-    longest = min((limit for limit in (config.max_prompt_length, room) if limit is not None), default=None)
+    longest = min((limit for limit in (config.max_prompt_length, left) if limit is not None), default=None)
     found, apart = reading.read(config, "prompts", model, tokenizer, longest, context, Tokenized.prompt)
     trainer = skeleton.open_trainer(
         kind, asked, model, settings, processing_class=tokenizer, reward_funcs=rewards.functions,
@@ -127,13 +127,22 @@ def _check(config: RolloutConfig, settings: Any, context: Context) -> None:
         raise UserError("is for vLLM", key="vllm_mode", hint="engine: vllm")
     if config.engine == "vllm" and not peek.is_installed("vllm"):
         raise UserError("vLLM is not installed", key="engine", hint="pip install 'cordee[cpu]' or 'cordee[cuda]'")
-    by_batch = [name for name, plain in BY_BATCH.items() if (value := getattr(settings, name, plain)) == "bnpo"
-                or (name != "loss_type" and value != plain)]  # fmt: skip
+    by_batch = _by_batch(settings)
     if by_batch:
         context.note(f"{', '.join(by_batch)}: TRL's loss depends on per_device_train_batch_size and the processes")
     if config.reshapes:
         told = f"{', '.join(config.reshapes)}: completions are drawn from another distribution than the one trained"
         context.note(f"{told}, so max_logprob_mismatch is measured and not bounded")
+
+
+def _by_batch(settings: Any) -> list[str]:
+    """The settings that make the loss a mean over one micro-batch of one process."""
+    found = []
+    for name, plain in BY_BATCH.items():
+        value = getattr(settings, name, None)
+        if value is not None and (value == plain) == (name == "loss_type"):
+            found.append(name)
+    return found
 
 
 def _begin(
@@ -146,9 +155,10 @@ def _begin(
     if not stops:
         raise UserError("names no token that ends a generation", file=config.model, key="model")
     sampler = _sampler(trainer, config, stops, longest, context)
-    limit = None if config.reshapes else config.mismatch_limit
+    limit = None if config.reshapes else (config.max_logprob_mismatch or MISMATCH[config.precision])
     bound = mismatch.Mismatch(limit, mismatch.advice(config.engine, config.precision, config.reshapes))
-    trainer.begin(sampler, bound, stops, context, corrects=config.engine == "vllm")
+    sorts = not _by_batch(trainer.args)
+    trainer.begin(sampler, bound, stops, context, corrects=config.engine == "vllm", sorts=sorts)
 
 
 def _sampler(trainer: Rollouts, config: RolloutConfig, stops: list[int], longest: int, context: Context) -> Sampler:

@@ -102,11 +102,6 @@ class RolloutConfig(TrlConfig):
         return (self.max_prompt_length or MAX_PROMPT_LENGTH) + self.max_completion_length
 
     @property
-    def mismatch_limit(self) -> float:
-        """Nats that log-probabilities may differ on average."""
-        return self.max_logprob_mismatch or MISMATCH[self.precision]
-
-    @property
     def reshapes(self) -> list[str]:
         """The keys by which completions are drawn from another distribution than the one that is trained."""
         plain = {"top_p": (None, 1, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0, 0.0)}

@@ -19,7 +19,7 @@ from cordee.chat.templates import Template
 from cordee.errors import Fault
 from cordee.stage import Context
 from posttrain.rewards.opening import Rewards
-from posttrain.rollouts import audit, keeping
+from posttrain.rollouts import audit, batching, keeping
 from posttrain.rollouts.mismatch import Mismatch, importance_ratio
 from posttrain.rollouts.sampling import Draws, Sampled, Sampler, asked_of, require_ended
 from posttrain.training.settings import CHECKED_BATCHES
@@ -37,9 +37,12 @@ class Rollouts(Trainer):
     mismatch: Mismatch
     stops: Sequence[int]
     seed: int
+    sorts: bool
+    """Whether a step's completions are sorted by length."""
+    _buffered_inputs: list[dict[str, Any]]
 
     def begin(
-        self, sampler: Sampler, mismatch: Mismatch, stops: Sequence[int], context: Context, *, corrects: bool
+        self, sampler: Sampler, mismatch: Mismatch, stops: Sequence[int], context: Context, **is_so: bool
     ) -> None:
         """Set what samples.
 
@@ -48,10 +51,12 @@ class Rollouts(Trainer):
             mismatch: measures its log-probabilities against the trainer's.
             stops: the ids that end a completion.
             context: the seed, and where completions are kept.
-            corrects: whether TRL's importance sampling is to be used: what samples is not the model itself.
+            is_so: `corrects`: TRL's importance sampling is to be used, as what samples is not the model itself;
+                `sorts`: a step's completions may be sorted by length.
         """
+        self.sorts = is_so["sorts"]
         self.sampler, self.mismatch, self.stops, self.context = sampler, mismatch, list(stops), context
-        self.seed, self.eos_token_ids, self.use_vllm = context.seed, list(stops), corrects
+        self.seed, self.eos_token_ids, self.use_vllm = context.seed, list(stops), is_so["corrects"]
         self.vllm_mode = "server"  # TRL then takes the model's positions for the limit of tool calls
         self.heldout_keys: list[tuple[int, ...]] = []
         self.rewards_of = torch.zeros(0)
@@ -164,6 +169,17 @@ class Rollouts(Trainer):
         return self.rewards_of
 
     # --- the loss
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """The next micro-batch; what is sampled anew is cut into micro-batches with less padding than TRL's."""
+        before = self._buffered_inputs
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before:
+            return inputs
+        window = self.args.gradient_accumulation_steps
+        self._buffered_inputs = batching.regrouped(self._buffered_inputs, window, sorts=self.sorts)
+        prepared: dict[str, Any] = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return prepared
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss, of a batch that holds what was sampled."""

@@ -22,6 +22,8 @@ from posttrain.rollouts.sampling import Drawing, Sampled
 
 TOKENS_AT_ONCE, SEQUENCES_AT_ONCE = 512, 64
 """On a CPU so few that a layer's activations stay in its cache."""
+SHARED_TOKENS = 32
+"""Completions of one prompt share what was computed of it in pieces of so many tokens; on a CPU vLLM's own are 128."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _started(place: str, start: Start) -> Any:
     if not on_gpu:  # a prompt in one piece: between two, vLLM sets back its random numbers, which it can't on a CPU
         at_once = max(TOKENS_AT_ONCE, start.max_length)
         arguments = {"enable_chunked_prefill": False, "max_num_batched_tokens": at_once}
-        arguments["max_num_seqs"] = SEQUENCES_AT_ONCE
+        arguments |= {"max_num_seqs": SEQUENCES_AT_ONCE, "block_size": SHARED_TOKENS}
     if start.processes > 1:  # vLLM takes the process group that there is
         arguments["distributed_executor_backend"] = "external_launcher"
     with _plain_matrices():

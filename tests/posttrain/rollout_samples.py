@@ -38,8 +38,9 @@ def by_ids(completion_ids: list[list[int]], below: int = 200, **_: Any) -> list[
     return [sum(token < below for token in ids) / len(ids) for ids in completion_ids]
 
 
-def broken(**_: Any) -> list[float | None]:
+def broken(completions: list[Any], **_: Any) -> list[float | None]:
     """Fails."""
+    del completions
     raise ValueError("no network")
 
 

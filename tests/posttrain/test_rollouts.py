@@ -321,3 +321,51 @@ def test_what_is_compared_are_tokens_with_loss() -> None:
         audit.require(batch, audit.expected([[5, 6]], [[7, 8, 9]], [False]))
     with pytest.raises(Fault, match="a prompt of 2 tokens that was not asked"):
         audit.require(batch, Counter())
+
+
+def rollout(rows: int = 8) -> dict[str, Any]:
+    """Prompts of 1 to 4 tokens, padded on the left, and completions of 1 to 6, padded on the right."""
+    torch.manual_seed(4)
+    asked, said = torch.randint(1, 5, (rows,)), torch.randint(1, 7, (rows,))
+    prompt_mask = (torch.arange(6)[None] >= 6 - asked[:, None]).long()
+    completion_mask = (torch.arange(9)[None] < said[:, None]).long()
+    return {
+        "prompt_ids": torch.randint(10, 99, (rows, 6)) * prompt_mask, "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(10, 99, (rows, 9)) * completion_mask, "completion_mask": completion_mask,
+        "advantages": torch.randn(rows), "num_items_in_batch": completion_mask.sum(),
+        "sampling_per_token_logps": torch.randn(rows, 9) * completion_mask, "ref_per_token_logps": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("sorts", [True, False])
+def test_micro_batches_have_the_rows_of_their_step_and_less_padding(sorts: bool) -> None:
+    from trl.trainer.utils import split_tensor_dict
+
+    from posttrain.rollouts import audit, batching
+
+    given = split_tensor_dict(rollout(), 4)
+    found = batching.regrouped(given, 2, sorts=sorts)
+
+    def rows(batches: list[Any]) -> Counter[Any]:
+        return Counter(
+            (row, float(advantage), tuple(values[: len(row[1])].tolist()))
+            for batch in batches
+            for row, advantage, values in zip(
+                audit.rows(batch), batch["advantages"], batch["sampling_per_token_logps"], strict=True
+            )
+        )
+
+    assert len(found) == 4
+    for start in (0, 2):
+        assert rows(found[start : start + 2]) == rows(given[start : start + 2])
+        if not sorts:
+            assert rows(found[start : start + 1]) == rows(given[start : start + 1])
+    for batch in found:
+        lengths = batch["prompt_mask"].sum(-1).max(), batch["completion_mask"].sum(-1).max()
+        assert (batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]) == lengths
+        assert batch["sampling_per_token_logps"].shape == batch["completion_ids"].shape
+        assert batch["ref_per_token_logps"] is None
+    places = [int((batch["prompt_mask"].sum(-1) + batch["completion_mask"].sum(-1)).min()) for batch in found[:2]]
+    assert not sorts or places[0] >= places[1]
+    masked = {**given[0], "completion_mask": torch.zeros_like(given[0]["completion_mask"])}
+    assert batching.cut(masked)["completion_ids"].shape[1] == 1
