@@ -19,6 +19,11 @@ CHATS, LENGTH = 4000, 1500
 """Chats of the test's data, and letters in each."""
 
 
+PROMPTS = 1000
+TOKENS = {"sft": CHATS * LENGTH / 3, "dpo": 2 * 10 * PROMPTS * 4096, "qrpo": 10 * PROMPTS * 4096}
+"""Of a training: what its chats have; of a preference method at most, a pair of each of 10 answers to a prompt."""
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the repository's files, as a clone has them, and data of one's own."""
@@ -37,6 +42,24 @@ def chats(file: Path, count: int, letters: int) -> None:
         [{"role": "user", "content": f"{at} {text}"}, {"role": "assistant", "content": text}] for at in range(count)
     ]
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+
+
+def alignment(here: Path) -> None:
+    """Write prompts, and a reward model of one layer."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    for name, count in (("my-prompts", PROMPTS), ("my-heldout-prompts", 300)):
+        rows = (json.dumps({"prompt": f"What is {at} times 7?"}) + "\n" for at in range(count))
+        (here / f"data/{name}.jsonl").write_text("".join(rows))
+    folder = here / "models/my-reward-model"
+    large_models.write(folder, "8b")
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=1,
+        vocab_size=500, max_position_embeddings=2048, pad_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(folder)
 
 
 def planned(name: str, *overrides: str) -> tuple[plan.Plan, str]:
@@ -66,6 +89,8 @@ def hours(made: plan.Plan, stage: str) -> float:
         ),
         ("sft-8b", "8b", [], (38e9, 56e9), 80e9),
         ("sft-70b", "70b", [], (25e9, 50e9), 80e9),
+        ("dpo-apertus", "8b", [], (38e9, 56e9), 80e9),
+        ("qrpo-apertus", "8b", [], (38e9, 56e9), 80e9),
     ],
 )
 def test_a_recipe_plans_for_a_model_of_its_size(
@@ -73,12 +98,14 @@ def test_a_recipe_plans_for_a_model_of_its_size(
 ) -> None:
     large_models.write(here / "models/my-model", size)
     chats(here / "data/my-chats.jsonl", CHATS, LENGTH)
+    alignment(here)
     made, told = planned(name, *overrides)
-    cost = made.stage("sft").cost
+    trained = name.partition("-")[0].replace("lora", "sft")
+    cost = made.stage(trained).cost
     assert cost.parameters == pytest.approx(large_models.PARAMETERS[size], rel=1e-3)
     assert memory[0] < cost.memory_bytes < memory[1] < device
-    assert cost.tokens == pytest.approx(CHATS * LENGTH / 3, rel=0.3)
-    assert f"sft: {str(cost.memory).replace(' = ', ' a device = ')}" in told
+    assert cost.tokens == pytest.approx(TOKENS[trained], rel=0.3)
+    assert f"{trained}: {str(cost.memory).replace(' = ', ' a device = ')}" in told
     assert "≈ at 3e14 FLOP/s a GPU, 30 % of an H100's peak" in told
     assert all(one.state == "ready" for one in made.stages)
 
@@ -141,16 +168,19 @@ def small_model(folder: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["lora-8b", "sft-8b", "sft-70b"])
+@pytest.mark.parametrize("name", ["lora-8b", "sft-8b", "sft-70b", "dpo-apertus", "qrpo-apertus"])
 def test_a_small_version_runs(here: Path, cordee: Any, name: str) -> None:
     small_model(here / "models/my-model")
     chats(here / "data/my-chats.jsonl", 24, 120)
+    alignment(here)
+    (here / "data/my-prompts.jsonl").write_text("".join(f'{{"prompt": "What is {at} times 7?"}}\n' for at in range(10)))
     done = cordee("run", f"configs/recipes/tiny/models/{name}.yaml", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = here / f"runs/{name}-tiny"
     assert (runs / "report@1/index.html").is_file()
-    manifest = json.loads((runs / "sft@1/manifest.json").read_text())
-    assert manifest["metrics"]["num_processes"] == (1 if name == "lora-8b" else 2)
-    assert manifest["metrics"]["heldout_loss"] > 0
+    trained = name.partition("-")[0].replace("lora", "sft")
+    metrics = json.loads((runs / f"{trained}@1/manifest.json").read_text())["metrics"]
+    assert metrics["num_processes"] == (1 if name == "lora-8b" else 2)
+    assert metrics["loss"] > 0
     table = json.loads((runs / "benchmark@1/results.json").read_text())
     assert [row["name"] for row in table["models"]] == ["before", "after"]
