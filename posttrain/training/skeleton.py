@@ -137,7 +137,7 @@ def open_trainer(
     """TRL's trainer, of an adapter where the config has `lora`.
 
     Args:
-        kind: `SFTTrainer`, `DPOTrainer`, …
+        kind: `TokenTrainer`, `PreferenceTrainer`, …
         config: the stage's config.
         model: what `open_model` returned.
         settings: what `arguments` returned.

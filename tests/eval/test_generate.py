@@ -108,7 +108,7 @@ def test_partitions_have_the_answers_of_the_whole(first, held_out, tmp_path):
 def test_answers_to_more_than_vllm_reads_at_once_are_drawn_too(first, context, tmp_path):
     """On a CPU it can't set its random numbers back after a prompt that it read in part."""
     file = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": f"{number} Όλοι οι άνθρωποι γεννιούνται ελεύθεροι"} for number in range(40)]
+    rows = [{"prompt": f"{number} すべての人間は、生まれながらにして自由"} for number in range(40)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pytest.importorskip("vllm", reason="vLLM is not installed on this platform")
     keys = {"sampling": {"temperature": 1.0}, "max_prompts": None, "batch_size": 160, "n": 4, "engine": "vllm"}

@@ -25,6 +25,7 @@ from cordee.errors import UserError
 from cordee.files import read_json
 from cordee.stage import Context
 from posttrain import dpo, sft
+from posttrain.training.preference_trainer import PreferenceTrainer
 from posttrain.training.settings import source_cost
 
 NewContext = Callable[[str], Context]
@@ -72,9 +73,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The batches that TRL's trainers take a step on, as they are taken."""
+    """The batches that the trainers take a step on, as they are taken."""
     seen: list[dict[str, Any]] = []
-    for kind in (trl.SFTTrainer, trl.DPOTrainer):
+    for kind in (trl.SFTTrainer, PreferenceTrainer):
         step = kind.training_step
 
         def kept(self: Any, model: Any, inputs: Any, *rest: Any, step: Any = step) -> Any:

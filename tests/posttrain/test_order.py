@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from architectures import make
 from chat_samples import some_chats, write_parquet
 from safetensors.torch import load_file
 
-from posttrain.training.order import Order, steps
+from posttrain.training.order import ByLength, Order, steps
 
 
 def test_every_row_is_seen_once_an_epoch_and_steps_are_whole():
@@ -27,6 +28,17 @@ def test_a_seed_gives_one_order_and_the_data_its_own():
     assert list(Order(10, 24, 3, is_shuffled=True)) == list(Order(10, 24, 3, is_shuffled=True))
     assert list(Order(10, 24, 3, is_shuffled=True)) != list(Order(10, 24, 5, is_shuffled=True))
     assert list(Order(3, 7, 3, is_shuffled=False)) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_the_rows_of_a_step_are_sorted_by_length_and_stay_its_rows():
+    lengths = np.array([5, 9, 1, 7, 3, 8, 2, 6, 4, 10])
+    plain = list(Order(10, 24, 3, is_shuffled=True))
+    by_length = list(Order(10, 24, 3, is_shuffled=True, by_length=ByLength(lengths, 4)))
+    assert by_length != plain
+    for start in range(0, 24, 4):
+        step = by_length[start : start + 4]
+        assert sorted(step) == sorted(plain[start : start + 4])
+        assert list(lengths[step]) == sorted(lengths[step], reverse=True)
 
 
 @pytest.mark.parametrize(

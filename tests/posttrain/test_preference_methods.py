@@ -41,7 +41,7 @@ def test_an_adapter_learns_what_the_method_is_for(
     assert last["loss"] < first["loss"]
     if stage is qrpo:
         assert first["rewards"] == pytest.approx(0, abs=1e-5)
-        assert abs(last["rewards"] - last["targets"]) < abs(first["rewards"] - first["targets"])
+        assert last["loss"] < 0.8 * first["loss"]
     else:
         assert last["rewards/margins"] > first["rewards/margins"]
     if stage in (kto,):
