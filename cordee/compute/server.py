@@ -149,7 +149,9 @@ def _command(folder: Path, served: Mapping[str, Path], port: int, settings: engi
     words = [sys.executable, "-m", MODULE]
     for key, value in arguments.items():
         option = f"--{key.replace('_', '-')}"
-        if key == "enable_chunked_prefill":  # the only one that is on by default
+        if isinstance(value, list):
+            words += [option, *value]
+        elif key == "enable_chunked_prefill":  # the only one that is on by default
             words += [option] if value else [f"--no-{option.removeprefix('--')}"]
         else:
             words += [option] * value if isinstance(value, bool) else [option, str(value)]

@@ -152,11 +152,15 @@ def _start(model: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def for_adapters(folders: Iterable[Path]) -> dict[str, Any]:
-    """Arguments for `vllm.LLM` to serve adapters: the least rank that it has a place for.
+    """Arguments for `vllm.LLM` to serve adapters: the least rank that it has a place for, and the layers they change.
+
+    Without these vLLM takes the head for one that they may change, and then it can't give the log-probabilities of
+    several requests' prompts at once.
 
     Raises:
         UserError: there is none for so large a rank.
     """
+    folders = list(folders)
     ranks = {adapter.rank(folder): folder for folder in folders}
     if not ranks:
         return {}
@@ -166,4 +170,6 @@ def for_adapters(folders: Iterable[Path]) -> dict[str, Any]:
     if largest > served[-1]:
         problem = f"vLLM serves adapters up to rank {served[-1]}, and this one has {largest}"
         raise UserError(problem, file=ranks[largest], hint=MERGE_FIRST)
-    return {"enable_lora": True, "max_lora_rank": next(rank for rank in served if rank >= largest)}
+    names = sorted({name.split(".")[-3] for folder in folders for name in adapter.weights(folder)})
+    place = next(rank for rank in served if rank >= largest)
+    return {"enable_lora": True, "max_lora_rank": place, "lora_target_modules": names}

@@ -27,19 +27,21 @@ def test_base_and_adapters_are_served_by_one_engine(models, checkpoints, adapter
     from cordee.compute.probe import as_served
     from cordee.compute.tokenizer import open_tokenizer
 
-    ids = [open_tokenizer(checkpoints["first"])("Tous les hommes naissent libres et égaux.")["input_ids"]]
+    texts = ["Tous les hommes naissent libres et égaux.", "Alle Menschen sind frei.", "Recht"]  # asked all at once
+    ids = open_tokenizer(checkpoints["first"])(texts)["input_ids"]
     served, running = {}, None
     for name in ("first", "small", "large", "second", "small", "first", "idle"):
         folder = {**checkpoints, **adapters}[name]
         models.open(folder)
         running = running or models.engines.running
         assert models.engines.running is running
-        (own,) = models.score(ids)
+        own = models.score(ids)
         if name in served:
-            assert own.logprobs.equal(served[name])
-        served[name] = own.logprobs
-        (expected,) = score(as_served(open_served(folder)).eval(), ids)
-        assert (own.logprobs - expected.logprobs).abs().max() < 1e-4
+            assert own[0].logprobs.equal(served[name])
+        served[name] = own[0].logprobs
+        expected = score(as_served(open_served(folder)).eval(), ids)
+        for one, other in zip(own, expected, strict=True):
+            assert (one.logprobs - other.logprobs).abs().max() < 1e-4
     assert served["idle"].equal(served["first"])
     assert (served["small"] - served["first"]).abs().max() > 0.1
     assert (served["large"] - served["small"]).abs().max() > 0.1
