@@ -67,7 +67,7 @@ def open_run(
     longest = min((limit for limit in (config.max_prompt_length, left) if limit is not None), default=None)
     found, apart = reading.read(config, "prompts", model, tokenizer, longest, context, Tokenized.prompt)
     trainer = skeleton.open_trainer(
-        kind, asked, model, settings, processing_class=tokenizer, reward_funcs=rewards.functions,
+        kind, asked, model, settings, processing_class=tokenizer, reward_funcs=[*rewards.functions],
         train_dataset=dataset(found), eval_dataset=dataset(apart) if len(apart) else None, **given,
     )  # fmt: skip
     lm_head.use_own_logits(trainer, found[0].ids.tolist(), context)

@@ -27,9 +27,12 @@ def test_this_machine_is_told_without_torch(cordee):
 
 def test_the_memory_that_a_stage_needs_is_compared_with_that_of_the_machine(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 64}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 64,
+             "intermediate_size": 128, "num_attention_heads": 2}  # fmt: skip
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4000000]}}).encode()
+    header = json.dumps(
+        {"model.layers.0.mlp.up_proj.weight": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4000000]}}
+    ).encode()
     (tmp_path / "model" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (tmp_path / "chats.jsonl").write_text('{"messages": []}\n')
     stage = {

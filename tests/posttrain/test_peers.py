@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,8 @@ def test_the_cost_of_an_adapter_is_that_of_its_base(tmp_path: Path) -> None:
     for keys in ({"model": str(tmp_path / "adapter")}, {"model": str(base), "lora": {"r": 2}}):
         config = sft.Config.model_validate(sft_keys(base, tmp_path) | keys)
         costs.append(settings.training_cost(config, {}, 1000.0))
-    assert costs[0] == costs[1]
+    own, new = (replace(cost, memory=None, memory_bytes=None) for cost in costs)  # they change other matrices
+    assert own == new
     assert costs[0].parameters == sum(weights.numel() for weights in open_model(base).parameters())
     merged = merge.Config.model_validate({"adapter": str(tmp_path / "adapter")})
     assert merge.cost(merged, {}).parameters == costs[0].parameters
