@@ -63,8 +63,8 @@ def test_the_readmes_other_recipes_are_right(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    mine, _, own = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    for text, last in ((mine, "eval.report"), (own, "pretrain.train")):
+    mine, aligned, _, own = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    for text, last in ((mine, "eval.report"), (aligned, "posttrain.grpo"), (own, "pretrain.train")):
         (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
         assert recipe.load(tmp_path / "recipe.yaml").stages[-1].stage.uses == last
 
