@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART, ALIGNMENT = (f"configs/recipes/tiny/{name}.yaml" for name in ("quickstart", "alignment"))
 METHODS = ["dpo", "kto", "qrpo", "grpo"]
