@@ -96,7 +96,7 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
 
     from cordee.chat.tokenized import Tokenized
     from cordee.compute.model import sequence_limits
-    from posttrain.training import alignment, distill_trainer, reading, skeleton, start
+    from posttrain.training import distill_trainer, reading, sampling, skeleton, start, vocabularies
     from posttrain.training.masks import counts
     from posttrain.training.metrics import TrainingData
     from posttrain.training.sft_trainer import PackedRows, check_batches
@@ -111,7 +111,7 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
     chats, heldout = reading.read(config, "chats", model, tokenizer, length, context, Tokenized.conversation)
     how = distill_trainer.How(
         config.beta, config.temperature, config.cross_entropy, config.on_policy, config.max_new_tokens,
-        config.sampling_temperature, distill_trainer.stops(config.model, tokenizer), context.seed,
+        config.sampling_temperature, tuple(sampling.stops(config.model, tokenizer)), context.seed,
     )  # fmt: skip
     distill_trainer.require_prompts(chats, how, sequence_limits(model, None).positions)
     data, apart = _datasets(config, context, (chats, heldout), tokenizer, teacher, arguments)
@@ -122,7 +122,7 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
     if arguments.packing and "flash" not in model.config._attn_implementation:  # noqa: SLF001 - there is no public name
         trainer.data_collator = PackedRows(tokenizer.pad_token_id, config.per_device_train_batch_size, length)
     if config.across_vocabularies:
-        trainer.data_collator = alignment.WithTeacher(trainer.data_collator, pad=0)
+        trainer.data_collator = vocabularies.WithTeacher(trainer.data_collator, pad=0)
     check_batches(trainer, chats)
     distill_trainer.check_prompts(trainer, chats)
     tokens = int(chats.lengths("ids").sum())
@@ -153,7 +153,7 @@ def _datasets(
 ) -> "tuple[Dataset, Dataset | None]":
     """The rows to train on and those that are held out, as the trainer takes them."""
     from cordee.compute.tokenizer import open_tokenizer
-    from posttrain.training import alignment, sequences
+    from posttrain.training import sequences, vocabularies
 
     rows = []
     apart = config.heldout if isinstance(config.heldout, list) else config.data
@@ -164,8 +164,8 @@ def _datasets(
             rows.append(sequences.dataset(some, settings.max_length, packing=settings.packing))
             continue
         theirs = open_tokenizer(model_folder.tokenizer_of(config.teacher))
-        teaching = alignment.Teaching.of(config, sources, tokenizer, theirs, teacher, context)
-        rows.append(alignment.dataset(some, teaching))
+        teaching = vocabularies.Teaching.of(config, sources, tokenizer, theirs, teacher, context)
+        rows.append(vocabularies.dataset(some, teaching))
     return rows[0], rows[1] if len(rows) > 1 else None
 
 

@@ -7,6 +7,7 @@ that are held out tell its accuracy, and whether it knows how sure it can be (`c
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -48,7 +49,7 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
 
     from cordee.chat.tokenized import Tokenized
     from posttrain.training import reading, reward_trainer, skeleton
-    from posttrain.training.metrics import TrainingData
+    from posttrain.training.metrics import TrainingData, counted
 
     settings = skeleton.arguments(RewardConfig, config, context)
     reward_trainer.check_settings(settings, config)
@@ -64,7 +65,12 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
         context.note("the end of an answer is the padding token too: the reward is read at the token before it")
     tokens = int(found.lengths("prompt", "prompt", "chosen", "rejected").sum())
     data = TrainingData(
-        reward_trainer.counts, reward_trainer.weights, len(found), tokens, tokens // (2 * len(found)), found.digest
+        partial(counted, len(reward_trainer.SIDES)),
+        reward_trainer.weights,
+        len(found),
+        tokens,
+        tokens // (2 * len(found)),
+        found.digest,
     )
     return trainer, data
 

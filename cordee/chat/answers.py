@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cordee.chat import formats, pairs, schema, texts
+from cordee.chat import completions, formats, pairs, schema
 from cordee.chat.conversations import Encoder
 from cordee.chat.problems import BadRowError, Notes, Problems
 from cordee.chat.schema import Record
@@ -86,8 +86,7 @@ def _answer(row: Row, values: dict[str, Any], encoder: Encoder, notes: Notes) ->
     used = {*schema.ANSWER, *TOLD}
     if isinstance(shaped, formats.Text):
         notes.other_columns.update(values.keys() - used)
-        ids, place = texts.tokenize(shaped, encoder.tokenizer)
-        prompt, completion = ids[: place.first], ids[place.first :]
+        prompt, completion = completions.of_text(shaped.prompt, shaped.completion, encoder.tokenizer)
         notes.texts += 1
     else:
         template = encoder.required_template()

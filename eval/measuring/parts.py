@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cordee import parts
 from cordee.chat import formats
 from cordee.compute.generating import Generated
+from cordee.seeds import seed_of
 from cordee.stage import Context
 from eval.measuring.prompts import Prompt, Prompts, plain
 
@@ -121,12 +120,6 @@ def tell(file: Path, shown: set[int]) -> Told:
         if row["prompt_id"] in shown and row["sample"] == 0:
             told.shown[row["prompt_id"]] = text
     return told
-
-
-def seed_of(seed: int, prompt: int, sample: int) -> int:
-    """The seed of an answer, below 2^63: the same whatever is asked beside it."""
-    (state,) = np.random.SeedSequence((seed, prompt, sample)).generate_state(1, np.uint64)
-    return int(state) >> 1
 
 
 def _given(message: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cordee import peek
-from cordee.chat import spans
 from cordee.chat.prompts import Prompt
 from cordee.chat.tokenized import Tokenized
-from cordee.compute import adapter
 from cordee.compute.model import sequence_limits
 from cordee.errors import Fault, UserError, nearest
 from cordee.stage import Context
@@ -25,7 +23,7 @@ from posttrain.rollouts.settings import MISMATCH, RolloutConfig, trainer_argumen
 from posttrain.rollouts.trainer import Rollouts
 from posttrain.rollouts.with_transformers import Transformers
 from posttrain.rollouts.with_vllm import Start, start_of
-from posttrain.training import lm_head, reading, skeleton
+from posttrain.training import lm_head, reading, sampling, skeleton
 from posttrain.training.metrics import TrainingData
 from posttrain.training.sequences import Sequences
 
@@ -149,9 +147,7 @@ def _begin(
     trainer: Rollouts, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, longest: int, context: Context
 ) -> None:
     """Give the trainer what samples, and the limit of its mismatch."""
-    end = spans.end_of_turn(tokenizer) if tokenizer.chat_template else None
-    ends = [*adapter.stop_token_ids(config.model), *([] if end is None else [end])]
-    stops = list(dict.fromkeys(ends))
+    stops = sampling.stops(config.model, tokenizer)
     if not stops:
         raise UserError("names no token that ends a generation", file=config.model, key="model")
     sampler = _sampler(trainer, config, stops, longest, context)

@@ -16,8 +16,8 @@ from cordee import machine
 from cordee.errors import CordeeError, Fault, UserError
 from cordee.events import error_of, parts_of
 from posttrain.rollouts import weights
-from posttrain.rollouts.sampling import Drawing, Sampled
 from posttrain.rollouts.with_vllm import Start, Vllm
+from posttrain.training.sampling import Drawing, Sampled
 
 STOP_S = 30.0
 """How long the process beside may take to stop."""

@@ -1,4 +1,4 @@
-"""Sampled completions, how they are drawn, and their seeds.
+"""What samples completions, how TRL asks for them, and their seeds.
 
 The seed of a completion derives from the recipe's seed, the step, its prompt's place in the step, its place among the
 prompt's completions, and the turn. So it does not depend on what was sampled before, nor on the number of processes,
@@ -9,35 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-
 from cordee.errors import Fault
+from cordee.seeds import seed_of
+from posttrain.training.sampling import Drawing, Sampled
 
 HELDOUT = 2**32 - 1
 """In place of the step: held-out prompts are answered by the same seeds each time."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How tokens are drawn; as TRL's config has it."""
-
-    temperature: float
-    """0 is greedy."""
-    max_tokens: int
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What followed a prompt."""
-
-    ids: list[int]
-    """`[seq]`: all that were sampled, with the one that ended it."""
-    logprobs: list[float]
-    """`[seq]`, nats: of each, in the distribution that it was drawn from."""
 
 
 class Sampler(Protocol):
@@ -51,12 +28,6 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Free what it holds."""
-
-
-def seed_of(*key: int) -> int:
-    """A seed below 2^63 for a key of whole numbers from 0."""
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return int(state) >> 1
 
 
 @dataclass

@@ -21,7 +21,8 @@ from cordee.stage import Context
 from posttrain.rewards.opening import Rewards
 from posttrain.rollouts import audit, batching, keeping
 from posttrain.rollouts.mismatch import Mismatch, importance_ratio
-from posttrain.rollouts.sampling import Draws, Sampled, Sampler, asked_of, require_ended
+from posttrain.rollouts.sampling import Draws, Sampler, asked_of, require_ended
+from posttrain.training.sampling import Sampled
 from posttrain.training.settings import CHECKED_BATCHES
 
 OWN = ("prompt_ids",)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from cordee import files
 from cordee.compute.engine import line, prepare
 from cordee.errors import Fault, UserError
-from posttrain.rollouts.sampling import Drawing, Sampled
+from posttrain.training.sampling import Drawing, Sampled
 
 TOKENS_AT_ONCE, SEQUENCES_AT_ONCE = 512, 64
 """On a CPU so few that a layer's activations stay in its cache."""

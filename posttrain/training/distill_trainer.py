@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl.models.utils import unwrap_model_for_generation
 
 from cordee import model_folder
-from cordee.chat import spans
 from cordee.chat.conversations import Conversation
 from cordee.compute import adapter
 from cordee.compute.tokenizer import difference, open_tokenizer
 from cordee.errors import Fault, UserError
-from posttrain.training import alignment, divergence, masks, sampling
+from cordee.seeds import seed_of
+from posttrain.training import divergence, masks, sampling, vocabularies
 from posttrain.training.sequences import Sequences
 from posttrain.training.settings import IGNORED
 from posttrain.training.sft_trainer import TokenTrainer
@@ -87,7 +87,7 @@ class DistillTrainer(TokenTrainer):
             teacher = self.teacher(**read, use_cache=False).logits
         passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         student = model(**passed, use_cache=False).logits
-        apart = alignment.distances(student, teacher, inputs, self.how.temperature)[:, 1:][mask]
+        apart = vocabularies.distances(student, teacher, inputs, self.how.temperature)[:, 1:][mask]
         targets = inputs["labels"][:, 1:][mask]
         return divergence.with_cross_entropy(apart, student[:, :-1][mask], targets, self.how.cross_entropy)
 
@@ -116,19 +116,13 @@ class DistillTrainer(TokenTrainer):
         at = (
             number * self.accelerator.num_processes + self.accelerator.process_index
         ) * self.args.per_device_train_batch_size
-        seeds = [sampling.seed_of(self.how.seed, self.state.global_step, at + row) for row in range(len(prompts))]
-        was_training = self.model.training
-        self.model.eval()
+        seeds = [seed_of(self.how.seed, self.state.global_step, at + row) for row in range(len(prompts))]
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            said = sampling.complete(
-                model, prompts, seeds, self.how.stops, self.processing_class.pad_token_id,
-                max_new_tokens=self.how.max_new_tokens, temperature=self.how.sampling_temperature,
-            )  # fmt: skip
-        self.model.train(was_training)
+            how = sampling.Drawing(self.how.sampling_temperature, self.how.max_new_tokens)
+            said = sampling.sample(model, prompts, seeds, self.how.stops, self.processing_class.pad_token_id, how)
         rows = []
-        for asked, completion in zip(prompts, said, strict=True):
-            ids = asked + completion
-            labels = [IGNORED] * len(asked) + completion
+        for asked, one in zip(prompts, said, strict=True):
+            ids, labels = asked + one.ids, [IGNORED] * len(asked) + one.ids
             rows.append({"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]})
         found: dict[str, torch.Tensor] = self.data_collator(rows)
         return found
@@ -146,12 +140,6 @@ def prompt(ids: torch.Tensor, labels: torch.Tensor) -> list[int]:
         start -= 1
     found: list[int] = ids[:start].tolist()
     return found
-
-
-def stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a completion of the model in a folder, that of the chat template among them."""
-    end = spans.end_of_turn(tokenizer)
-    return tuple(dict.fromkeys([*adapter.stop_token_ids(folder), *([] if end is None else [end])]))
 
 
 def weights(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -175,7 +163,7 @@ def open_teacher(folder: Path, student: Path, *, across: bool) -> PreTrainedMode
     own = model_folder.tokenizer_of(folder)
     if across:
         for place, key in ((own, "teacher"), (student, "model")):
-            alignment.require_byte_level(open_tokenizer(place), place, key)
+            vocabularies.require_byte_level(open_tokenizer(place), place, key)
         return adapter.open_served(folder)
     theirs, ours = open_tokenizer(own, key="teacher").get_vocab(), open_tokenizer(student).get_vocab()
     problem = "" if theirs == ours else _differing(theirs, ours)

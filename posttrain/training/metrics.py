@@ -55,6 +55,12 @@ class TrainingData:
     """Further metrics of the stage."""
 
 
+def counted(sides: int, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The `tokens` of a batch `[sides · rows, seq]` without padding, and its `pairs` or `answers`: scalars."""
+    mask = batch["attention_mask"]
+    return {"tokens": mask.sum(), "pairs" if sides > 1 else "answers": mask.new_tensor(len(mask) // sides)}
+
+
 def of_training(
     trainer: Trainer, data: TrainingData, config: TrlConfig, context: Context, watch: Watch
 ) -> dict[str, Any]:

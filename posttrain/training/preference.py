@@ -12,7 +12,7 @@ from cordee.compute.model import sequence_limits
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain.training import lm_head, reading, reference, skeleton
-from posttrain.training.metrics import TrainingData
+from posttrain.training.metrics import TrainingData, counted
 from posttrain.training.order import set_order
 from posttrain.training.preference_rows import Rows
 from posttrain.training.preference_trainer import PreferenceTrainer
@@ -84,17 +84,11 @@ def build(
     sides = objective.sides
     tokens = int(found.lengths(*["prompt"] * len(sides), *sides).sum())
     data = TrainingData(
-        functools.partial(_counts, len(sides)), None, len(found), tokens, tokens // (len(sides) * len(found)),
+        functools.partial(counted, len(sides)), None, len(found), tokens, tokens // (len(sides) * len(found)),
         found.digest, has_reference=objective.has_reference, has_kl=objective.has_kl,
         order=functools.partial(set_order, lengths=rows.lengths),
     )  # fmt: skip
     return trainer, data
-
-
-def _counts(sides: int, batch: Any) -> dict[str, Any]:
-    """The `tokens` of a batch `[sides · rows, seq]` without padding, and its `pairs` or `answers`."""
-    mask = batch["attention_mask"]
-    return {"tokens": mask.sum(), "pairs" if sides > 1 else "answers": mask.new_tensor(len(mask) // sides)}
 
 
 def _use_reference(trainer: PreferenceTrainer, config: TrlConfig, context: Context, parts: Sequence[Rows]) -> None:

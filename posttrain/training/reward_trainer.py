@@ -17,7 +17,7 @@ from cordee.compute import logprobs
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 from posttrain.rewards import reward_model
-from posttrain.training import adapters, calibration, skeleton, start
+from posttrain.training import adapters, calibration, metrics, skeleton, start
 from posttrain.training.sequences import Sequences
 from posttrain.training.settings import CHECKED_BATCHES, TrlConfig
 
@@ -116,22 +116,15 @@ def reads_before_the_end(trainer: Trainer) -> bool:
     return any(trainer.train_dataset[0][f"{side}_ids"][-1] == pad for side in SIDES)
 
 
-def counts(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The `tokens` of a batch `[2 · pairs, length]` without padding, and its `pairs`: scalars on the batch's device."""
-    mask = batch["attention_mask"]
-    return {"tokens": mask.sum(), "pairs": mask.new_tensor(len(mask) // 2)}
-
-
 def weights(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The pairs of a batch, which its `loss` and TRL's other figures are means over."""
-    pairs = counts(batch)["pairs"]
+    pairs = metrics.counted(len(SIDES), batch)["pairs"]
     return dict.fromkeys(("loss", "accuracy", "margin", "mean_reward"), pairs)
 
 
 def save(trainer: Trainer, config: TrlConfig, folder: Path) -> None:
     """Write the whole reward model, an adapter merged into it, and how it does on pairs that are held out."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered from all shards
-    named = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # as torch.compile names them
+    named = skeleton.gathered(trainer)
     if trainer.accelerator.is_main_process:
         model, found = trainer.accelerator.unwrap_model(trainer.model), start.find(config)
         where = {"base": found.base, "tokenizer": found.tokenizer}

@@ -268,10 +268,15 @@ def trainable_parameters(model: torch.nn.Module) -> int:
     return count
 
 
+def gathered(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All weights of a trainer's model by their own names, in its main process; every process has to call this."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # from all shards
+    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # as torch.compile names them
+
+
 def publish(trainer: Trainer, config: TrlConfig, folder: Path) -> None:
     """Write the adapter, or the whole model, with the tokenizer of its base; every process has to call this."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered from all shards
-    weights = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # as torch.compile names them
+    weights = gathered(trainer)
     if trainer.accelerator.is_main_process:
         model, found = trainer.accelerator.unwrap_model(trainer.model), start.find(config)
         where = {"base": found.base, "tokenizer": found.tokenizer}

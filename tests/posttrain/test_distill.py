@@ -6,19 +6,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chat_samples import some_chats, write_lines
+from distill_samples import config
 from dpo_samples import metrics_of
+from stopping import StopsAfter
 
 from cordee.chat.source import Limits
 from cordee.compute.model import open_model
 from cordee.cost import Cost
 from cordee.errors import Stopped, UserError
+from cordee.seeds import seed_of
 from cordee.stage import Context
 from posttrain import distill
 from posttrain.training import distill_trainer, sampling
@@ -47,24 +49,6 @@ def teacher(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lines(tmp_path_factory.mktemp("chats") / "chats.jsonl", some_chats(16))
-
-
-def config(model: Path, teacher: Path, chats: Path, **changes: Any) -> distill.Config:
-    """Six steps of eight chats."""
-    trainer = {"learning_rate": 5e-3, "num_train_epochs": 3, "max_length": 128, "bf16": False}
-    values = {
-        "model": str(model),
-        "teacher": str(teacher),
-        "data": [{"path": str(chats)}],
-        "global_batch_size": 8,
-        "per_device_train_batch_size": 4,
-        "resume_steps": 2,
-        "compile": "off",
-        "max_new_tokens": 8,
-        **changes,
-        "trainer": {**trainer, **changes.get("trainer", {})},
-    }
-    return distill.Config.model_validate(values)
 
 
 @pytest.mark.parametrize(
@@ -147,14 +131,6 @@ def test_packed_chats_give_the_same_loss(
 def test_a_stopped_run_goes_on_to_the_same_bits(
     model_folder: Path, teacher: Path, chats: Path, new_context: Callable[[str], Context], on_policy: float
 ) -> None:
-    @dataclass(frozen=True)
-    class StopsAfter(Context):
-        calls: list[int] = field(default_factory=list)
-
-        def stop_requested(self) -> bool:
-            self.calls.append(1)
-            return len(self.calls) >= 3
-
     whole, broken = new_context("whole"), new_context("broken")
     asked = config(model_folder, teacher, chats, on_policy=on_policy, save_steps=[5])
     distill.run(asked, whole)
@@ -190,12 +166,11 @@ def test_on_policy_rows_are_the_prompts_with_what_the_student_says(
             assert 1 <= len(said) <= 8
             assert not stops.intersection(said[:-1])
             assert len(said) == 8 or said[-1] in stops
-            seed = sampling.seed_of(context.seed, 0, 4 * number + row)
-            alone = sampling.complete(
-                trainer.model.eval(), [prompt], [seed], trainer.how.stops,
-                trainer.processing_class.pad_token_id, max_new_tokens=8, temperature=1.0,
+            (alone,) = sampling.sample(
+                trainer.model, [prompt], [seed_of(context.seed, 0, 4 * number + row)], trainer.how.stops,
+                trainer.processing_class.pad_token_id, sampling.Drawing(1.0, 8),
             )  # fmt: skip
-            assert alone == [said]
+            assert alone.ids == said
 
 
 def test_which_steps_are_on_policy_is_drawn_by_the_seed() -> None:

@@ -1,11 +1,13 @@
 """The losses of distillation: arithmetic by hand in float64, finite differences, TRL's own; and the sampling."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
+from cordee.seeds import seed_of
 from posttrain.training import divergence, sampling
 
 P, Q = (0.5, 0.3, 0.2), (0.2, 0.2, 0.6)
@@ -105,11 +107,17 @@ def test_the_mixed_loss_and_its_figures_by_hand() -> None:
     assert figures["mean_token_accuracy"].item() == 1.0
 
 
+def noisy(scores: torch.Tensor, seeds: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    """Scores with the noise of a first draw, each row's by its seed."""
+    asked = torch.zeros(len(scores), 1, dtype=torch.long)
+    return sampling.Draw(sampling.Drawing(temperature, 1), seeds, 1, torch.ones_like(asked))(asked, scores)
+
+
 def test_noise_draws_from_the_softmax() -> None:
     """20,000 draws: each frequency within four standard errors of its probability."""
     count, temperature = 20_000, 0.5
     scores = logits(P).float().expand(count, -1)
-    drawn = sampling.GumbelNoise(range(count), temperature)(torch.zeros(count, 1), scores).argmax(-1)
+    drawn = noisy(scores, range(count), temperature).argmax(-1)
     expected = torch.tensor(P).double() ** (1 / temperature)
     expected /= expected.sum()
     found = torch.bincount(drawn, minlength=3).double() / count
@@ -117,16 +125,16 @@ def test_noise_draws_from_the_softmax() -> None:
 
 
 def test_a_row_s_noise_depends_on_its_seed_alone() -> None:
-    scores = torch.zeros(3, 8)
-    together = sampling.GumbelNoise([4, 5, 6], 1.0)
-    alone = sampling.GumbelNoise([5], 1.0)
+    asked, scores = torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 8)
+    how = sampling.Drawing(1.0, 3)
+    together, alone = (sampling.Draw(how, seeds, 1, torch.ones(len(seeds), 1)) for seeds in ([4, 5, 6], [5]))
     for _ in range(3):
         torch.rand(7)  # another user of torch's own generator
-        assert together(scores, scores)[1].equal(alone(scores[:1], scores[:1])[0])
+        assert together(asked, scores)[1].equal(alone(asked[:1], scores[:1])[0])
 
 
 def test_seeds_of_rows_and_steps_differ() -> None:
-    seeds = {sampling.seed_of(seed, step, place) for seed in range(3) for step in range(10) for place in range(10)}
+    seeds = {seed_of(seed, step, place) for seed in range(3) for step in range(10) for place in range(10)}
     assert len(seeds) == 300
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert isinstance(np.int64(next(iter(seeds))), np.int64)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import trl
 from dpo_samples import config, metrics_of
+from stopping import StopsAfter
 
 from cordee.cost import Cost
 from cordee.data import rows as data
@@ -66,18 +67,10 @@ def test_an_adapter_starts_at_its_reference_and_learns_to_prefer(
 def test_a_stopped_run_goes_on_to_the_same_bits(
     model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context]
 ) -> None:
-    @dataclass(frozen=True)
-    class StopsAfter(Context):
-        calls: list[int] = field(default_factory=list)
-
-        def stop_requested(self) -> bool:
-            self.calls.append(1)
-            return len(self.calls) >= 4  # the reference's pass asks too
-
     whole, broken = new_context("whole"), new_context("broken")
     dpo.run(config(model_folder, pairs_file), whole)
     with pytest.raises(Stopped, match="step 3 of 6"):
-        dpo.run(config(model_folder, pairs_file), StopsAfter(broken.out, broken.seed, broken.events))
+        dpo.run(config(model_folder, pairs_file), StopsAfter(broken.out, broken.seed, broken.events, steps=4))
     assert not (broken.out / "adapter_config.json").exists()
     dpo.run(config(model_folder, pairs_file), broken)
     for name in (

@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rollout_samples import config, lines, notes, prompts, rloo_config
+from stopping import StopsAfter
 
 from cordee.errors import Fault, Stopped, UserError
 from cordee.stage import Context
 from posttrain import grpo, rloo
-from posttrain.rollouts.sampling import Sampled
 from posttrain.rollouts.with_transformers import Transformers
+from posttrain.training import sampling
+from posttrain.training.sampling import Sampled
 
 OFF_POLICY = {"generation_batch_size": 16, "num_iterations": 2, "max_steps": 8}
 """Four optimizer steps on what is sampled at once."""
@@ -24,18 +25,6 @@ OFF_POLICY = {"generation_batch_size": 16, "num_iterations": 2, "max_steps": 8}
 def asked(tmp_path: Path) -> Path:
     """A file of prompts."""
     return prompts(tmp_path / "prompts.jsonl")
-
-
-@dataclass(frozen=True)
-class StopsAfter(Context):
-    """Asks for a stop after so many steps."""
-
-    steps: int = 3
-    calls: list[int] = field(default_factory=list)
-
-    def stop_requested(self) -> bool:
-        self.calls.append(1)
-        return len(self.calls) >= self.steps
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -250,7 +239,7 @@ def test_other_log_probabilities_than_the_trainers_are_a_fault(
 def test_a_completion_that_goes_on_behind_its_end_is_a_fault(
     model_folder: Path, asked: Path, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Transformers, "_cut", lambda _self, ids, logprobs: Sampled(ids, logprobs))
+    monkeypatch.setattr(sampling, "_cut", lambda ids, logprobs, _stops: Sampled(ids, logprobs))
     keys = config(model_folder, asked, trainer={"temperature": 3.0, "max_completion_length": 200, "max_steps": 2})
     with pytest.raises(Fault, match="goes on behind its end token"):
         grpo.run(keys, context)

@@ -9,8 +9,8 @@ from rollout_samples import config, lines, prompts, said
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain import grpo
-from posttrain.rollouts.sampling import Sampled
 from posttrain.rollouts.with_transformers import Transformers
+from posttrain.training.sampling import Sampled
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
 TRAINER = {"max_completion_length": 150, "max_steps": 1}

@@ -158,7 +158,7 @@ def test_it_agrees_at_other_temperatures_and_without_correction(
 def test_the_trainers_random_numbers_and_matrices_are_left_alone(engine: Any) -> None:
     from vllm.model_executor.layers.linear import LinearBase
 
-    from posttrain.rollouts.sampling import Drawing
+    from posttrain.training.sampling import Drawing
 
     before = torch.random.get_rng_state()
     engine.sample([[5, 6, 7]], [1], Drawing(1.0, 8))

@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dpo_samples import metrics_of
+from stopping import StopsAfter
 
 from cordee.cost import Cost
 from cordee.errors import Fault, Stopped, UserError
@@ -71,14 +71,6 @@ def test_it_learns_to_prefer_and_a_whole_model_is_published(
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(model_folder: Path, pairs_file: Path, new_context: NewContext) -> None:
-    @dataclass(frozen=True)
-    class StopsAfter(Context):
-        calls: list[int] = field(default_factory=list)
-
-        def stop_requested(self) -> bool:
-            self.calls.append(1)
-            return len(self.calls) >= 3
-
     whole, broken = new_context("whole"), new_context("broken")
     asked = config(model_folder, pairs_file, heldout=0.25, save_steps=[])
     reward.run(asked, whole)

@@ -12,13 +12,14 @@ from rollout_samples import config, prompts, rloo_config
 
 from cordee.cost import Cost
 from cordee.errors import Fault, UserError
+from cordee.seeds import seed_of
 from posttrain import grpo, rloo
 from posttrain.rollouts import collapse, mismatch, weights
 from posttrain.rollouts.order import PromptOrder
-from posttrain.rollouts.sampling import Drawing, Draws, Sampled, require_ended, seed_of
+from posttrain.rollouts.sampling import Draws, require_ended
 from posttrain.rollouts.settings import ROLLOUT_OWNED
-from posttrain.rollouts.with_transformers import Draw
 from posttrain.training.order import Order
+from posttrain.training.sampling import Draw, Drawing, Sampled
 
 
 def test_seeds_are_told_apart_by_every_part_of_their_key() -> None:

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from reward_samples import answer, notes, rows_in, score_config, some_answers, written
+from stopping import StopsAfter
 
 from cordee.cost import Cost
 from cordee.errors import Stopped, UserError
@@ -81,14 +81,6 @@ def test_partitions_are_all_prompts_each_once(tmp_path: Path, new_context: NewCo
 
 
 def test_what_is_done_is_not_done_again_after_a_stop(tmp_path: Path, new_context: NewContext) -> None:
-    @dataclass(frozen=True)
-    class StopsAfter(Context):
-        calls: list[int] = field(default_factory=list)
-
-        def stop_requested(self) -> bool:
-            self.calls.append(1)
-            return len(self.calls) > 3
-
     calls = tmp_path / "calls.txt"
     module = tmp_path / "own_rewards.py"
     module.write_text(
@@ -105,7 +97,7 @@ def test_what_is_done_is_not_done_again_after_a_stop(tmp_path: Path, new_context
         score.run(config, whole)
         calls.unlink()
         with pytest.raises(Stopped, match="counted: prompt 4 of 6"):
-            score.run(config, StopsAfter(broken.out, broken.seed, broken.events))
+            score.run(config, StopsAfter(broken.out, broken.seed, broken.events, steps=4))
         score.run(config, broken)
     assert len(calls.read_text().splitlines()) == len(set(calls.read_text().splitlines())) == 24
     for path in whole.out.iterdir():

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import distill_samples
 import pytest
 import torch
 from chat_samples import SPECIAL, TEXTS, some_chats, write_lines
@@ -15,15 +16,15 @@ from dpo_samples import metrics_of
 from cordee.errors import UserError
 from cordee.stage import Context
 from posttrain import distill
-from posttrain.training import alignment
+from posttrain.training import vocabularies
 
 
 def test_tokens_that_end_at_the_same_byte_are_a_group() -> None:
     """`un|break|able` against `unb|reak|able`: the second boundary alone is shared, then the end."""
-    student, teacher = alignment.groups_of([2, 5, 4], [3, 4, 4])
+    student, teacher = vocabularies.groups_of([2, 5, 4], [3, 4, 4])
     assert student.tolist() == [0, 0, 1]
     assert teacher.tolist() == [0, 0, 1]
-    student, teacher = alignment.groups_of([1, 1, 1, 1], [2, 2])
+    student, teacher = vocabularies.groups_of([1, 1, 1, 1], [2, 2])
     assert (student.tolist(), teacher.tolist()) == ([0, 0, 1, 1], [0, 1])
 
 
@@ -31,14 +32,14 @@ def test_the_distance_by_hand() -> None:
     """Sorted: 0.5 0.3 0.2 against 0.6 0.4: |0.5 - 0.6| + |0.3 - 0.4| + 0.2 = 0.4."""
     student = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
     teacher = torch.tensor([[0.4, 0.6]], dtype=torch.float64)
-    assert alignment.universal_logit_distance(student, teacher).item() == pytest.approx(0.4, abs=1e-12)
-    assert alignment.universal_logit_distance(student, student.flip(-1)).item() == 0
+    assert vocabularies.universal_logit_distance(student, teacher).item() == pytest.approx(0.4, abs=1e-12)
+    assert vocabularies.universal_logit_distance(student, student.flip(-1)).item() == 0
 
 
 def test_a_group_has_the_probability_of_the_tokens_before_its_last() -> None:
     probabilities = torch.tensor([[0.5, 0.5], [0.1, 0.9], [0.7, 0.3]], dtype=torch.float64)
     ids, groups = torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1])
-    found = alignment.group_probabilities(probabilities.log(), ids, groups)
+    found = vocabularies.group_probabilities(probabilities.log(), ids, groups)
     torch.testing.assert_close(found, torch.stack([0.5 * probabilities[1], probabilities[2]]))
 
 
@@ -49,7 +50,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
     ids, groups = torch.tensor([0, 1, 5, 2, 3]), torch.tensor([0, 0, 1, 2, 2])
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        return alignment.universal_logit_distance(alignment.group_probabilities(logits, ids, groups), teacher).sum()
+        return vocabularies.universal_logit_distance(
+            vocabularies.group_probabilities(logits, ids, groups), teacher
+        ).sum()
 
     assert torch.autograd.gradcheck(loss, student, eps=1e-6, atol=1e-7)
 
@@ -75,9 +78,9 @@ def test_trl_computes_the_same() -> None:
         starts = ends - torch.tensor(tokens)
         offsets.append(torch.cat([torch.zeros(3, 2, dtype=torch.long), torch.stack([starts, ends], 1)])[None])
     theirs = ULDLoss(config)(*logits, *labels, *ids, *offsets)
-    groups = [torch.tensor([[-1] * 3 + one.tolist()]) for one in alignment.groups_of(*lengths)]
+    groups = [torch.tensor([[-1] * 3 + one.tolist()]) for one in vocabularies.groups_of(*lengths)]
     batch = {"input_ids": ids[0], "teacher_ids": ids[1], "student_groups": groups[0], "teacher_groups": groups[1]}
-    ours = alignment.distances(*logits, batch, 1.0)[0]
+    ours = vocabularies.distances(*logits, batch, 1.0)[0]
     last = [3 + 1, 3 + 2, 3 + 4]  # of each group
     assert groups[0][0, 3:].tolist() == [0, 0, 1, 2, 2]
     assert ours[last].mean().item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -117,12 +120,8 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path, teacher: Path, chats: Path, **changes: Any) -> distill.Config:
-    trainer = {"learning_rate": 5e-3, "num_train_epochs": 3, "max_length": 128, "bf16": False}
-    values = {
-        "model": str(model), "teacher": str(teacher), "data": [{"path": str(chats)}], "across_vocabularies": True,
-        "global_batch_size": 8, "per_device_train_batch_size": 4, "compile": "off", "resume_steps": 2, **changes,
-    }  # fmt: skip
-    return distill.Config.model_validate(values | {"trainer": {**trainer, **changes.get("trainer", {})}})
+    """The same with a teacher of another vocabulary."""
+    return distill_samples.config(model, teacher, chats, **{"across_vocabularies": True, **changes})
 
 
 def test_a_student_learns_from_a_teacher_of_another_vocabulary(
