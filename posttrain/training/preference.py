@@ -11,7 +11,7 @@ from cordee.chat.tokenized import Tokenized
 from cordee.compute.model import sequence_limits
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from posttrain.training import lm_head, reading, reference, skeleton
+from posttrain.training import lm_head, reading, reference, shared_prompt, skeleton
 from posttrain.training.metrics import TrainingData, counted
 from posttrain.training.order import set_order
 from posttrain.training.preference_rows import Rows
@@ -77,8 +77,9 @@ def build(
         PreferenceTrainer, config, model, settings, processing_class=tokenizer, train_dataset=rows,
         eval_dataset=apart if len(apart) else None, objective=objective,
     )  # fmt: skip
-    check_batches(trainer, rows)
     lm_head.use_own_logits(trainer, [int(token) for ids in rows.tokens(0, 0) for token in ids], context)
+    shared_prompt.use_where_exact(trainer, rows, context)
+    check_batches(trainer, rows)
     if objective.has_reference:
         _use_reference(trainer, config, context, [rows, apart])
     sides = objective.sides
@@ -120,6 +121,8 @@ def check_batches(trainer: PreferenceTrainer, rows: Rows) -> None:
     for first in range(0, min(len(data), size * CHECKED_BATCHES), size):
         some: list[Any] = [rows.sequences[at] for at in range(first, min(first + size, len(data)))]
         batch = trainer.data_collator([data[at] for at in range(first, first + len(some))])
+        if "joint_at" in batch and not shared_prompt.is_same(batch):
+            raise Fault("the joint sequences of the trainer's batches are not the separate ones")
         answers = [(one, getattr(one, side)) for side in sides for one in some]
         for row, (one, answer) in enumerate(answers):
             kept, mask = batch["attention_mask"][row].bool(), batch["completion_mask"][row]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cordee.errors import UserError
+from posttrain.training import shared_prompt
 from posttrain.training.scores import Objective
 from posttrain.training.sequences import Places, Sequences
 from posttrain.training.settings import IGNORED
@@ -93,10 +94,17 @@ class Rows(Dataset[dict[str, Any]]):
         found = np.full((len(self.distinct), self.columns), np.nan)
         if self.objective.tail_weight is not None:  # they are sums of all tokens
             return found
-        for column, side in enumerate(self.objective.sides):
-            name = "reference_logprob" if side == "completion" else f"{side}_reference_logprob"
+        for column, name in enumerate(self.reference_columns):
             found[:, column] = self.distinct.floats(name)
         return found
+
+    @property
+    def reference_columns(self) -> list[str]:
+        """What a row's own log-probabilities under the reference are named, side by side."""
+        return [
+            "reference_logprob" if side == "completion" else f"{side}_reference_logprob"
+            for side in self.objective.sides
+        ]
 
 
 def _partners(rows: Rows, key: str) -> Places:
@@ -123,7 +131,7 @@ def _digest(part: Any, place: int) -> bytes:
     return hashlib.blake2b(part.items("prompt", place).tobytes(), digest_size=16).hexdigest().encode()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Collator:
     """Puts rows into a batch: all first sides, then all second ones, padded behind."""
 
@@ -131,6 +139,8 @@ class Collator:
     multiple_of: int | None
     """Batches are padded to a multiple of it."""
     objective: Objective
+    joins: bool = False
+    """Whether the sides of a row are given as one sequence too: see `shared_prompt`."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch.
@@ -144,6 +154,8 @@ class Collator:
         columns = [[row["answers"][column] for row in rows] for column in range(len(rows[0]["answers"]))]
         flat = [one for column in columns[:sides] for one in column]
         batch = self.padded(flat, len(rows) if self.objective.has_prompt_loss else 0)
+        if self.joins:
+            batch |= shared_prompt.joined(columns[:sides], batch["labels"], self.pad_token_id, self.multiple_of)
         if len(columns) > sides:
             batch |= {f"kl_{name}": value for name, value in self.padded(columns[-1]).items()}
         if "reference" in rows[0]:

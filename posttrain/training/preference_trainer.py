@@ -18,6 +18,7 @@ from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from posttrain.losses import pairs
+from posttrain.training import shared_prompt
 from posttrain.training.preference_rows import Collator, Rows
 from posttrain.training.scores import Figures, Objective, Scores, Side, Step, mean
 from posttrain.training.settings import IGNORED
@@ -169,7 +170,10 @@ class PreferenceTrainer(transformers.Trainer):
         return torch.cat(found) if found else None, [torch.stack(divergences).sum()] if divergences else []
 
     def forward(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], *, has_auxiliary: bool = False) -> Any:
-        """What TRL's fused LM head gives of the tokens with labels."""
+        """What TRL's fused LM head gives of the tokens with labels, `[sides · rows, seq - 1]`."""
+        if "joint_input_ids" in batch:
+            outputs = model(**shared_prompt.inputs(batch), use_cache=False, fused_lm_head=True)
+            return shared_prompt.separate(outputs, batch)
         more = {"output_router_logits": True} if has_auxiliary else {}
         return model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"],

@@ -33,7 +33,7 @@ FOLDER = "reference_logprobs"
 BATCHES = 32
 """Batches of a process in each part that is kept."""
 CHECKED = 16
-"""Answers whose log-probability the rows tell and which are computed anew."""
+"""Answers of each source whose log-probability the rows tell and which are computed anew."""
 TOLERANCE, TOLERANCE_PER_TOKEN = 0.1, 0.01
 """Nats by which the two may differ: an answer's, and in addition for each of its tokens, for other rounding."""
 
@@ -58,7 +58,7 @@ def fill(trainer: PreferenceTrainer, rows: Rows, config: TrlConfig, context: Con
     """
     told = rows.told_references()
     is_told = ~np.isnan(told)
-    checked = np.flatnonzero(is_told)[:CHECKED]
+    checked = _checked(rows, is_told)
     computed = np.flatnonzero(~is_told | np.isin(np.arange(told.size).reshape(told.shape), checked))
     # the longest first, so that a batch has little padding
     computed = computed[np.argsort(-rows.column_lengths.reshape(-1)[computed], kind="stable")]
@@ -73,10 +73,20 @@ def fill(trainer: PreferenceTrainer, rows: Rows, config: TrlConfig, context: Con
     found[computed[unknown]] = values[unknown]
     rows.reference = found.reshape(told.shape).astype(np.float32)
     context.note(
-        f"log-probabilities of the reference: {told.size} answers, {int(is_told.sum())} told by the rows, "
-        f"{reused} found in the cache"
+        f"log-probabilities of the reference: {told.size} answers, {int(is_told.sum())} from the data, "
+        f"{reused} from the cache"
     )
     return bool(is_told.any())
+
+
+def _checked(rows: Rows, is_told: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Which answers of those that rows tell are computed anew, of `[distinct · columns]`: of rows all over a source."""
+    sources, some = rows.distinct.sources(), np.zeros(is_told.shape, dtype=bool)
+    for source in np.unique(sources):
+        known = np.flatnonzero((sources == source) & is_told.any(axis=1))
+        if len(known):
+            some[known[np.linspace(0, len(known) - 1, CHECKED // rows.columns).astype(int)]] = True
+    return np.flatnonzero(some & is_told)
 
 
 def _require_same(rows: Rows, at: int, told: float, computed: float) -> None:
@@ -95,7 +105,7 @@ def _require_same(rows: Rows, at: int, told: float, computed: float) -> None:
         f"{computed:.4f}: it was scored by another model, or with another chat template",
         file=row.file,
         key=f"row {row.number}",
-        hint="score it anew, or leave the column out: `ignore: [reference_logprob]`",
+        hint=f"score it anew, or leave the columns out: `ignore: [{', '.join(rows.reference_columns)}]`",
     )
 
 
@@ -139,7 +149,7 @@ def _computed(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)  # when it was last used, for `cordee clean`
-        kept = [[_kept(folder / f"{at}.json", len(part)) for at, part in enumerate(parts)]]
+        kept = [[_kept(_file(folder, at * each, part), len(part)) for at, part in enumerate(parts)]]
     found = broadcast_object_list(kept)[0]
     reused = sum(map(len, filter(None, found)))
     model = trainer.model
@@ -153,10 +163,15 @@ def _computed(
             found[at] = _part(trainer, rows, part, size)
             context.progress(at * each + len(part), len(which), "answers scored by the reference")
             if accelerator.is_main_process:
-                files.write_sealed(folder / f"{at}.json", {"logprobs": found[at]})
+                files.write_sealed(_file(folder, at * each, part), {"logprobs": found[at]})
     model.train(was_training)
     accelerator.wait_for_everyone()
     return np.array([value for values in found for value in values], np.float64), reused
+
+
+def _file(folder: Path, first: int, part: npt.NDArray[np.int64]) -> Path:
+    """Named by the range of a part: another batch size cuts others."""
+    return folder / f"{first:09}-{first + len(part):09}.json"
 
 
 def _kept(path: Path, count: int) -> list[float] | None:

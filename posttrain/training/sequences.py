@@ -43,6 +43,11 @@ class Sequences(Sequence[T], Generic[T]):
         part = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self.parts[part], place - int(self._starts[part])
 
+    def sources(self) -> Places:
+        """`[sequences]`: which of `parts` each is of."""
+        found: Places = np.searchsorted(self._starts, self.places, side="right") - 1
+        return found
+
     @cached_property
     def _starts(self) -> Places:
         return _starts(self.parts)

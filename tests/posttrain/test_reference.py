@@ -56,7 +56,7 @@ def test_a_second_training_reads_what_the_first_computed(
     changed = {"beta": 0.3, "learning_rate": 1e-3}
     dpo.run(config(model_folder, pairs_file, heldout=0.25, lora={"r": 2}, trainer=changed), two)
     assert scored == []
-    assert "log-probabilities of the reference: 36 answers, 0 told by the rows, 36 found in the cache" in notes(two)
+    assert "log-probabilities of the reference: 36 answers, 0 from the data, 36 from the cache" in notes(two)
     dpo.build(config(model_folder, pairs_file, precision="bfloat16", trainer={"bf16": True}), other)
     assert sum(scored) == 2 * 24
 
@@ -130,7 +130,7 @@ def test_what_rows_tell_is_used_once_the_first_were_checked(
     one, other = new_context("told"), new_context("computed")
     dpo.run(config(model_folder, told), one)
     assert sum(scored) == 16
-    assert "48 answers, 48 told by the rows, 0 found" in "\n".join(notes(one))
+    assert "48 answers, 48 from the data, 0 from" in "\n".join(notes(one))
     dpo.run(config(model_folder, file), other)
     for row, same in zip(metrics_of(one), metrics_of(other), strict=True):
         assert row["loss"] == pytest.approx(same["loss"], abs=1e-5)
@@ -150,6 +150,35 @@ def test_what_rows_tell_is_used_once_the_first_were_checked(
     assert sum(scored) == 48
 
 
+def test_each_source_is_checked(model_folder: Path, tmp_path: Path, new_context: Callable[[str], Context]) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair(n)) + "\n" for n in range(24)))
+    told = with_references(model_folder, file, new_context("plain"), lambda _: None)
+    rows = [json.loads(line) for line in told.read_text().splitlines()]
+    wrong = tmp_path / "wrong.jsonl"  # scored by another model
+    wrong.write_text("".join(json.dumps(row | {"chosen_reference_logprob": -1.0}) + "\n" for row in rows[20:]))
+    told.write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    asked = config(model_folder, told).model_dump(mode="json")
+    both = dpo.Config.model_validate(asked | {"data": [{"path": str(told)}, {"path": str(wrong)}]})
+    ignored = r"ignore: \[chosen_reference_logprob, rejected_reference_logprob\]"
+    with pytest.raises(UserError, match=rf"wrong\.jsonl: row 1: says that .* is -1\.0000 nats.*{ignored}"):
+        dpo.run(both, new_context("both"))
+
+
+def test_parts_of_another_batch_size_are_not_taken_for_ones_own(
+    model_folder: Path, pairs_file: Path, new_context: Callable[[str], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def values(name: str, size: int) -> Any:
+        asked = config(model_folder, pairs_file, per_device_train_batch_size=size, lora=None)
+        trainer, _ = dpo.build(asked, new_context(name))
+        return trainer.train_dataset.reference
+
+    values("large", 8)  # a part of 32 answers and one of 16
+    found = values("small", 4)  # parts of 16: the second begins elsewhere and is as long
+    monkeypatch.setenv("CORDEE_CACHE", str(pairs_file.parent / "empty"))
+    assert found == pytest.approx(values("anew", 4), abs=1e-4)
+
+
 def test_some_rows_may_tell_and_others_not(
     model_folder: Path, tmp_path: Path, new_context: Callable[[str], Context], scored: list[int]
 ) -> None:
@@ -165,7 +194,7 @@ def test_some_rows_may_tell_and_others_not(
     told = with_references(model_folder, file, new_context("plain"), without_some)
     scored.clear()
     trainer, _ = dpo.build(config(model_folder, told), new_context("mixed"))
-    assert sum(scored) == 12 + 16
+    assert sum(scored) == 12 + 13  # of the 8 rows that are checked 3 tell one answer alone
     plain, _ = dpo.build(config(model_folder, file), new_context("all"))
     assert trainer.train_dataset.reference == pytest.approx(plain.train_dataset.reference, abs=1e-4)
 

@@ -72,3 +72,16 @@ def test_before_and_after_lora_and_full_fine_tuning_are_side_by_side(here, corde
     assert [list(row["outputs"]) for row in answers] == [["before", "lora", "full"]] * 2
     assert answers[0]["prompt"].startswith("Janet")
     shutil.rmtree(here / "models")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_dpo_and_grpo_on_its_own_answers(here, cordee):
+    make_model(here / "models/smollm2")
+    done = cordee("run", "configs/recipes/tiny/smollm2-align.yaml", timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = here / "runs/smollm2-align-tiny"
+    table = json.loads((runs / "benchmark@1/results.json").read_text())
+    assert [row["name"] for row in table["models"]] == ["before", "sft", "dpo", "grpo"]
+    scored = json.loads((runs / "scored@1/manifest.json").read_text())["metrics"]
+    assert 0 < scored["reward/short"] < 1, scored
