@@ -9,6 +9,7 @@ one epoch over the pairs takes, without the start. Memory is the largest residen
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -94,7 +95,8 @@ def _cordee(asked: argparse.Namespace, place: Path, pairs: Path, name: str, numb
     config = {
         "model": str(asked.model.resolve()), "data": [{"path": str(pairs)}], "lora": LORA, "logging_steps": 1,
         "compile": "on" if name == "compiled" else "off", "precision": "bfloat16" if asked.bf16 else "float32",
-        "global_batch_size": ROWS, "per_device_train_batch_size": asked.batch, "trainer": TRAINER | {"num_train_epochs": 1},
+        "global_batch_size": ROWS, "per_device_train_batch_size": asked.batch,
+        "trainer": TRAINER | {"num_train_epochs": 1},
     }  # fmt: skip
     file = place / f"run{number}.yaml"
     file.write_text(json.dumps(config))
@@ -131,7 +133,7 @@ def _trl(asked: argparse.Namespace, place: Path, pairs: Path, name: str, number:
         if "'loss'" in line:
             times.append(time.time())
             loss = float(line.split("'loss': ")[1].split(",")[0].strip("'"))
-    step_s = statistics.median(later - earlier for earlier, later in zip(times[1:], times[2:], strict=False))
+    step_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(times[1:]))
     reference_s = _reference_s(own.log.read_text()) if OURS[name] else 0.0
     return _run(asked, step_s, reference_s, loss, own)
 

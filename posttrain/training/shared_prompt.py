@@ -87,7 +87,7 @@ def _rows_of(at: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model is given of joint rows; the mask, `[rows, 1, joint_seq, joint_seq]`, is True where a token sees."""
+    """What the model is given of joint rows; its mask is `[rows, 1, joint_seq, joint_seq]`, True where a token sees."""
     segments = batch["joint_segments"]
     seen, seeing = segments[:, None, :], segments[:, :, None]
     return {
