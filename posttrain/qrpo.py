@@ -8,13 +8,14 @@ training begins.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cordee import worker
 from cordee.config import FunctionOf, Library
 from cordee.cost import Cost
+from cordee.errors import UserError
 from cordee.stage import Context
 from posttrain.training.settings import PREFERENCE_OWNED, TrlConfig, preference_cost
 
@@ -48,6 +49,13 @@ class Config(TrlConfig):
     value."""
     trainer: Annotated[dict[str, Any], Library("trl.DPOConfig", owned=QRPO_OWNED)] = Field(default_factory=dict)
     """TRL's settings, as far as they are no loss's (`learning_rate`, `num_train_epochs`, `max_length` in tokens, …)."""
+
+    @model_validator(mode="after")
+    def _is_not_cut_for_all(self) -> Self:
+        if not self.length_normalization and self.beta_max is not None and self.beta > self.beta_max:
+            problem = f"{self.beta} would be cut to beta_max={self.beta_max} for every answer"
+            raise UserError(problem, key="beta", hint="raise beta_max, or write `length_normalization: true`")
+        return self
 
 
 def cost(config: Config, given: Mapping[str, Cost]) -> Cost:

@@ -117,6 +117,14 @@ def test_qrpo_needs_rewards_that_differ_and_enough_references(
     assert qrpo.run(of([1.0, 2.0] * 4, [0.0, 1.0, 3.0], transform="normal_icdf"), new_context("enough"))["steps"] == 3
 
 
+def test_a_beta_that_would_be_cut_for_every_answer_is_refused() -> None:
+    keys = {"model": "m", "data": [{"path": "a"}], "beta": 0.5}
+    with pytest.raises(UserError, match=r"beta: 0\.5 would be cut to beta_max=0\.1 for every answer; raise beta_max"):
+        qrpo.Config.model_validate(keys)
+    for more in ({"beta_max": 0.5}, {"beta_max": None}, {"length_normalization": True}):
+        assert qrpo.Config.model_validate(keys | more).beta == 0.5
+
+
 def test_rows_without_a_reward_are_counted(model_folder: Path, tmp_path: Path, new_context: NewContext) -> None:
     answers = [{"completion": "yes", "reward": n, "reference_rewards": [0.0, 3.0, 5.0]} for n in range(9)]
     file = single(tmp_path / "a.jsonl", *answers, {"completion": "yes", "reward": None, "reference_rewards": [1.0]})
