@@ -28,7 +28,8 @@ BATCH = {"prompts", "completions", "completion_ids"}
 KINDS = ("function", "model", "judge")
 ENGINE = ("transformers", "vllm")
 """What `auto` is without vLLM, and with it."""
-JUDGES = ("constitution", "compare", "engine")
+OF_FUNCTION = ("arguments", "code")
+OF_JUDGE = ("constitution", "compare", "engine")
 
 
 class Reward(Config):
@@ -73,18 +74,31 @@ class Reward(Config):
         named = [kind for kind in KINDS if given.get(kind) is not None]
         if len(named) != 1:
             raise ValueError(f"needs one of {', '.join(KINDS)}, and has {' and '.join(named) or 'none of them'}")
+        if named == ["function"]:
+            return cls._of_function(given)
+        if wrong := [name for name in OF_FUNCTION if given.get(name)]:
+            raise ValueError(f"{wrong[0]} is for a function, and this is a {named[0]}")
         if named == ["judge"]:
             engine = given.get("engine") or "auto"
             return {**given, "engine": ENGINE[peek.is_installed("vllm")] if engine == "auto" else engine}
-        if wrong := [name for name in JUDGES if given.get(name)]:
+        if wrong := [name for name in OF_JUDGE if given.get(name)]:
             raise ValueError(f"{wrong[0]} is for a judge, and this is a {named[0]}")
-        if named != ["function"] or not isinstance(given["function"], str):
+        return given
+
+    @classmethod
+    def _of_function(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The keys of a function: what a model or a judge has a key for (`max_length`) is an argument of it too."""
+        own, written = {"name", "weight", *KINDS, *OF_FUNCTION}, given.get("arguments") or {}
+        if not isinstance(given["function"], str) or not isinstance(written, dict):
             return given
-        beside = {key: value for key, value in given.items() if key not in cls.model_fields}
-        written = given.get("arguments") or {}
-        if not isinstance(written, dict):
-            return given
-        kept = {key: value for key, value in given.items() if key in cls.model_fields}
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        is_dump = given.keys() >= cls.model_fields.keys()  # read again: a default is a key that nobody wrote
+        beside = {
+            name: value
+            for name, value in given.items()
+            if name not in own and not (is_dump and name in defaults and value == defaults[name])
+        }
+        kept = {name: value for name, value in given.items() if name in own}
         arguments = _checked(given["function"], {**written, **beside})
         return {"code": code_of(given["function"]), **kept, "arguments": arguments}
 

@@ -33,6 +33,9 @@ def short(completions, **kwargs):
 
 def words(completions, **kwargs):
     return ["good"] * len(completions)
+
+def within(completions, max_length=1, batch_size=8, compare=True, **kwargs):
+    return [float(len(said[0]["content"]) <= max_length) + 10 * compare + batch_size for said in completions]
 """
 
 
@@ -173,6 +176,37 @@ def test_functions_of_trl_and_of_a_user_work_as_they_are(tmp_path: Path, monkeyp
     for name, message in (("broken", "gives nan"), ("short", "1 values for 2"), ("words", "is no number")):
         with pytest.raises(Fault, match=message):
             opened(function=f"mine:{name}")(["?"] * 2, said)
+
+
+def test_an_argument_that_models_have_a_key_for_reaches_the_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = [[{"role": "assistant", "content": "four"}]]
+    keys = {"function": "own:within", "max_length": 200, "batch_size": 16, "compare": False}  # 16: a model's default
+    assert opened(**keys)(["?"], said) == [17.0]
+    assert opened(function="own:within")(["?"], said) == [18.0]
+    for given in (keys, {"function": "own:within"}):
+        reward = Reward.model_validate(given)
+        assert Reward.model_validate(reward.model_dump(mode="json")) == reward, "as job.json is read"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"function": "exact_match", "dtype": "float32"}, "dtype: exact_match has no such argument"),
+        ({"function": "exact_match", "batch_size": 4}, "batch_size: exact_match has no such argument"),
+        ({"function": "exact_match", "compare": True}, "compare: exact_match has no such argument"),
+        ({"model": "m", "arguments": {"most": 3}}, "arguments is for a function, and this is a model"),
+        ({"judge": "m", "arguments": {"most": 3}}, "arguments is for a function, and this is a judge"),
+        ({"judge": "m", "code": "mine.py"}, "code is for a function, and this is a judge"),
+        ({"model": "m", "compare": True}, "compare is for a judge, and this is a model"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Reward.model_validate(keys)
 
 
 def test_rewards_are_summed_by_weight_where_they_apply() -> None:

@@ -116,7 +116,7 @@ def test_what_is_done_is_not_done_again_after_a_stop(tmp_path: Path, new_context
         ({"rewards": [{"function": "mumber_match"}]}, "no reward 'mumber_match'; did you mean 'number_match'"),
         ({"rewards": [{"function": "nowhere:f"}]}, "there is no module 'nowhere'"),
         ({"rewards": [{"function": "trl.rewards:accuracy"}]}, "trl.rewards has no function 'accuracy'"),
-        ({"rewards": [{"function": "exact_match", "compare": True}]}, "compare is for a judge, and this is a function"),
+        ({"rewards": [{"function": "exact_match", "compare": True}]}, "compare: exact_match has no such argument"),
     ],
 )
 def test_what_can_not_be_scored_is_one_line(tmp_path: Path, context: Context, changes: dict, message: str) -> None:
