@@ -21,7 +21,7 @@ from cordee.stage import Context
 from posttrain.rewards.settings import RewardList
 from posttrain.training.settings import source_cost
 
-VERSION = 1
+VERSION = 2
 Place = Annotated[int, Field(ge=1)]
 
 
@@ -37,7 +37,8 @@ class Config(StageConfig):
     """The model or adapter whose log-probabilities are written; none if not given."""
     reference_answers: str | None = None
     """The `model` of the rows that are the reference's own answers, whose rewards are written as `reference_rewards` to
-    each answer to the same prompt; without it, all rows of the prompt are."""
+    each answer to the same prompt. Without it these are all rows of the prompt, and of rows of several models none: no
+    `reference_rewards` are written then."""
     policies: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], ModelInput] = Field(default_factory=dict)
     """Models and adapters by the `model` of the rows that they answered: the log-probability of each one's own answers
     is written too, and its divergence from the reference."""

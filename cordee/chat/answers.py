@@ -111,7 +111,7 @@ def _require(one: TokenAnswer, needs: Needs) -> None:
         hint = "`reward`, or of a pair `chosen_reward` and `rejected_reward`; posttrain.score writes them"
         raise BadRowError("has no reward", hint=hint)
     if needs == "scored" and not one.reference_rewards:
-        hint = "`reference_rewards` is a list of numbers; posttrain.score writes it"
+        hint = "posttrain.score writes `reference_rewards`: numbers; of several models with `reference_answers`"
         raise BadRowError("has no rewards of the reference model's own answers", hint=hint)
 
 

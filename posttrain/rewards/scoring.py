@@ -66,19 +66,25 @@ def score(
         shown: prompts whose best and worst answer are kept.
         reference: gives log-probabilities.
         policies: give those of their own answers, by the `model` of the rows.
-        reference_answers: the `model` of the rows whose rewards are those of the reference; None: all rows.
+        reference_answers: the `model` of the rows whose rewards are those of the reference; None: all rows, if they
+            are of one model.
 
     Raises:
         UserError: a reward can't be had, or not for these answers.
         Stopped: a stop was asked for.
     """
-    for name in sorted(policies.keys() - answers.models()) if policies else ():
+    models = answers.models()
+    for name in sorted(policies.keys() - models):
         raise UserError(f"no answer has the `model` {name!r}", key=f"policies.{name}", hint="the rows say who answered")
     passes = _passes(rewards, reference, policies, context)
     for done, one in enumerate(passes):
         _run(one, answers, batch_size, context, done * len(answers), len(passes) * len(answers))
     summary = Summary()
-    kept = _write(answers, passes, rewards, context, summary, shown, reference_answers)
+    is_known = reference_answers is not None or len(models) == 1  # whose rewards are the reference's
+    if rewards and not is_known:
+        told = f"the rows are of {len(models)} models ({', '.join(sorted(models))})"
+        context.note(f"{told}: no `reference_rewards`, since `reference_answers` does not say which is the reference")
+    kept = _write(answers, passes, rewards, context, summary, shown, reference_answers, writes_references=is_known)
     for reward in rewards:
         mass = summary.further(reward.label, "mass")
         if mass is not None and mass < LOW_MASS:
@@ -147,7 +153,7 @@ def _run(one: Pass, answers: Answers, size: int, context: Context, before: int, 
 
 def _write(
     answers: Answers, passes: Sequence[Pass], rewards: Sequence[Reward], context: Context, summary: Summary,
-    shown: int, reference_answers: str | None,
+    shown: int, reference_answers: str | None, *, writes_references: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Write all rows with what was measured of them."""
     columns = {one.name: parts.read(context.out / PARTS / one.folder) for one in passes}
@@ -161,7 +167,7 @@ def _write(
         for place, group in enumerate(answers.groups()):
             found = [{name: next(column) for name, column in columns.items()} for _ in group]
             rows = [_row(answer, figures, weights, summary) for answer, figures in zip(group, found, strict=True)]
-            if rewards:
+            if rewards and writes_references:
                 own = [row[VALUE] for row in rows if reference_answers in (None, row.get("model"))]
                 known = sorted(value for value in own if value is not None)
                 counts["without_reference_answers"] += not known
@@ -196,6 +202,7 @@ def _row(
     """A row with its rewards and its log-probability, which take the place of those that it may have had."""
     row = dict(answer.values)
     if weights:
+        row.pop("reference_rewards", None)  # of other rewards
         row["rewards"] = {name: figures[name][VALUE] for name in weights}
         row[VALUE] = total(row["rewards"], weights)
         for name, value in (*row["rewards"].items(), (SUM, row[VALUE])):

@@ -61,11 +61,32 @@ def test_the_rewards_of_the_reference_are_those_of_its_own_rows(tmp_path: Path, 
 
 def test_answers_of_several_files_to_a_prompt_are_put_together(tmp_path: Path, context: Context) -> None:
     for name in ("a", "b"):
-        some_answers(tmp_path / "answers" / f"{name}.jsonl", model=name)
+        some_answers(tmp_path / "answers" / f"{name}.jsonl")
     score.run(score_config(tmp_path / "answers", batch_size=100), context)
     rows = rows_in(context.out / "scored.jsonl")
     assert [row["prompt_id"] for row in rows] == [number for number in range(6) for _ in range(8)]
     assert all(len(row["reference_rewards"]) == 8 for row in rows)
+
+
+def test_of_several_models_without_a_reference_no_rewards_are_the_references(
+    model_folder: Path, tmp_path: Path, new_context: NewContext
+) -> None:
+    """QRPO's quantiles would be among the answers of all of them; pairs need none. A partition knows all models."""
+    from preference_samples import keys_of
+
+    from posttrain import qrpo
+
+    context = new_context("scored")
+    rows = [answer(n, f"{7 * n - s}", str(7 * n), model="ab"[n % 2], reference_rewards=[9.0])
+            for n in range(4) for s in (0, 1)]  # fmt: skip
+    score.run(score_config(written(tmp_path / "a.jsonl", rows), partition=[1, 2]), context)
+    found = rows_in(context.out / "scored.jsonl")
+    assert {row["model"] for row in found} == {"a"}
+    assert not any("reference_rewards" in row for row in found)
+    assert any("the rows are of 2 models (a, b): no `reference_rewards`" in note for note in notes(context))
+    keys = keys_of("qrpo", model_folder, context.out / "scored.jsonl")
+    with pytest.raises(UserError, match=r"has no rewards of the reference model's own answers.*`reference_answers`"):
+        qrpo.run(qrpo.Config.model_validate(keys), new_context("qrpo"))
 
 
 def test_partitions_are_all_prompts_each_once(tmp_path: Path, new_context: NewContext) -> None:
