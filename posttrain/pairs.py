@@ -23,12 +23,12 @@ from posttrain.training.settings import source_cost
 if TYPE_CHECKING:
     from posttrain.rewards.answers import Answer, Answers
 
-VERSION = 1
+VERSION = 2
 PAIRS, WORK = "pairs.jsonl", "rows"
 ANSWERS_OWN = (
     *("messages", "prompt", "completion", "conversations", "instruction", "input", "output", "history", "system"),
     *("sample", "model", "finish_reason", "tokens", "special_tokens", "label"),
-    *("rewards", "reward", "reference_logprob", "reference_tokens"),
+    *("rewards", "reward", "reference_logprob", "reference_tokens", "policy_logprob"),
 )
 """Columns that speak of one answer, and are no part of a pair."""
 SHOWN = 20

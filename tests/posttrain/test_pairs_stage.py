@@ -19,7 +19,7 @@ def scored(path: Path, rewards: list[list[float | None]]) -> Path:
     """Of each prompt an answer with each of these rewards, which it says."""
     rows: list[dict[str, Any]] = [
         answer(number, f"{value}", "x", reward=value, rewards={"only": value}, reference_logprob=-1.5 - at,
-               reference_rewards=[0.0, 1.0], language="de")
+               policy_logprob=-2.0, reference_rewards=[0.0, 1.0], language="de")
         for number, own in enumerate(rewards) for at, value in enumerate(own)
     ]  # fmt: skip
     return written(path, rows)
