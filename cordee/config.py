@@ -235,6 +235,12 @@ def require_whole_batches(global_batch_size: int, at_once: int, num_processes: i
     raise UserError(problem, key="global_batch_size", hint=hint)
 
 
+def is_written(config: Config, name: str) -> bool:
+    """Whether a recipe has a key. A config that was dumped (job.json) and is read again has them all: False of each."""
+    given = config.model_fields_set
+    return name in given and given != type(config).model_fields.keys()
+
+
 def is_execution(model: type[Config], field: str) -> bool:
     """Whether a field of a config says only how to execute."""
     return any(isinstance(mark, ExecutionMark) for mark in model.model_fields[field].metadata)

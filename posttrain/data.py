@@ -63,6 +63,10 @@ class Config(StageConfig):
     def _fits(self) -> Self:
         if self.rows is not None and self.tokens is not None:
             raise UserError("the mixture has a number of rows or of tokens", key="tokens", hint="leave one out")
+        if self.too_few != "error" and self.rows is None and self.tokens is None:
+            raise UserError("is for a number of `rows` or `tokens`", key="too_few", hint="leave it out")
+        if self.similarity != type(self).model_fields["similarity"].default and self.deduplicate != "near":
+            raise UserError(f"is for near, not for {self.deduplicate}", key="similarity", hint="`deduplicate: near`")
         needing = [name for name in ("tokens", "against") if getattr(self, name)]
         needing += ["data.max_tokens" for source in self.data if source.max_tokens is not None]
         if needing and self.model is None:

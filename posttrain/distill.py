@@ -8,12 +8,12 @@ Off-policy on the chats that are given, on-policy on what the student samples, o
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from cordee import model_folder, worker
-from cordee.config import Library
+from cordee.config import Library, is_written
 from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.model_folder import ModelInput
@@ -41,6 +41,7 @@ DISTILL_OWNED = {
 class Config(TrlConfig):
     """Who is the teacher, and what is learnt of it."""
 
+    trains_chats: ClassVar[bool] = True
     teacher: ModelInput
     """The teacher, a model or an adapter of the student's vocabulary: frozen, in the dtype that it is stored in."""
     beta: float = Field(default=0.5, ge=0, le=1)
@@ -73,7 +74,11 @@ class Config(TrlConfig):
         if self.across_vocabularies and (named := [key for key, is_asked in refused.items() if is_asked]):
             problem = "is not for a teacher of another vocabulary (`across_vocabularies`)"
             raise UserError(problem, key=named[0], hint="leave it out")
-        if self.across_vocabularies and self.beta != type(self).model_fields["beta"].default:
+        fields = type(self).model_fields
+        for name in ("max_new_tokens", "sampling_temperature"):
+            if not self.on_policy and getattr(self, name) != fields[name].default:
+                raise UserError("is for on_policy above 0", key=name, hint="leave it out")
+        if self.across_vocabularies and (self.beta != fields["beta"].default or is_written(self, "beta")):
             problem = "is of distributions over one vocabulary, and not for `across_vocabularies`"
             raise UserError(problem, key="beta", hint="leave it out")
         return self

@@ -69,6 +69,8 @@ class Config(StageConfig):
                 raise UserError(problem, key=name)
         if (self.chosen_above or 0.0) <= (self.rejected_below or 0.0) and self.choose == "threshold":
             raise UserError(f"has to be above rejected_below={self.rejected_below}", key="chosen_above")
+        if self.quantile != type(self).model_fields["quantile"].default and self.choose != "best_worst_quantile":
+            raise UserError(f"is for best_worst_quantile, not for {self.choose}", key="quantile", hint="leave it out")
         return self
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from cordee import model_folder, worker
 from cordee.chat.source import BadRows, Source
 from cordee.config import Config as StageConfig
-from cordee.config import Execution, Precision
+from cordee.config import Execution, Precision, is_written
 from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.model_folder import ModelInput
@@ -67,6 +67,9 @@ class Config(StageConfig):
             raise UserError("there are no rewards to write", key="reference_answers", hint="leave it out")
         if self.policies and self.reference is None:
             raise UserError("there is nothing to compare them with", key="policies", hint="name a `reference`")
+        unread = [name for name in ("precision", "max_length") if is_written(self, name)]
+        if self.reference is None and unread:
+            raise UserError("is for a `reference`", key=unread[0], hint="leave it out")
         return self
 
 

@@ -6,7 +6,7 @@ Before the first step every chat is checked, and so are batches of the trainer's
 loss, an end-of-turn without, a chat that is too long: each is an error that names file and row.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ VERSION = 6
 class Config(TrlConfig):
     """What supervised fine-tuning can be told."""
 
+    trains_chats: ClassVar[bool] = True
     trainer: Annotated[dict[str, Any], Library("trl.SFTConfig", owned=SFT_OWNED)] = Field(default_factory=dict)
     """Any field of TRL's SFTConfig that the stage doesn't set itself (`learning_rate`, `packing`, `max_length`, …)."""
 

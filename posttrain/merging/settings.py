@@ -108,4 +108,6 @@ class MergeConfig(Combined):
             raise UserError("is for several adapters", key=told[0], hint="leave it out")
         if self.model is not None and given[0] in ("models", "checkpoints"):
             raise UserError("is the base of adapters", key="model", hint="leave it out")
+        if self.rows != type(self).model_fields["rows"].default and self.prompts is None:
+            raise UserError("is for `prompts`", key="rows", hint="leave it out")
         return self

@@ -128,9 +128,9 @@ def _check(config: RolloutConfig, settings: Any, context: Context) -> None:
     by_batch = _by_batch(settings)
     if by_batch:
         context.note(f"{', '.join(by_batch)}: TRL's loss depends on per_device_train_batch_size and the processes")
-    if config.reshapes:
+    if config.reshapes and config.max_logprob_mismatch is None:
         told = f"{', '.join(config.reshapes)}: completions are drawn from another distribution than the one trained"
-        context.note(f"{told}, so max_logprob_mismatch is measured and not bounded")
+        context.note(f"{told}, so their mismatch is measured and not bounded")
 
 
 def _by_batch(settings: Any) -> list[str]:
@@ -151,7 +151,8 @@ def _begin(
     if not stops:
         raise UserError("names no token that ends a generation", file=config.model, key="model")
     sampler = _sampler(trainer, config, stops, longest, context)
-    limit = None if config.reshapes else (config.max_logprob_mismatch or MISMATCH[config.precision])
+    usual = None if config.reshapes else MISMATCH[config.precision]
+    limit = config.max_logprob_mismatch or usual
     bound = mismatch.Mismatch(limit, mismatch.advice(config.engine, config.precision, config.reshapes))
     sorts = not _by_batch(trainer.args)
     trainer.begin(sampler, bound, stops, context, corrects=config.engine == "vllm", sorts=sorts)

@@ -64,7 +64,8 @@ class RolloutConfig(TrlConfig):
     leave beside `max_completion_length`."""
     max_logprob_mismatch: float | None = Field(default=None, gt=0)
     """Nats by which the log-probabilities of sampled tokens may differ, on average over a step, between what sampled
-    them and the trainer; beyond it the training ends. By default 0.01 in float32 and 0.1 in bfloat16."""
+    them and the trainer; beyond it the training ends. By default 0.01 in float32 and 0.1 in bfloat16, and none with
+    `top_p`, `top_k`, `min_p` or `repetition_penalty`, which draw from another distribution."""
 
     @property
     def num_generations(self) -> int:
@@ -123,8 +124,6 @@ class RolloutConfig(TrlConfig):
             raise UserError(problem, key="global_batch_size", hint="a step takes all completions of a prompt")
         if self.overlong not in ("error", "drop"):
             raise UserError("a prompt is not shortened", key="overlong", hint="write error or drop")
-        if self.earlier_answers != "own_row":
-            raise UserError("prompts hold no answers that are trained", key="earlier_answers", hint="leave it out")
         if self.compile == "on":
             problem = "completions have other lengths in each step, and another forward pass samples them"
             raise UserError(problem, key="compile", hint='say "auto" or "off"')

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -98,6 +98,8 @@ LORA_OWNED = dict.fromkeys(
 class TrlConfig(TrainingConfig):
     """Base of the stages that train with a trainer of TRL."""
 
+    trains_chats: ClassVar[bool] = False
+    """Whether all answers of a chat are trained, and not only one that follows a prompt."""
     model: ModelInput
     """The model to start from: a Hugging Face directory (`$base`), or a PEFT adapter's (`$sft`), opened on its base."""
     base: Input | None = None
@@ -133,7 +135,8 @@ class TrlConfig(TrainingConfig):
     nothing to learn would be left is dropped and counted."""
     earlier_answers: EarlierAnswers = "own_row"
     """What is done with answers that the chat template renders otherwise once more follows (without their reasoning):
-    each is trained in a sequence of its own, as the model will be asked for it, or not at all (`skip`)."""
+    each is trained in a sequence of its own, as the model will be asked for it, or not at all (`skip`). For
+    `posttrain.sft` and `posttrain.distill`."""
     logging_steps: Execution[int] = Field(default=1, ge=1)
     """Optimizer steps from one line of `metrics.jsonl` to the next; a line speaks of its own step, not of a mean."""
     lora: Annotated[dict[str, Any] | None, Library("peft.LoraConfig", owned=LORA_OWNED)] = None
@@ -173,6 +176,9 @@ class TrlConfig(TrainingConfig):
         if self.adapter == "continue" and self.lora is not None:
             hint = "leave it out, or write `adapter: new`"
             raise UserError("`adapter: continue` keeps the settings that the adapter has", key="lora", hint=hint)
+        if self.earlier_answers != "own_row" and not self.trains_chats:
+            problem = "is for chats: what stands in a prompt is never trained"
+            raise UserError(problem, key="earlier_answers", hint="leave it out")
         steps = self.trainer.get("max_steps")
         self.require_steps(steps if isinstance(steps, int) and steps > 0 else None)
         require_whole_batches(self.global_batch_size, self.per_device_train_batch_size, self.launch.num_processes)

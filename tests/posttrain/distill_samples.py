@@ -17,7 +17,7 @@ def config(model: Path, teacher: Path, chats: Path, **changes: Any) -> distill.C
         "per_device_train_batch_size": 4,
         "resume_steps": 2,
         "compile": "off",
-        "max_new_tokens": 8,
+        **({"max_new_tokens": 8} if changes.get("on_policy") else {}),
         **changes,
         "trainer": {**trainer, **changes.get("trainer", {})},
     }

@@ -35,9 +35,10 @@ def some_answers(path: Path, prompts: int = 6, samples: int = 4, **columns: Any)
 
 
 def score_config(file: Path, **changes: Any) -> score.Config:
+    precision = {"precision": "float32"} if "reference" in changes else {}
     return score.Config.model_validate(
         {"data": [{"path": str(file)}], "rewards": [{"name": "correct", "function": "number_match"}],
-         "precision": "float32", "batch_size": 2, **changes}
+         "batch_size": 2, **precision, **changes}
     )  # fmt: skip
 
 

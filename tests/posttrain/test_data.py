@@ -208,6 +208,8 @@ def test_what_changes_between_the_passes_is_a_fault(write: Any, context: Context
         ({"data": [{"path": "x", "max_tokens": 3}]}, "for data.max_tokens"),
         ({"data": [{"path": "x", "as_text": True}]}, "data.0.as_text: says how a training reads rows"),
         ({"licenses": {}}, "licenses: names no licence"),
+        ({"too_few": "repeat"}, "too_few: is for a number of `rows` or `tokens`"),
+        ({"similarity": 0.7}, "similarity: is for near, not for exact; `deduplicate: near`"),
     ],
 )
 def test_keys_that_do_not_fit_are_one_line(keys: dict[str, Any], message: str) -> None:

@@ -222,6 +222,8 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     ("keys", "message"),
     [
         ({"on_policy": 0.5, "trainer": {"packing": True}}, "trainer.packing: is for data that are given"),
+        ({"max_new_tokens": 64}, "max_new_tokens: is for on_policy above 0"),
+        ({"sampling_temperature": 0.7}, "sampling_temperature: is for on_policy above 0"),
         ({"on_policy": 0.5, "max_new_tokens": 500}, "max_new_tokens: the longest prompt has"),
     ],
 )

@@ -236,6 +236,13 @@ def test_other_log_probabilities_than_the_trainers_are_a_fault(
     assert row["logprob_mismatch/kl"] == pytest.approx(0.02**2 / 2 + 0.02**3 / 6, rel=1e-2)
 
 
+def test_a_limit_that_is_given_holds_beside_top_p_too(model_folder: Path, asked: Path, context: Context) -> None:
+    keys = config(model_folder, asked, max_logprob_mismatch=1e-4, trainer={"top_p": 0.5})
+    with pytest.raises(Fault, match=r"limit 0\.0001; .*top_p draw from another distribution"):
+        grpo.run(keys, context)
+    assert "measured and not bounded" not in notes(context)
+
+
 def test_a_completion_that_goes_on_behind_its_end_is_a_fault(
     model_folder: Path, asked: Path, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +304,7 @@ def test_what_a_recipe_can_not_ask_for_is_one_line(model_folder: Path, asked: Pa
     refused("6 completions are no multiple of num_generations=4", global_batch_size=6, per_device_train_batch_size=2)
     refused("12 completions are no multiple of global_batch_size", trainer={"generation_batch_size": 12})
     refused("a prompt is not shortened", overlong="cut")
-    refused("earlier_answers: prompts hold no answers", earlier_answers="skip")
+    refused("earlier_answers: is for chats", earlier_answers="skip")
     refused("compile: completions have other lengths", compile="on")
     refused("rewards: nothing says what a completion is worth", rewards=[])
     refused("rewards: nothing says what a completion is worth", run=rloo.run, rewards=[])

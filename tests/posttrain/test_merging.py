@@ -195,6 +195,7 @@ def test_adapters_of_two_bases_are_refused(adapter: Any, base: Path, context: Co
             "decay: gives the models their weights",
         ),
         ({"checkpoints": "a", "model": "b"}, "model: is the base of adapters"),
+        ({"adapter": "a", "rows": 8}, "rows: is for `prompts`"),
     ],
 )
 def test_keys_that_do_not_fit_are_one_line(keys: dict[str, Any], message: str) -> None:

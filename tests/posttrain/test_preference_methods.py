@@ -125,6 +125,14 @@ def test_a_beta_that_would_be_cut_for_every_answer_is_refused() -> None:
         assert qrpo.Config.model_validate(keys | more).beta == 0.5
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "cpo", "qrpo", "reward", "grpo"])
+def test_answers_that_stand_in_a_prompt_are_never_trained(name: str) -> None:
+    keys = {"model": "m", "data": [{"path": "a"}], "earlier_answers": "skip"}
+    with pytest.raises(UserError, match="earlier_answers: is for chats"):
+        stage_of(name).Config.model_validate(keys)
+    assert stage_of("sft").Config.model_validate(keys).earlier_answers == "skip"
+
+
 def test_rows_without_a_reward_are_counted(model_folder: Path, tmp_path: Path, new_context: NewContext) -> None:
     answers = [{"completion": "yes", "reward": n, "reference_rewards": [0.0, 3.0, 5.0]} for n in range(9)]
     file = single(tmp_path / "a.jsonl", *answers, {"completion": "yes", "reward": None, "reference_rewards": [1.0]})

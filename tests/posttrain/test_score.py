@@ -125,6 +125,15 @@ def test_what_is_done_is_not_done_again_after_a_stop(tmp_path: Path, new_context
         assert path.read_bytes() == (broken.out / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("keys", [{"precision": "float32"}, {"max_length": 64}], ids=str)
+def test_what_the_reference_alone_reads_needs_one(keys: dict[str, object]) -> None:
+    given = {"data": [{"path": "a"}], "rewards": [{"function": "exact_match"}]}
+    with pytest.raises(UserError, match=f"{next(iter(keys))}: is for a `reference`"):
+        score.Config.model_validate(given | keys)
+    config = score.Config.model_validate(given)
+    assert score.Config.model_validate(config.model_dump(mode="json")) == config, "as job.json is read"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

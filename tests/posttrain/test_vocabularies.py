@@ -184,9 +184,16 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(
         ({"on_policy": 0.5}, "on_policy: is not for a teacher of another vocabulary"),
         ({"trainer": {"packing": True}}, "trainer.packing: is not for a teacher of another vocabulary"),
         ({"beta": 0.1}, "beta: is of distributions over one vocabulary"),
+        ({"beta": 0.5}, "beta: is of distributions over one vocabulary"),
     ],
 )
 def test_keys_that_do_not_fit_are_one_line(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         config(Path("a"), Path("b"), Path("c"), **keys)
     assert message in str(caught.value)
+
+
+def test_a_config_is_read_again_as_it_was_written() -> None:
+    """In job.json every key stands with its value, `beta` too."""
+    asked = config(Path("a"), Path("b"), Path("c"))
+    assert distill.Config.model_validate(asked.model_dump(mode="json")) == asked
