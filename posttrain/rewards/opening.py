@@ -80,16 +80,6 @@ class Rewards:
         """Open all of them; errors as for `open_reward`."""
         return cls([open_reward(reward, note) for reward in rewards])
 
-    def score(self, answers: Sequence[Answer]) -> list[Figures]:
-        """The rewards of each answer, by name."""
-        columns = {one.name: [figures[VALUE] for figures in one.of(answers)] for one in self.functions}
-        return [{name: values[at] for name, values in columns.items()} for at in range(len(answers))]
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each, by name."""
-        return {one.name: one.weight for one in self.functions}
-
     def close(self) -> None:
         """Free what they hold."""
         for one in self.functions:

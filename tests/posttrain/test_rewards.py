@@ -1,5 +1,6 @@
 """Each reward function gives what it says, whoever calls it: this project, a user, or TRL."""
 
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from reward_samples import answer, written
 
 from cordee.config import Input
 from cordee.errors import Fault, UserError
-from posttrain.rewards import functions, languages, numbers, opening
+from posttrain.rewards import languages, numbers, opening
 from posttrain.rewards.answers import Answer, split
 from posttrain.rewards.settings import Reward
 
@@ -119,11 +120,14 @@ def test_code_passes_its_tests_in_the_sandbox(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_math_is_compared_by_math_verify_where_it_is_installed() -> None:
-    if not __import__("importlib.util").util.find_spec("math_verify"):
-        with pytest.raises(UserError, match="math-verify is not installed; pip install math-verify; number_match"):
-            opened(function="math_match")
-        return
+def test_math_without_math_verify_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match="math-verify is not installed; pip install math-verify; number_match"):
+        opened(function="math_match")
+
+
+def test_math_is_compared_by_math_verify() -> None:
+    pytest.importorskip("math_verify", reason="pip install math-verify")
     said = [r"$\frac{1}{2}$", r"$\{3, 1\}$", "$x=4$"]
     columns = {"answer": ["$0.5$", r"$\{1, 3\}$", "$5$"]}
     assert called(said, columns, function="math_match") == [1, 1, 0]
@@ -216,22 +220,20 @@ def test_rewards_are_summed_by_weight_where_they_apply() -> None:
     assert opening.total({"a": None, "d": 1.0}, {**weights, "d": 0.0}) is None, (
         "a reward without weight decides nothing"
     )
-    both = opening.Rewards.open(
-        [Reward(function="exact_match"), Reward(function="number_match", weight=2)], lambda _: None
-    )
-    row = answer(1, "It is 7.", "7")
-    scored = both.score([Answer(Path("a"), 1, row, *split(row, as_text=False), 0)])
-    assert scored == [{"exact_match": 0.0, "number_match": 1.0}]
-    assert both.weights == {"exact_match": 1.0, "number_match": 2.0}
-    both.close()
 
 
-def test_trl_calls_them_in_its_own_trainer() -> None:
-    """GRPO's trainer takes a reward's name for its logs, and hands its columns over."""
-    one = opened(function="number_match", name="correct")
-    columns = {"answer": ["7", "8"], "trainer_state": object(), "log_extra": print, "log_metric": print}
-    said = [[{"role": "assistant", "content": "7"}]] * 2
-    assert one(prompts=["?"] * 2, completions=said, completion_ids=[[1], [1]], **columns) == [1.0, 0.0]
-    assert one.__name__ == "correct"
-    assert {"exact_match", "regex_match", "number_match", "math_match", "format_match", "length_between",
-            "language_match", "passes_tests"} <= {*dir(functions)}  # fmt: skip
+def test_trl_calls_them_in_its_own_trainer(model_folder: Path, tmp_path: Path) -> None:
+    """It takes a reward's name for its logs, and hands over the rows' columns and its own; None is NaN there."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = [{"prompt": [{"role": "user", "content": "?"}], "answer": right} for right in ("7", "8", "none")]
+    keys = {"per_device_train_batch_size": 2, "num_generations": 2, "bf16": False, "use_cpu": True, "report_to": []}
+    trainer = GRPOTrainer(
+        str(model_folder), [opened(function="number_match", name="correct"), opened(function="exact_match")],
+        GRPOConfig(str(tmp_path), **keys), Dataset.from_list(rows),
+    )  # fmt: skip
+    said = [[{"role": "assistant", "content": "7"}]] * 3
+    found = trainer._calculate_rewards(rows, [row["prompt"] for row in rows], said, [[1]] * 3)
+    assert trainer.reward_func_names == ["correct", "exact_match"]
+    assert found.nan_to_num(-1.0).tolist() == [[1.0, 1.0], [0.0, 0.0], [-1.0, 0.0]]
