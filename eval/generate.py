@@ -73,7 +73,7 @@ class Config(ModelsConfig):
     def _fits(self) -> Self:
         """Check what no key alone can tell."""
         if self.partition[0] > self.partition[1]:
-            raise UserError(f"{self.partition[0]} of {self.partition[1]} is no part", key="partition")
+            raise UserError(f"part {self.partition[0]} of {self.partition[1]} does not exist", key="partition")
         if self.n > 1 and self.sampling.temperature == 0:
             problem = f"{self.n} answers to a prompt are all the same at temperature 0, which is greedy"
             raise UserError(problem, key="n", hint="sampling: {temperature: 1.0}")

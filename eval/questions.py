@@ -43,7 +43,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 written[name] = len(own)
                 lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in own]
     if empty := [name for name, count in written.items() if not count]:
-        raise UserError(f"{empty[0]} asks nothing that is a text", key="tasks")
+        raise UserError(f"{empty[0]} has no question that is text", key="tasks")
     files.write_text(context.out / QUESTIONS, "".join(lines))
     for name, count in written.items():
         context.note(f"{count} questions of {name}")

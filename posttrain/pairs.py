@@ -162,7 +162,7 @@ def _why(config: Config, rewards: Sequence[float]) -> str:
         return "prompts without a wrong answer" if min(rewards) > 0 else "prompts without a right answer"
     if config.choose == "threshold":
         return "prompts without an answer on both sides of the thresholds"
-    return f"prompts whose answers differ by less than {config.min_margin}, or in nothing"
+    return f"prompts without two different answers at least min_margin={config.min_margin} apart"
 
 
 def _reward(answer: "Answer", name: str | None) -> float | None:

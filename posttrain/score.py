@@ -60,9 +60,10 @@ class Config(StageConfig):
     def _fits(self) -> Self:
         """Check what no key alone can tell."""
         if not self.rewards and self.reference is None:
-            raise UserError("is needed, or a `reference`", key="rewards", hint="rewards: [{function: exact_match}]")
+            hint = "rewards: [{function: exact_match}]"
+            raise UserError("missing: give `rewards` or `reference`", key="rewards", hint=hint)
         if self.partition[0] > self.partition[1]:
-            raise UserError(f"{self.partition[0]} of {self.partition[1]} is no part", key="partition")
+            raise UserError(f"part {self.partition[0]} of {self.partition[1]} does not exist", key="partition")
         if self.reference_answers is not None and not self.rewards:
             raise UserError("there are no rewards to write", key="reference_answers", hint="leave it out")
         if self.policies and self.reference is None:

@@ -51,7 +51,7 @@ def copies(
     parts = _parts(total, [supply.weight for supply in supplies])
     for supply, order, count, part in zip(supplies, orders, found, parts, strict=True):
         sizes = np.ones(len(order), np.int64) if unit == "rows" else supply.tokens[order]
-        _take(count, order, sizes, part, too_few, f"{supply.name} has {int(sizes.sum())} {unit} of the {part}")
+        _take(count, order, sizes, part, too_few, f"{supply.name} has {int(sizes.sum())} {unit}")
     return found
 
 
@@ -78,7 +78,7 @@ def _take(count: Copies, order: Copies, sizes: Copies, part: int, too_few: TooFe
     available = int(sizes.sum())
     if part > available and (too_few == "error" or (too_few == "repeat" and not available)):
         hint = "lower the total or its weight; or `too_few: repeat` takes rows again, `accept` what there is"
-        raise UserError(f"{told} that are its part", key="data", hint=hint)
+        raise UserError(f"{told}; its share is {part}", key="data", hint=hint)
     if not available:
         return
     whole, rest = divmod(part if too_few == "repeat" else min(part, available), available)

@@ -156,7 +156,7 @@ def checked(values: Any, count: int, name: str) -> list[float | None]:
     try:
         found = [None if value is None else float(value) for value in values]
     except (TypeError, ValueError) as error:
-        raise Fault(f"the reward {name} gives what is no number: {error}") from error
+        raise Fault(f"the reward {name} returned a value that is not a number: {error}") from error
     if len(found) != count:
         raise Fault(f"the reward {name} gives {len(found)} values for {count} completions")
     if wrong := [value for value in found if value is not None and not math.isfinite(value)]:

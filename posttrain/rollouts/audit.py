@@ -47,7 +47,7 @@ def require(batch: Mapping[str, Any], known: Counter[Row]) -> None:
             continue
         same = [ids for asked, ids in known if asked == prompt]
         if not same:
-            raise Fault(f"the trainer's batch holds a prompt of {len(prompt)} tokens that was not asked")
+            raise Fault(f"the trainer's batch holds a prompt of {len(prompt)} tokens that is not in the data")
         nearest = max(same, key=lambda ids: sum(a == b for a, b in zip(ids, said, strict=False)))
         raise Fault(
             f"the trainer's batch holds a completion that was not sampled: {len(said)} tokens carry loss, and of the "

@@ -42,7 +42,7 @@ class Mismatch:
             accelerator: sums over the processes.
 
         Raises:
-            Fault: they differ by more than the limit on average, or one is no number.
+            Fault: they differ by more than the limit on average, or one is not finite.
         """
         kept = mask.bool()
         apart = (own - sampled)[kept].double()
@@ -53,10 +53,12 @@ class Mismatch:
         self.total, self.kl, self.tokens = self.total + total, self.kl + kl, self.tokens + tokens
         self.largest = max(self.largest, float(accelerator.gather(peak[None]).max()))
         mean = self.total / max(self.tokens, 1.0)
-        if math.isnan(mean) or (self.limit is not None and mean > self.limit):
+        if not math.isfinite(mean):
+            raise Fault("log-probabilities of sampled tokens are not finite")
+        if self.limit is not None and mean > self.limit:
             raise Fault(
-                f"log-probabilities of sampled tokens differ by {mean:.3g} nats on average ({self.largest:.3g} at "
-                f"most) between what sampled them and the trainer, and {self.limit} are allowed",
+                f"log-probabilities of sampled tokens differ by {mean:.3g} nats on average (max {self.largest:.3g}) "
+                f"between sampler and trainer; limit {self.limit}",
                 key="max_logprob_mismatch",
                 hint=self.advice,
             )

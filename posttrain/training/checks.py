@@ -38,7 +38,7 @@ def dpo(settings: Any, given: Mapping[str, Any]) -> None:
         hint = "the paper recommends 1e-3"
         raise UserError("has to be above 0 with exo_pair", key="trainer.label_smoothing", hint=hint)
     if settings.use_weighting and (sorting := dpo_losses.OF_RANKS.intersection(kinds)):
-        problem = f"{', '.join(sorted(sorting))} sorts pairs, whose weights would be others'"
+        problem = f"does not apply to {min(sorting)}, which re-pairs the values of a step"
         raise UserError(problem, key="trainer.use_weighting", hint="leave it out")
     if settings.ld_alpha is not None and not 0 <= settings.ld_alpha <= 1:
         raise UserError(f"must be from 0 to 1, not {settings.ld_alpha}", key="trainer.ld_alpha")
@@ -53,8 +53,8 @@ def _divergence(settings: Any, given: Mapping[str, Any]) -> None:
     if kind not in DIVERGENCES:
         raise UserError(f"unknown value {kind!r}", key="trainer.f_divergence_type", hint=nearest(kind, DIVERGENCES))
     if kind != "reverse_kl" and (others := set(settings.loss_type) - dpo_losses.OF_DIFFERENCES):
-        problem = f"has no meaning for {', '.join(sorted(others))}, which is of no difference of rewards"
-        hint = f"losses that it has one for: {', '.join(sorted(dpo_losses.OF_DIFFERENCES))}"
+        problem = f"does not apply to {min(others)}, which is not a function of a reward difference"
+        hint = f"losses that it applies to: {', '.join(sorted(dpo_losses.OF_DIFFERENCES))}"
         raise UserError(problem, key="trainer.f_divergence_type", hint=hint)
     _require_used("f_alpha_divergence_coef", given, is_read=kind == "alpha_divergence", by=f"f_divergence_type {kind}")
 

@@ -101,7 +101,7 @@ def test_partitions_have_the_answers_of_the_whole(first, held_out, tmp_path):
     assert sorted((row for part in parts for row in part), key=place) == whole
     with pytest.raises(UserError, match="partition: 4 prompts can't be divided into 5 parts"):
         generate.run(config(first, held_out["language"], partition=[1, 5], **keys), context_in(tmp_path / "d"))
-    with pytest.raises(UserError, match="partition: 3 of 2 is no part"):
+    with pytest.raises(UserError, match="partition: part 3 of 2 does not exist"):
         config(first, held_out["language"], partition=[3, 2])
 
 

@@ -49,13 +49,16 @@ def test_a_loss_that_trl_does_not_have_is_refused_by_its_nearest_name(
         ({"label_smoothing": 0.3}, r"trainer\.label_smoothing: sigmoid does not read it; losses that do: aot,"),
         ({"loss_type": ["exo_pair"]}, r"trainer\.label_smoothing: has to be above 0 with exo_pair"),
         ({"loss_type": ["robust"], "label_smoothing": 0.5}, r"trainer\.label_smoothing: must be from 0 to below 0\.5"),
-        ({"loss_type": ["aot"], "use_weighting": True}, r"trainer\.use_weighting: aot sorts pairs"),
+        (
+            {"loss_type": ["aot"], "use_weighting": True},
+            r"use_weighting: does not apply to aot, which re-pairs",
+        ),
         ({"ld_alpha": 1.5}, r"trainer\.ld_alpha: must be from 0 to 1, not 1\.5"),
         ({"discopop_tau": 0.1}, r"trainer\.discopop_tau: sigmoid does not read it"),
         ({"f_divergence_type": "reverse"}, r"trainer\.f_divergence_type: unknown value 'reverse'.*'reverse_kl'"),
         (
             {"loss_type": ["sigmoid", "aot"], "f_divergence_type": "forward_kl"},
-            r"trainer\.f_divergence_type: has no meaning for aot",
+            r"trainer\.f_divergence_type: does not apply to aot, which is not a function",
         ),
         ({"f_alpha_divergence_coef": 0.2}, r"f_alpha_divergence_coef: f_divergence_type reverse_kl does not read it"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"trainer: DPOConfig refuses it: .*loss_weights"),

@@ -196,7 +196,7 @@ def test_a_total_of_tokens_ends_with_the_row_that_reaches_it():
 
 @pytest.mark.parametrize(("too_few", "rows"), [("repeat", 25), ("accept", 10)])
 def test_a_source_with_too_few_rows(too_few, rows):
-    with pytest.raises(UserError, match=r"a has 10 rows of the 25 that are its part.*too_few: repeat"):
+    with pytest.raises(UserError, match=r"a has 10 rows; its share is 25; .*too_few: repeat"):
         amounts.copies([supply("a", 10)], 25, None, "error", 0)
     (count,) = amounts.copies([supply("a", 10)], 25, None, too_few, 0)
     assert int(count.sum()) == rows

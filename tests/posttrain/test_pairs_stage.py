@@ -118,7 +118,7 @@ def test_what_makes_no_pair_is_counted(tmp_path: Path, context: Context) -> None
         ({"choose": "threshold", "chosen_above": 0.1, "rejected_below": 0.1}, "chosen_above: has to be above"),
         ({"reward": "onyl"}, "reward: no pair of 2 prompts: .*did you mean 'only'"),
         ({"quantile": 0.3}, "quantile: is for best_worst_quantile, not for best_worst"),
-        ({"min_margin": 5.0}, "data: no pair of 2 prompts: .*2 prompts whose answers differ by less than 5.0"),
+        ({"min_margin": 5.0}, "data: no pair .*2 prompts without two different answers at least min_margin=5.0"),
     ],
 )
 def test_what_can_not_be_paired_is_one_line(

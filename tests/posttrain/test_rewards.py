@@ -177,7 +177,11 @@ def test_functions_of_trl_and_of_a_user_work_as_they_are(tmp_path: Path, monkeyp
     assert think_is_of_trl()
     assert opened(function="mine:brevity", most=2)(["?"] * 2, said) == [0.0, 1.0]
     assert opened(function="mine:make", power=2)(["?"], said[:1]) == [1.0]
-    for name, message in (("broken", "gives nan"), ("short", "1 values for 2"), ("words", "is no number")):
+    for name, message in (
+        ("broken", "gives nan"),
+        ("short", "1 values for 2"),
+        ("words", "that is not a number"),
+    ):
         with pytest.raises(Fault, match=message):
             opened(function=f"mine:{name}")(["?"] * 2, said)
 

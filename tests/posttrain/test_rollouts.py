@@ -308,6 +308,15 @@ def test_the_cost_counts_all_completions(model_folder: Path, tmp_path: Path) -> 
     assert grpo.cost(config(model_folder, asked), {}).tokens > 0
 
 
+def test_log_probabilities_that_are_not_finite_are_a_fault() -> None:
+    from accelerate import Accelerator
+
+    own, mask = torch.tensor([[-1.0, math.nan]]), torch.ones(1, 2)
+    bound = mismatch.Mismatch(None, "")
+    with pytest.raises(Fault, match="log-probabilities of sampled tokens are not finite"):
+        bound.add(own, torch.zeros(1, 2), mask, Accelerator())
+
+
 def test_what_is_compared_are_tokens_with_loss() -> None:
     from posttrain.rollouts import audit
 
@@ -320,7 +329,7 @@ def test_what_is_compared_are_tokens_with_loss() -> None:
     audit.require(batch, audit.expected([[5, 6]], [[7, 9]], [False]))
     with pytest.raises(Fault, match="2 tokens carry loss, and of the most similar one 3"):
         audit.require(batch, audit.expected([[5, 6]], [[7, 8, 9]], [False]))
-    with pytest.raises(Fault, match="a prompt of 2 tokens that was not asked"):
+    with pytest.raises(Fault, match="a prompt of 2 tokens that is not in the data"):
         audit.require(batch, Counter())
 
 

@@ -137,8 +137,8 @@ def test_what_the_reference_alone_reads_needs_one(keys: dict[str, object]) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": []}, "rewards: is needed, or a `reference`"),
-        ({"partition": [3, 2]}, "partition: 3 of 2 is no part"),
+        ({"rewards": []}, "rewards: missing: give `rewards` or `reference`"),
+        ({"partition": [3, 2]}, "partition: part 3 of 2 does not exist"),
         ({"partition": [1, 9]}, "partition: 6 prompts can't be divided into 9 parts"),
         ({"rewards": [{"function": "exact_match"}, {"function": "exact_match"}]}, "two are called 'exact_match'"),
         ({"rewards": [{"function": "passes_tests"}]}, "needs the column 'tests', which the rows lack"),
