@@ -104,9 +104,17 @@ class Tokenized:
 
     def texts(self) -> npt.NDArray[np.int64]:
         """`[sequences]`: hashes of their token ids, the same for the same ids within a process."""
+        return self._hashes(TOKENS & self._flat.keys())
+
+    def prompts(self) -> npt.NDArray[np.int64]:
+        """`[sequences]`: hashes of the ids of their prompts; of chats, which are one list, as `texts`."""
+        return self._hashes({"prompt"} if "prompt" in self._flat else TOKENS & self._flat.keys())
+
+    def _hashes(self, names: Iterable[str]) -> npt.NDArray[np.int64]:
+        """`[sequences]`: hashes of the token ids in these lists."""
         found: list[int] = []
         for part, batch in enumerate(self._batches):
-            lists = [self._flat[name][part] for name in sorted(TOKENS & self._flat.keys())]
+            lists = [self._flat[name][part] for name in sorted(names)]
             found += [
                 hash(tuple(ids[ends[at] : ends[at + 1]].tobytes() for ends, ids in lists))
                 for at in range(batch.num_rows)

@@ -84,12 +84,13 @@ def split(
 ) -> tuple[Sequences[T], Sequences[T]]:
     """The sequences to train on, and those of a share of the rows that is held out.
 
-    Rows with the same token ids are held out together, or none of them is, from whichever sources they come.
+    Rows with the same prompt, of chats those with the same token ids, are held out together, or none of them is, from
+    whichever sources they come: what is measured on held-out rows is then of prompts that were not trained on.
 
     Args:
         parts: the sources.
         weights: how often each source's rows are seen: whole copies, and a random share of the rows for the rest.
-        share: of each source's rows with other token ids than those before, to be held out, each once.
+        share: of each source's prompts (of its chats) that no source before has, to be held out; their rows once each.
         seed: draws the rows.
         read: gives a sequence of a source.
     """
@@ -124,7 +125,7 @@ def _held_out(
     is_out = np.zeros(starts[-1], dtype=bool)
     if share:
         rows = np.concatenate([start + row_of for start, row_of in zip(starts, rows_of, strict=False)])
-        first_of = _first_rows(rows, np.concatenate([part.texts() for part in parts]))
+        first_of = _first_rows(rows, np.concatenate([part.prompts() for part in parts]))
         for at in range(len(parts)):
             firsts = np.unique(first_of[(first_of >= starts[at]) & (first_of < starts[at + 1])])
             is_out[firsts[_drawn(len(firsts), share, (seed, at, 1))]] = True
@@ -132,20 +133,20 @@ def _held_out(
     return np.split(is_out, starts[1:-1])
 
 
-def _first_rows(rows: Places, texts: Places) -> Places:
-    """`[rows]`: the first row that shares a text with each, or with one that does, and so on.
+def _first_rows(rows: Places, prompts: Places) -> Places:
+    """`[rows]`: the first row that shares a prompt with each, or with one that does, and so on.
 
     Args:
         rows: `[sequences]`, the row of each, counted from 0.
-        texts: `[sequences]`, the same number for the same text.
+        prompts: `[sequences]`, the same number for the same prompt.
     """
-    _, texts = np.unique(texts, return_inverse=True)
+    _, prompts = np.unique(prompts, return_inverse=True)
     found = np.arange(rows.max() + 1)
     while True:
-        of_text = np.full(len(rows), len(rows))
-        np.minimum.at(of_text, texts, found[rows])
+        of_prompt = np.full(len(rows), len(rows))
+        np.minimum.at(of_prompt, prompts, found[rows])
         nearer = found.copy()
-        np.minimum.at(nearer, rows, of_text[texts])
+        np.minimum.at(nearer, rows, of_prompt[prompts])
         if (nearer == found).all():
             return found
         found = nearer

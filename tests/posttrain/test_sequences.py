@@ -1,5 +1,6 @@
 """Which sequences a training sees: weights, packing, and rows that are read when they are asked for."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,43 @@ def test_rows_that_repeat_are_held_out_together(
     seen, heldout = split(parts, (1.0, 1.0), 0.5, 7, Tokenized.conversation)
     assert (len(seen), len(heldout)) == (50, 50)
     assert not set(seen.texts()) & set(heldout.texts())
+
+
+ONE_OF = {"pairs": Tokenized.pair, "labelled": Tokenized.answer, "scored": Tokenized.answer}
+
+
+def answered(of: str, prompt: int, number: int) -> dict[str, object]:
+    """One of the rows of a prompt, each with other answers."""
+    asked = {"prompt": f"What is {prompt} and {prompt}?\nAnswer:"}
+    if of == "pairs":
+        return {**asked, "chosen": f" {2 * prompt}, by way {number}", "rejected": f" none, by way {number}"}
+    told = {"label": number % 2 == 0} if of == "labelled" else {"reward": float(number), "reference_rewards": [0.0]}
+    return {**asked, "completion": f" {number}, said so", **told}
+
+
+@pytest.mark.parametrize("of", ["pairs", "labelled", "scored"])
+@pytest.mark.parametrize("counts", [[8] * 40, [1 + n % 12 for n in range(240)]], ids=["alike", "mixed"])
+def test_no_prompt_is_trained_on_and_held_out(
+    model_folder: Path, tmp_path: Path, context: Context, of: str, counts: list[int]
+) -> None:
+    """Two files that share half of their prompts; the share of the rows is what was asked."""
+    tokenizer, parts = AutoTokenizer.from_pretrained(model_folder), []
+    for name, first in (("a", 0), ("b", len(counts) // 2)):
+        rows = [answered(of, first + at, number) for at, count in enumerate(counts) for number in range(count)]
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rules = Rules(Limits(256, 512, len(tokenizer)))
+        source = Source.model_validate({"path": str(file)})
+        parts.append(tokenize(of, tokenizer, source, rules, context, tmp_path / "cache"))
+    seen, heldout = split(tuple(parts), (1.0, 1.0), 0.25, 7, ONE_OF[of])
+    trained, apart = ({tuple(one.prompt) for one in some} for some in (seen, heldout))
+    assert apart
+    assert not trained & apart
+    assert len(trained | apart) == len(counts) * 3 // 2
+    assert len(seen) + len(heldout) == 2 * sum(counts)
+    assert len(heldout) / (2 * sum(counts)) == pytest.approx(0.25, abs=0.03)
+    whole = Sequences(tuple(parts), np.concatenate([seen.places, heldout.places]), ONE_OF[of])
+    assert len({*whole.texts()}) > len(trained | apart), "by their token ids they are other rows"
 
 
 def test_texts_are_the_same_for_the_same_ids(read: Read) -> None:
