@@ -18,6 +18,8 @@ HEAD_TOKENS, HEAD_COLUMNS, FOLDED = 4096, 32768, 7
 """TRL's fused LM head has a buffer for logits of so many tokens and entries of the vocabulary; without Triton it also
 has so many pieces of float32."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CROSS_ENTROPY_BYTES = 12.0
+"""Of a cross-entropy of all logits: these, log-probabilities and their gradient, in float32."""
 FIELDS = (
     ("num_hidden_layers", "n_layer", "n_layers"),
     ("hidden_size", "n_embd", "d_model"),
@@ -144,8 +146,9 @@ class Training:
     """Whether weights, gradients and moments are divided over the devices, or each has all of them."""
     reshards: bool = True
     """Whether a layer's weights are given back after the forward pass, where they are sharded."""
-    fused_head: bool = True
-    """Whether logits are computed piece by piece, of tokens with loss."""
+    logit_bytes: float | None = None
+    """Bytes for each token and each entry of the vocabulary where all logits are held at once; None where they are
+    computed piece by piece, of tokens with loss."""
     is_gpu: bool = True
 
 
@@ -164,6 +167,8 @@ class Memory:
     """What the backward pass reads."""
     logits: float
     """With the gradients of the head and of its input."""
+    frozen: float = 0.0
+    """Weights of other models that are only read: a teacher, a reference, vLLM's copy."""
     runtime: float = RUNTIME_BYTES
 
     @property
@@ -193,8 +198,8 @@ def of_training(model: Decoder, how: Training) -> Memory:
     - activations: T layers a, with `layer_bytes` a; with checkpointing T (layers r width + a), r bytes a number
       between layers; and the last norm's, T (4 + r) width.
     - logits: c · 32768 for each of at most 4096 tokens, and on a CPU 28 for each entry of the vocabulary up to 32768;
-      4 T width, and the head's gradient in float32 where it is trained. Without the fused head three copies in float32
-      (logits, log-probabilities, their gradient).
+      4 T width, and the head's gradient in float32 where it is trained. Where all are held at once, T vocabulary times
+      `logit_bytes`, such as `CROSS_ENTROPY_BYTES`.
     """
     shards = how.devices if how.sharded else 1
     trained = model.parameters if how.trained is None else how.trained
@@ -277,8 +282,8 @@ def optimizer_bytes(optim: str, kind: float) -> float:
 
 def _logits(model: Decoder, how: Training, *, trains_head: bool) -> float:
     """The bytes of the LM head's work."""
-    if not how.fused_head:
-        return 12 * how.tokens * model.vocab_size
+    if how.logit_bytes is not None:
+        return how.logit_bytes * how.tokens * model.vocab_size
     folded = 0 if how.is_gpu else 4 * FOLDED * min(model.vocab_size, HEAD_COLUMNS)
     tile = min(how.tokens, HEAD_TOKENS) * (how.computed * HEAD_COLUMNS + folded)
     return tile + 4 * how.tokens * model.width + (4 * model.head if trains_head else 0)

@@ -297,6 +297,21 @@ def cost(
     )
 
 
+def stored_bytes(folder: Path, key: str, given: Mapping[str, Cost]) -> float | None:
+    """Bytes of the weights of the model that a stage reads as `key`, as they are stored; of an adapter, its base's.
+
+    Of a model that a stage will make they are those in float32; None where they are not known.
+
+    Raises:
+        UserError: it is neither made by a stage nor a model folder.
+    """
+    base = recorded_base(folder) if is_adapter(folder) else folder
+    if base and (found := [path.stat().st_size for path in weights(base) if path.is_file()]):
+        return float(sum(found))
+    parameters = cost(folder, key, given).parameters
+    return None if parameters is None else 4.0 * parameters
+
+
 def vocabulary(folder: Path) -> dict[str, int]:
     """The id of each token in a folder's `tokenizer.json`, added tokens among them.
 

@@ -16,8 +16,10 @@ from cordee import model_folder, worker
 from cordee.config import Library, is_written
 from cordee.cost import Cost
 from cordee.errors import UserError
+from cordee.memory import BYTES
 from cordee.model_folder import ModelInput
 from cordee.stage import Context
+from posttrain.training import memory
 from posttrain.training.settings import SFT_OWNED, TrlConfig, data_cost, training_cost
 
 if TYPE_CHECKING:
@@ -85,18 +87,34 @@ class Config(TrlConfig):
 
 
 def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
-    """As posttrain.sft, and a forward pass of the teacher over each token; sampling is not counted."""
-    found = training_cost(config, given, data_cost(config, given, "chats").tokens)
+    """As posttrain.sft, with whole logits, the teacher's weights and its forward pass; sampling is not counted."""
+    found = training_cost(config, given, data_cost(config, given, "chats").tokens, logit_bytes=logit_bytes(config))
+    found = memory.with_frozen(found, model_folder.stored_bytes(config.teacher, "teacher", given))
     teacher = model_folder.cost(config.teacher, "teacher", given)
     if found.flops is None or teacher.parameters is None:
         return found
-    flops = found.flops + 2.0 * teacher.parameters * (found.tokens or 0.0)
-    memory = None if found.memory_bytes is None else found.memory_bytes + 4.0 * teacher.parameters
-    return replace(found, flops=flops, memory_bytes=memory)
+    return replace(found, flops=found.flops + 2.0 * teacher.parameters * (found.tokens or 0.0))
+
+
+def logit_bytes(config: Config) -> float:
+    """Bytes for each token with loss and each entry of the vocabulary at the peak of a step, as torch counts them.
+
+    The logits of student and teacher; in float32 their log-probabilities, what the divergence keeps of these, and
+    gradients.
+    """
+    kept = {0.0: 20, 1.0: 24}.get(config.beta, 41)
+    if config.cross_entropy and config.beta in (0, 1):  # else it is over before the peak
+        kept += 4
+    return float(kept + 2 * BYTES[config.computes_in])
 
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
-    """The trainer, whose batches are checked, and what it reads."""
+    """The trainer, whose batches are checked, and what it reads.
+
+    Raises:
+        UserError: the data, the model, the teacher or a key is wrong.
+        Fault: a model is damaged, or the trainer's batches or the student's prompts are not those of the chats.
+    """
     from trl import SFTConfig
 
     from cordee.chat.tokenized import Tokenized

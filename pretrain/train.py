@@ -16,7 +16,7 @@ from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.cost import SHAPE, Cost, decoder_parameters, training_flops
 from cordee.errors import UserError
-from cordee.memory import BYTES, Decoder, Training, apertus_shapes, of_training
+from cordee.memory import BYTES, CROSS_ENTROPY_BYTES, Decoder, Training, apertus_shapes, of_training
 from cordee.stage import Context
 from pretrain.training.settings import Settings
 
@@ -86,7 +86,7 @@ def _training(config: Config) -> Training:
         devices=devices.count,
         sharded=devices.sharded,
         reshards=devices.reshards,
-        fused_head=False,
+        logit_bytes=CROSS_ENTROPY_BYTES,
     )
 
 

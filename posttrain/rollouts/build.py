@@ -31,7 +31,7 @@ BY_BATCH = {"loss_type": "bnpo", "entropy_coef": 0.0, "use_adaptive_entropy": Fa
 """Settings of TRL that are means over one micro-batch: a loss by its name, the others where they are not these."""
 TOOLS_TOKENS = 1024
 """Places for the descriptions of tools, and for what an environment adds to a prompt."""
-START_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+START_TOLERANCE = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05}
 """Nats that the divergence from the reference may be before the first update, by what matrices are multiplied in."""
 
 
@@ -72,7 +72,7 @@ def open_run(
     trainer.rewards = rewards
     _begin(trainer, config, tokenizer, int(found.lengths("ids").max()), context)
     if config.beta:
-        trainer.add_callback(StartsAtReference(START_TOLERANCE[config.precision]))
+        trainer.add_callback(StartsAtReference(START_TOLERANCE[config.computes_in]))
     noted: dict[str, Any] = {"engine": config.engine}
     trainer.add_callback(collapse.Watches(context, noted))
     return trainer, _data(trainer, config, found, noted)
@@ -151,9 +151,9 @@ def _begin(
     if not stops:
         raise UserError("names no token that ends a generation", file=config.model, key="model")
     sampler = _sampler(trainer, config, stops, longest, context)
-    usual = None if config.reshapes else MISMATCH[config.precision]
+    usual = None if config.reshapes else MISMATCH[config.computes_in]
     limit = config.max_logprob_mismatch or usual
-    bound = mismatch.Mismatch(limit, mismatch.advice(config.engine, config.precision, config.reshapes))
+    bound = mismatch.Mismatch(limit, mismatch.advice(config.engine, config.computes_in, config.reshapes))
     sorts = not _by_batch(trainer.args)
     trainer.begin(sampler, bound, stops, context, corrects=config.engine == "vllm", sorts=sorts)
 
@@ -169,7 +169,7 @@ def _sampler(trainer: Rollouts, config: RolloutConfig, stops: list[int], longest
     length = trainer.args.vllm_max_model_length or longest + tools + config.max_completion_length
     processes = PartialState().num_processes
     told = Start(
-        start_of(model.config, type(model).__name__), config.precision, min(length, positions), tuple(stops),
+        start_of(model.config, type(model).__name__), config.computes_in, min(length, positions), tuple(stops),
         trainer.args.vllm_gpu_memory_utilization, processes,
     )  # fmt: skip
     context.waits("vLLM")
@@ -186,7 +186,11 @@ class StartsAtReference(TrainerCallback):
     def on_log(
         self, _args: Any, state: TrainerState, _control: TrainerControl, logs: Mapping[str, Any], **_: Any
     ) -> None:
-        """Check step 1, whose figures were computed before the first update."""
+        """Check step 1, whose figures were computed before the first update.
+
+        Raises:
+            Fault: the divergence is not 0 to tolerance.
+        """
         if state.global_step == 1 and logs.get("kl") is not None and not abs(logs["kl"]) <= self.tolerance:
             raise Fault(
                 f"before the first update the divergence from the reference is {logs['kl']:.3g} nats: the model does "

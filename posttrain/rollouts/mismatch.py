@@ -76,7 +76,7 @@ class Mismatch:
 def advice(engine: str, precision: str, reshapes: Sequence[str]) -> str:
     """What to do where they are too far apart."""
     said = ["engine: transformers samples from the model itself"] if engine == "vllm" else []
-    said += ["precision: float32 rounds less"] if precision == "bfloat16" else []
+    said += ["float32 rounds less (precision, without trainer.bf16 or fp16)"] if precision != "float32" else []
     said += [f"{', '.join(reshapes)} draw from another distribution"] if reshapes else []
     return "; ".join([*said, "a larger limit allows it, with the importance sampling that TRL has"])
 

@@ -6,16 +6,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from cordee import model_folder
 from cordee.config import Engine, Execution
 from cordee.cost import Cost
 from cordee.errors import UserError
+from cordee.memory import BYTES
 from posttrain.rewards.settings import RewardList
+from posttrain.training import memory
 from posttrain.training.settings import EPOCHS, OWNED, TrlConfig, source_cost, training_cost
 
 MAX_PROMPT_LENGTH = 512
 """Tokens of a prompt where only a guess is possible."""
-MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
-"""Nats that log-probabilities of sampled tokens may differ on average, by what matrices are multiplied in."""
+MISMATCH = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.1}
+"""Nats that log-probabilities of sampled tokens may differ on average, by what matrices are multiplied in; float16
+rounds to 11 bits, bfloat16 to 8."""
 ROLLOUT_OWNED = OWNED | {
     **dict.fromkeys(
         (
@@ -64,8 +68,8 @@ class RolloutConfig(TrlConfig):
     leave beside `max_completion_length`."""
     max_logprob_mismatch: float | None = Field(default=None, gt=0)
     """Nats by which the log-probabilities of sampled tokens may differ, on average over a step, between what sampled
-    them and the trainer; beyond it the training ends. By default 0.01 in float32 and 0.1 in bfloat16, and none with
-    `top_p`, `top_k`, `min_p` or `repetition_penalty`, which draw from another distribution."""
+    them and the trainer; beyond it the training ends. By default 0.01 in float32, 0.02 in float16 and 0.1 in bfloat16, and
+    none with `top_p`, `top_k`, `min_p` or `repetition_penalty`, which draw from another distribution."""
 
     @property
     def num_generations(self) -> int:
@@ -150,10 +154,30 @@ def rollout_cost(config: RolloutConfig, given: Mapping[str, Cost]) -> Cost:
         completions = None if prompts is None else prompts * epochs * config.num_generations * config.num_iterations
     tokens = None if completions is None else completions * (mean + config.max_completion_length)
     cost = training_cost(config, given, tokens, (tokens or 0.0) if config.beta else 0.0)
+    cost = memory.with_frozen(cost, _frozen_bytes(config, given, cost.parameters))
     if cost.flops is None or completions is None:
         return cost
     sampled = completions / config.num_iterations * (mean + config.max_completion_length)
     return replace(cost, rows=completions, flops=cost.flops + 2.0 * (cost.parameters or 0.0) * sampled)
+
+
+def _frozen_bytes(config: RolloutConfig, given: Mapping[str, Cost], parameters: float | None) -> float | None:
+    """Bytes of the weights on one device beside those that are trained; vLLM's cache of keys and values is not counted.
+
+    TRL opens the reference as a model of its own, and shards it as the other; of an adapter it is the base.
+    """
+    if parameters is None:
+        return None
+    devices, found = config.launch.devices(), 0.0
+    if config.beta and not config.trains_adapter:
+        found += memory.stored_bytes(config) * parameters / (devices.count if devices.sharded else 1)
+    if config.engine == "vllm" and config.vllm_mode == "colocate":
+        found += BYTES[config.computes_in] * parameters
+    for at, reward in enumerate(config.rewards):
+        for name, folder in (("model", reward.model), ("judge", reward.judge)):
+            if folder is not None:
+                found += model_folder.stored_bytes(folder, f"rewards.{at}.{name}", given) or 0.0
+    return found
 
 
 def trainer_arguments(config: RolloutConfig) -> dict[str, Any]:

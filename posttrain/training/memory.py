@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cordee import files, memory, model_folder
+from cordee.cost import Cost
 from cordee.memory import Decoder, Memory, Training
 
 if TYPE_CHECKING:
@@ -18,18 +20,17 @@ RANK = 8
 """PEFT's default of `r`."""
 
 
-def of(config: "TrlConfig", decoder: Decoder, sequences: int = 1) -> Memory:
+def of(config: "TrlConfig", decoder: Decoder, sequences: int = 1, *, logit_bytes: float | None = None) -> Memory:
     """The memory of a stage's training on one device.
 
     Args:
         config: the stage's config.
         decoder: the sizes of its model.
         sequences: how many are in a row, each of at most `max_length` tokens.
+        logit_bytes: as in `Training`.
     """
     given, devices = config.trainer, config.launch.devices()
-    half = "bfloat16" if given.get("bf16") else "float16" if given.get("fp16") else config.precision
-    dtype = (given.get("model_init_kwargs") or {}).get("dtype", "float32")
-    stored = memory.BYTES.get(dtype, 2)  # `auto`: as makers store them
+    stored = stored_bytes(config)
     adapted = None if not config.trains_adapter else _adapted(config, decoder)
     trained = None
     if adapted is not None:
@@ -40,7 +41,7 @@ def of(config: "TrlConfig", decoder: Decoder, sequences: int = 1) -> Memory:
             tokens=float(config.per_device_train_batch_size * sequences * config.longest),
             stored=stored,
             in_matrices=quantized_bytes(config.quantization),
-            computed=min(memory.BYTES[half], stored),
+            computed=min(memory.BYTES[config.computes_in], stored),
             adapter=None if adapted is None else tuple((rank, columns) for rank, (_, columns) in adapted),
             trained=trained,
             optim=str(given.get("optim", "adamw_torch")),
@@ -48,9 +49,24 @@ def of(config: "TrlConfig", decoder: Decoder, sequences: int = 1) -> Memory:
             devices=devices.count,
             sharded=devices.sharded,
             reshards=devices.reshards,
+            logit_bytes=logit_bytes,
             is_gpu=devices.are_gpus,
         ),
     )
+
+
+def with_frozen(cost: Cost, frozen: float | None) -> Cost:
+    """A training's cost with so many bytes of weights on each device that are only read; unknown where they are."""
+    if cost.memory is None or frozen is None:
+        return replace(cost, memory=None, memory_bytes=None)
+    needed = replace(cost.memory, frozen=frozen)
+    return replace(cost, memory=needed, memory_bytes=needed.total)
+
+
+def stored_bytes(config: "TrlConfig") -> int:
+    """Bytes of a weight as the model is opened."""
+    dtype = (config.trainer.get("model_init_kwargs") or {}).get("dtype", "float32")
+    return memory.BYTES.get(dtype, 2)  # `auto`: as makers store them
 
 
 def quantized_bytes(settings: Mapping[str, Any] | None) -> float | None:

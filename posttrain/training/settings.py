@@ -153,6 +153,16 @@ class TrlConfig(TrainingConfig):
         return self.lora is not None or (self.adapter != "new" and model_folder.is_adapter(self.model))
 
     @property
+    def computes_in(self) -> str:
+        """What matrices are multiplied in: as `trainer` says with `fp16` or `bf16`, else `precision`."""
+        bf16 = self.trainer.get("bf16")
+        if self.trainer.get("fp16"):
+            return "float16"
+        if bf16 is None:
+            return self.precision
+        return "bfloat16" if bf16 else "float32"
+
+    @property
     def longest(self) -> int:
         """Tokens in the longest sequence."""
         return int(self.trainer.get("max_length") or MAX_LENGTH)
@@ -278,6 +288,7 @@ def training_cost(
     forward_tokens: float = 0.0,
     *,
     sequences: int = 1,
+    logit_bytes: float | None = None,
 ) -> Cost:
     """What training on `tokens` tokens costs.
 
@@ -287,6 +298,7 @@ def training_cost(
         tokens: tokens over all epochs; None where they are not known yet.
         forward_tokens: tokens that are only read, by the model or by a reference.
         sequences: how many are in a row, each of at most `max_length` tokens.
+        logit_bytes: for each token and each entry of the vocabulary, where all logits are held at once.
 
     Raises:
         UserError: the model is neither made by a stage nor a model folder.
@@ -295,7 +307,7 @@ def training_cost(
         config.require_adapter_choice()
     base = model_folder.cost(config.model, "model", given, base=config.base, base_key="base")
     decoder = base.decoder or _decoder(config)
-    needed = memory.of(config, decoder, sequences) if decoder else None
+    needed = memory.of(config, decoder, sequences, logit_bytes=logit_bytes) if decoder else None
     cost = Cost(
         tokens=tokens,
         parameters=base.parameters,

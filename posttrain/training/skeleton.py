@@ -58,9 +58,9 @@ def arguments(
     settings = {
         "gradient_checkpointing": False,
         "ddp_find_unused_parameters": _has_other_parts(config),  # a search through the graph each step
-        "bf16": config.precision == "bfloat16" and not given.get("fp16"),
         **(defaults or {}),
         **given,
+        "bf16": bool(given.get("bf16")) or config.computes_in == "bfloat16",  # TRL takes None for true
         "output_dir": str(context.out / "resume"),
         "remove_unused_columns": False,  # a row is read from the disk when it is asked for
         "seed": context.seed,

@@ -211,7 +211,7 @@ def test_the_logits_are_a_tile_or_all_of_them(llama_8b: Decoder) -> None:
     small = replace(llama_8b, vocab_size=2000)
     folded = memory.of_training(small, Training(1024, is_gpu=False)).logits
     assert folded == 1024 * (4 * 32768 + 28 * 2000) + 4 * 1024 * 4096 + 4 * 2000 * 4096
-    assert memory.of_training(llama_8b, Training(8192, fused_head=False)).logits == 12 * 8192 * 128256
+    assert memory.of_training(llama_8b, Training(8192, logit_bytes=12)).logits == 12 * 8192 * 128256
 
 
 def test_the_terms_are_told_in_a_line(llama_8b: Decoder) -> None:
@@ -219,6 +219,9 @@ def test_the_terms_are_told_in_a_line(llama_8b: Decoder) -> None:
     told = memory.of_training(llama_8b, how)
     assert str(told) == f"{told.total / 1e9:.3g} GB = weights 16.1 + activations 1.75 + logits 0.336 + runtime 0.6"
     assert told.total == sum((told.weights, told.gradients, told.optimizer, told.activations, told.logits, 0.6e9))
+    beside = replace(told, frozen=3e9)
+    assert beside.total == told.total + 3e9
+    assert str(beside).endswith("logits 0.336 + frozen 3 + runtime 0.6")
 
 
 def test_a_config_that_lacks_a_size_gives_no_decoder() -> None:

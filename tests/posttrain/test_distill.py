@@ -15,6 +15,7 @@ from chat_samples import some_chats, write_lines
 from distill_samples import config
 from dpo_samples import metrics_of
 from stopping import StopsAfter
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from cordee.chat.source import Limits
 from cordee.compute.model import open_model
@@ -23,7 +24,7 @@ from cordee.errors import Stopped, UserError
 from cordee.seeds import seed_of
 from cordee.stage import Context
 from posttrain import distill
-from posttrain.training import distill_trainer, sampling
+from posttrain.training import distill_trainer, divergence, sampling
 from posttrain.training.settings import IGNORED
 
 LONG = pytest.mark.long
@@ -246,13 +247,50 @@ def test_a_text_without_a_prompt_can_not_be_asked(
         distill.run(config(model_folder, teacher, tmp_path / "texts.jsonl", on_policy=0.1), context)
 
 
-def test_the_cost_has_the_teachers_passes_and_weights(model_folder: Path, teacher: Path, chats: Path) -> None:
+def test_the_cost_has_the_teachers_passes_and_weights_and_all_logits(
+    model_folder: Path, teacher: Path, chats: Path, tmp_path: Path
+) -> None:
+    """The teacher's weights are as they are stored; of one that is not made yet, in float32."""
     given = {"model": Cost(parameters=1e6, vocab_size=400), "teacher": Cost(parameters=7e6)}
     asked = config(model_folder, teacher, chats)
-    plain = distill.cost(asked, {**given, "teacher": Cost(parameters=0)})
-    found = distill.cost(asked, given)
+    found, plain = distill.cost(asked, given), distill.cost(asked, {**given, "teacher": Cost(parameters=0)})
     assert found.flops - plain.flops == pytest.approx(2 * 7e6 * found.tokens)
-    assert found.memory_bytes - plain.memory_bytes == pytest.approx(28e6)
+    assert found.memory.frozen == (teacher / "model.safetensors").stat().st_size
+    assert found.memory.logits == 4 * 128 * found.decoder.vocab_size * 49
+    assert found.memory_bytes == found.memory.total
+    assert distill.cost(config(model_folder, tmp_path / "later", chats), given).memory.frozen == 28e6
+    half = shutil.copytree(teacher, tmp_path / "half")
+    open_model(teacher, dtype=torch.bfloat16).save_pretrained(half)
+    stored = distill.cost(config(model_folder, half, chats), {}).memory.frozen
+    assert stored == pytest.approx(found.memory.frozen / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("beta", "weight"), [(0.0, 0.0), (0.0, 0.3), (0.5, 0.0), (0.5, 0.3), (1.0, 0.0), (1.0, 0.3)])
+def test_the_logits_bytes_are_what_torch_counts(
+    model_folder: Path, teacher: Path, chats: Path, half: bool, beta: float, weight: float
+) -> None:
+    """Within 5 %, of the loss of 256 tokens and a vocabulary of 2000, and its backward pass."""
+    tokens, vocabulary = 256, 2000
+    hidden = torch.randn(tokens, 16, requires_grad=True)
+    student, other = (torch.nn.Linear(16, vocabulary, bias=False) for _ in range(2))
+    tracker = MemTracker()
+    tracker.track_external(student, other)
+    with tracker:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            mask = torch.ones(1, tokens, dtype=torch.bool)
+            with torch.no_grad():
+                theirs = other(hidden)[None][mask]
+            losses, _ = divergence.mixed(
+                student(hidden)[None][mask], theirs, torch.zeros(tokens, dtype=torch.long), beta=beta,
+                temperature=1.0, cross_entropy_weight=weight,
+            )  # fmt: skip
+        losses.sum().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - 3 * student.weight.nbytes
+    told = distill.logit_bytes(
+        config(model_folder, teacher, chats, beta=beta, cross_entropy=weight, trainer={"bf16": half})
+    )
+    assert told == pytest.approx(peak / (tokens * vocabulary), rel=0.05)
 
 
 @LONG
