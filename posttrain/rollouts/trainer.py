@@ -43,7 +43,14 @@ class Rollouts(Trainer):
     _buffered_inputs: list[dict[str, Any]]
 
     def begin(
-        self, sampler: Sampler, mismatch: Mismatch, stops: Sequence[int], context: Context, **is_so: bool
+        self,
+        sampler: Sampler,
+        mismatch: Mismatch,
+        stops: Sequence[int],
+        context: Context,
+        *,
+        corrects: bool,
+        sorts: bool,
     ) -> None:
         """Set what samples.
 
@@ -52,12 +59,12 @@ class Rollouts(Trainer):
             mismatch: measures its log-probabilities against the trainer's.
             stops: the ids that end a completion.
             context: the seed, and where completions are kept.
-            is_so: `corrects`: TRL's importance sampling is to be used, as what samples is not the model itself;
-                `sorts`: a step's completions may be sorted by length.
+            corrects: whether TRL's importance sampling is used, as what samples is not the model itself.
+            sorts: whether a step's completions may be sorted by length.
         """
-        self.sorts = is_so["sorts"]
+        self.sorts = sorts
         self.sampler, self.mismatch, self.stops, self.context = sampler, mismatch, list(stops), context
-        self.seed, self.eos_token_ids, self.use_vllm = context.seed, list(stops), is_so["corrects"]
+        self.seed, self.eos_token_ids, self.use_vllm = context.seed, list(stops), corrects
         self.vllm_mode = "server"  # TRL then takes the model's positions for the limit of tool calls
         self.heldout_keys: list[tuple[int, ...]] = []
         self.rewards_of = torch.zeros(0)

@@ -147,6 +147,20 @@ def test_held_out_prompts_are_answered_greedily_and_never_trained_on(
     assert again[0]["heldout_reward"] != measured[0]["heldout_reward"]
 
 
+def test_the_length_of_held_out_completions_counts_those_that_were_cut_off(
+    model_folder: Path, asked: Path, new_context: Callable[[str], Context]
+) -> None:
+    """TRL masks these with `mask_truncated_completions`; what was sampled is the same with it and without."""
+    found = []
+    for masks in (False, True):
+        context = new_context(f"masks{masks}")
+        trainer = {"mask_truncated_completions": masks, "max_steps": 1}
+        grpo.run(config(model_folder, asked, heldout=0.25, trainer=trainer), context)
+        found.append(next(row for row in lines(context) if "heldout_reward" in row))
+    assert found[0]["heldout_clipped_ratio"] == found[1]["heldout_clipped_ratio"] > 0
+    assert found[0]["heldout_length"] == found[1]["heldout_length"] > 0
+
+
 def test_rewards_are_summed_by_weight_and_one_that_does_not_apply_is_left_out(
     model_folder: Path, asked: Path, new_context: Callable[[str], Context]
 ) -> None:
