@@ -3,7 +3,8 @@
     python -m eval.questions --config FILE [key=value …]
 
 Tasks are named as `eval.benchmark` names them; no model is needed. `questions.jsonl` has for each document of a task
-`task`, `document` and `prompt`: the text that lm-eval asks, without examples and without a chat template.
+`task`, `document` and `prompt`: the text that lm-eval asks, without examples and without a chat template. A task that
+is asked in several ways has all documents that any of them asks.
 """
 
 import json
@@ -17,7 +18,7 @@ from cordee.errors import UserError
 from cordee.stage import Context
 from eval.measuring.asked import TasksConfig
 
-VERSION = 1
+VERSION = 2
 QUESTIONS = "questions.jsonl"
 
 
@@ -30,24 +31,25 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from eval.measuring import batches
 
     context.waits("the tasks and their data")
-    written: dict[str, int] = {}
+    tasks: dict[str, Any] = {}
+    asked: dict[str, set[int]] = {}
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="cordee-") as cache:
         for batch in batches.make(config, context.out, Path(cache)):
             for name, task in batch.loaded["tasks"].items():
-                if name in written:  # asked in another way as well
-                    continue
-                documents = task.eval_docs
-                numbers = (batch.samples or {}).get(name) or range(len(documents))
-                own = [row for number in numbers for row in _rows(name, number, documents[number], task)]
-                written[name] = len(own)
-                lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in own]
-    if empty := [name for name, count in written.items() if not count]:
-        raise UserError(f"{empty[0]} has no question that is text", key="tasks")
+                chosen = (batch.samples or {}).get(name)
+                tasks.setdefault(name, task)
+                asked.setdefault(name, set()).update(range(len(task.eval_docs)) if chosen is None else chosen)
+        for name, task in tasks.items():
+            documents, numbers = task.eval_docs, sorted(asked[name])
+            own = [row for number in numbers for row in _rows(name, number, documents[number], task)]
+            if not own:
+                raise UserError(f"{name} has no question that is text", key="tasks")
+            lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in own]
+            left_out = len(documents) - len(numbers)
+            context.note(f"{len(own)} questions of {name}" + (f"; `limit` leaves {left_out} out" if left_out else ""))
     files.write_text(context.out / QUESTIONS, "".join(lines))
-    for name, count in written.items():
-        context.note(f"{count} questions of {name}")
-    return {"rows": len(lines), "tasks": len(written)}
+    return {"rows": len(lines), "tasks": len(tasks)}
 
 
 def _rows(name: str, number: int, document: Any, task: Any) -> Iterator[dict[str, Any]]:

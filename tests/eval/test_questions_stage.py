@@ -67,6 +67,20 @@ def test_choices_of_contexts_and_rolling_texts(context, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_task_that_is_asked_twice_has_all_questions_of_both(context, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    first, all_of_them = {"task": "gsm8k", "limit": 10}, {"task": "gsm8k", "num_fewshot": 0}
+    for number, tasks in enumerate(([first, all_of_them], [all_of_them, first])):
+        found = rows(context, tasks=tasks, data_dir="data")
+        assert [row["document"] for row in found] == list(range(1319))
+        said = context.events.read_text()
+        assert said.count("1319 questions of gsm8k") == number + 1
+        assert "leaves" not in said
+    found = rows(context, tasks=[first, {**all_of_them, "limit": 20}], data_dir="data")
+    assert [row["document"] for row in found] == list(range(20))
+    assert "20 questions of gsm8k; `limit` leaves 1299 out" in context.events.read_text()
+
+
 def test_an_unknown_task_is_one_line(context):
     with pytest.raises(UserError, match="no task, group, tag or file 'gsm9k'"):
         rows(context, tasks=["gsm9k"])
