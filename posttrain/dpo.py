@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from posttrain.training.metrics import TrainingData
 
-VERSION = 6
+VERSION = 7
 
 
 class Config(TrlConfig):
@@ -38,7 +38,12 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
-    """The trainer, whose pairs are those that were checked here, and what it reads."""
+    """The trainer, whose pairs are those that were checked here, and what it reads.
+
+    Raises:
+        UserError: the data, the model or a key is wrong.
+        Fault: the model is damaged, or the trainer's batches are not the rows.
+    """
     from trl import DPOConfig
 
     from posttrain.training import checks, objectives, preference, skeleton

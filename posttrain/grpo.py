@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from posttrain.rollouts.trainer import Rollouts
     from posttrain.training.metrics import TrainingData
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(RolloutConfig):
@@ -46,7 +46,12 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 
 def build(config: Config, context: Context) -> "tuple[Rollouts, TrainingData]":
-    """The trainer, with what samples for it, and what it reads."""
+    """The trainer, with what samples for it, and what it reads.
+
+    Raises:
+        UserError: the data, the model, a reward or a key is wrong, or vLLM does not serve the model.
+        Fault: the model is damaged, or vLLM does not start.
+    """
     from trl import GRPOConfig
 
     from posttrain.rollouts.build import imported, open_run

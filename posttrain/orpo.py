@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from posttrain.training.metrics import TrainingData
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(TrlConfig):
@@ -40,7 +40,12 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
-    """The trainer, whose pairs are those that were checked here, and what it reads."""
+    """The trainer, whose pairs are those that were checked here, and what it reads.
+
+    Raises:
+        UserError: the data, the model or a key is wrong.
+        Fault: the model is damaged, or the trainer's batches are not the rows.
+    """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # of its config alone, whose fields are checked
     from trl.experimental.orpo import ORPOConfig
 

@@ -31,7 +31,7 @@ QRPO_OWNED = {
     "beta": "the stage's `beta`",
 }
 """Besides: what belongs to the losses of DPO."""
-VERSION = 1
+VERSION = 2
 
 
 class Config(TrlConfig):
@@ -64,7 +64,12 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
-    """The trainer, whose answers are those that were checked here, and what it reads."""
+    """The trainer, whose answers are those that were checked here, and what it reads.
+
+    Raises:
+        UserError: the data, the model or a key is wrong.
+        Fault: the model is damaged, or the trainer's batches are not the rows.
+    """
     from trl import DPOConfig
 
     from posttrain.training import checks, objectives, preference, skeleton

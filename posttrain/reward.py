@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from posttrain.training.metrics import TrainingData
 
-VERSION = 1
+VERSION = 2
 REWARD_OWNED = OWNED | dict.fromkeys(("dataset_num_proc", "label_smoothing_factor"), "")
 
 
@@ -44,7 +44,12 @@ def cost(config: Config, given: Mapping[str, Cost]) -> Cost:
 
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
-    """The trainer, whose pairs are those that were checked here, and what it reads."""
+    """The trainer, whose pairs are those that were checked here, and what it reads.
+
+    Raises:
+        UserError: the data, the model or a key is wrong.
+        Fault: the model is damaged, or the trainer's batches are not the pairs.
+    """
     from trl import RewardConfig
 
     from cordee.chat.tokenized import Tokenized

@@ -44,7 +44,12 @@ def cost(config: Config, given: dict[str, Cost]) -> Cost:
 
 
 def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
-    """The trainer, whose batches are checked, and what it reads."""
+    """The trainer, whose batches are checked, and what it reads.
+
+    Raises:
+        UserError: the data, the model or a key is wrong.
+        Fault: the model is damaged, or the trainer's batches are not the chats.
+    """
     from posttrain.training.lm_head import use_own_logits
     from posttrain.training.masks import counts, weights
     from posttrain.training.metrics import TrainingData

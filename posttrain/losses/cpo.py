@@ -1,9 +1,8 @@
 """The losses of contrastive preference optimization, each under the name that TRL's `loss_type` has for it.
 
 There is no reference model. Each function gives the loss of each pair, `[pairs]`, without the likelihood of the chosen
-answers that `cpo_alpha` weighs. β is `beta`; Δ = r_w - r_l, of the log-probabilities of both answers, or of what
-`rewards.alphapo` makes of them; L(x) = -log sigmoid(x); ε is
-`label_smoothing`.
+answers that `cpo_alpha` weighs. β is `beta`; Δ, `margin`, `[pairs]` in nats, is r_w - r_l, of the log-probabilities of
+both answers, or of what `rewards.alphapo` makes of them; L(x) = -log sigmoid(x); ε is `label_smoothing`.
 """
 
 from typing import TYPE_CHECKING

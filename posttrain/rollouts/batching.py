@@ -34,7 +34,12 @@ def regrouped(batches: Sequence[Mapping[str, Any]], window: int, *, sorts: bool)
 
 
 def cut(batch: Mapping[str, Any]) -> Batch:
-    """A batch without the columns that are padding in all of its rows; at least one of a completion is kept."""
+    """A batch without the columns that are padding in all of its rows; at least one of a completion is kept.
+
+    Returns:
+        The same names: `[rows, prompt]` where they begin with `prompt_`, other tensors of two dimensions
+        `[rows, completion]`, both as short as the rows allow; anything else as it is.
+    """
     asked, said = batch["prompt_mask"].bool().any(0), batch["completion_mask"].bool().any(0)
     first = int(asked.int().argmax())
     until = max(1, int(said.nonzero().max()) + 1 if said.any() else 1)

@@ -143,7 +143,7 @@ def prompt(ids: torch.Tensor, labels: torch.Tensor) -> list[int]:
 
 
 def weights(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tokens with loss of a batch, which its `loss` and all other figures are means over."""
+    """The tokens with loss of a batch, which its `loss` and all other figures are means over: scalars, int64."""
     return dict.fromkeys(("loss", *MEASURED), masks.counts(batch)["loss_tokens"])
 
 

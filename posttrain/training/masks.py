@@ -52,7 +52,7 @@ def counts(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def weights(batch: Batch) -> dict[str, torch.Tensor]:
-    """The tokens with loss of a batch, which its `loss` and TRL's other figures are means over."""
+    """The tokens with loss of a batch, which its `loss` and TRL's other figures are means over: scalars, int64."""
     return dict.fromkeys(("loss", "entropy", "mean_token_accuracy"), counts(batch)["loss_tokens"])
 
 

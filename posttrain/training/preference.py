@@ -64,6 +64,7 @@ def build(
 
     Raises:
         UserError: the data, the model or a key is wrong.
+        Fault: the model is damaged, or the trainer's batches are not the rows.
     """
     check_settings(settings, config)
     model, tokenizer = skeleton.open_model(config)
@@ -152,7 +153,11 @@ class StartsAtReference(TrainerCallback):
         return nats if name == "kl" else max(1e-3, nats * self.objective.reward_scale)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:  # noqa: ARG002 - the library's signature
-        """Check the figures of step 1, which were computed before the first update."""
+        """Check the figures of step 1, which were computed before the first update.
+
+        Raises:
+            Fault: one is not what it has to be.
+        """
         if state.global_step != 1 or "loss" not in logs:
             return
         for name, value in self.objective.starts_at.items():

@@ -168,7 +168,12 @@ class Collator:
         return batch
 
     def padded(self, sequences: Sequence[tuple[Ids, Ids]], with_prompt: int = 0) -> dict[str, torch.Tensor]:
-        """Prompts, each with an answer, `[sequences, seq]`; the first `with_prompt` have labels on the prompt too."""
+        """Prompts, each with an answer; the first `with_prompt` have labels on the prompt too.
+
+        Returns:
+            `[sequences, seq]` each, int64: `input_ids`, `attention_mask` (0: padding), `labels` (-100: none) and
+            `completion_mask` (1: the answer).
+        """
         longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
         if self.multiple_of:
             longest += -longest % self.multiple_of

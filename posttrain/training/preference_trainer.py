@@ -186,6 +186,9 @@ class PreferenceTrainer(transformers.Trainer):
         Args:
             outputs: of `forward`, `[answers, seq - 1]`.
             batch: `[answers, seq]`.
+
+        Returns:
+            One `Side` for each of the objective's sides, `[rows]`; log-probabilities in nats.
         """
         count, logprobs = len(self.objective.sides), outputs.log_probs.float()
         is_answer = batch["completion_mask"][:, 1:].bool()

@@ -117,7 +117,7 @@ def reads_before_the_end(trainer: Trainer) -> bool:
 
 
 def weights(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The pairs of a batch, which its `loss` and TRL's other figures are means over."""
+    """The pairs of a batch, which its `loss` and TRL's other figures are means over: scalars, int64."""
     pairs = metrics.counted(len(SIDES), batch)["pairs"]
     return dict.fromkeys(("loss", "accuracy", "margin", "mean_reward"), pairs)
 

@@ -39,11 +39,12 @@ class Step:
     """What a loss has to know of the whole step, or of the whole held-out set, beyond the rows of a batch."""
 
     tokens_per_row: torch.Tensor
-    """Tokens with a label on the first side, divided by the rows."""
+    """Scalar: tokens with a label on the first side, divided by the rows."""
     sides: tuple[Side, ...] | None = None
     """Those of all rows, without gradients, where the loss depends on their order."""
     kl: torch.Tensor | None = None
-    """The mean of log π - log π_ref over answers to other prompts, where the loss measures it."""
+    """Scalar, nats, at least 0: the mean of log π - log π_ref over answers to other prompts, where the loss measures
+    it."""
 
 
 @dataclass(frozen=True)

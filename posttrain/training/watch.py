@@ -115,7 +115,11 @@ class Watch(TrainerCallback):
     def on_log(
         self, _args: Any, state: TrainerState, _control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
-        """Write one line of metrics; a loss or a gradient that is no number ends the training, before it is saved."""
+        """Write one line of metrics; a loss or a gradient that is no number ends the training, before it is saved.
+
+        Raises:
+            Fault: there is one.
+        """
         if "loss" not in logs:
             return
         # TRL counts padding too; where nothing was measured it says None
