@@ -193,7 +193,7 @@ class PreferenceTrainer(transformers.Trainer):
         count, logprobs = len(self.objective.sides), outputs.log_probs.float()
         is_answer = batch["completion_mask"][:, 1:].bool()
         tokens = is_answer.sum(1).float()
-        shared = batch.get("shared", tokens.view(count, -1).amin(0).repeat(count))
+        shared = tokens.view(count, -1).amin(0).repeat(count)
         weights = pairs.token_weights(is_answer, shared, self.objective.tail_weight)
         certainty = torch.ones_like(logprobs[:, 0])
         if self.objective.weighs_certainty:
