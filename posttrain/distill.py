@@ -132,15 +132,15 @@ def build(config: Config, context: Context) -> "tuple[Trainer, TrainingData]":
     teacher = distill_trainer.open_teacher(config.teacher, start.find(config).tokenizer, across=across)
     length = arguments.max_length
     chats, heldout = reading.read(config, "chats", model, tokenizer, length, context, Tokenized.conversation)
-    how = distill_trainer.How(
+    settings = distill_trainer.DistillSettings(
         config.beta, config.temperature, config.cross_entropy, config.on_policy, config.max_new_tokens,
         config.sampling_temperature, tuple(sampling.stops(config.model, tokenizer)), context.seed,
     )  # fmt: skip
-    distill_trainer.require_prompts(chats, how, sequence_limits(model, None).positions)
+    distill_trainer.require_prompts(chats, settings, sequence_limits(model, None).positions)
     data, apart = _datasets(config, context, (chats, heldout), tokenizer, teacher, arguments)
     trainer = skeleton.open_trainer(
         distill_trainer.DistillTrainer, config, model, arguments, train_dataset=data,
-        eval_dataset=apart, processing_class=tokenizer, teacher=teacher, how=how,
+        eval_dataset=apart, processing_class=tokenizer, teacher=teacher, distill_settings=settings,
     )  # fmt: skip
     if arguments.packing and "flash" not in model.config._attn_implementation:  # noqa: SLF001 - there is no public name
         trainer.data_collator = PackedRows(tokenizer.pad_token_id, config.per_device_train_batch_size, length)

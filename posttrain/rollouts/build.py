@@ -22,7 +22,7 @@ from posttrain.rollouts.sampling import Sampler
 from posttrain.rollouts.settings import MISMATCH, RolloutConfig, trainer_arguments
 from posttrain.rollouts.trainer import Rollouts
 from posttrain.rollouts.with_transformers import Transformers
-from posttrain.rollouts.with_vllm import Start, start_of
+from posttrain.rollouts.with_vllm import VllmArguments, config_json
 from posttrain.training import lm_head, reading, sampling, skeleton
 from posttrain.training.metrics import TrainingData
 from posttrain.training.sequences import Sequences
@@ -168,12 +168,12 @@ def _sampler(trainer: Rollouts, config: RolloutConfig, stops: list[int], longest
     positions = sequence_limits(model, None).positions or longest + tools + config.max_completion_length
     length = trainer.args.vllm_max_model_length or longest + tools + config.max_completion_length
     processes = PartialState().num_processes
-    told = Start(
-        start_of(model.config, type(model).__name__), config.computes_in, min(length, positions), tuple(stops),
+    arguments = VllmArguments(
+        config_json(model.config, type(model).__name__), config.computes_in, min(length, positions), tuple(stops),
         trainer.args.vllm_gpu_memory_utilization, processes,
     )  # fmt: skip
     context.waits("vLLM")
-    return (Beside if config.vllm_mode == "server" else Colocated)(trainer, told)
+    return (Beside if config.vllm_mode == "server" else Colocated)(trainer, arguments)
 
 
 class StartsAtReference(TrainerCallback):

@@ -16,8 +16,8 @@ from cordee import machine
 from cordee.errors import CordeeError, Fault, UserError
 from cordee.events import error_of, parts_of
 from posttrain.rollouts import weights
-from posttrain.rollouts.with_vllm import Start, Vllm
-from posttrain.training.sampling import Drawing, Sampled
+from posttrain.rollouts.with_vllm import Vllm, VllmArguments
+from posttrain.training.sampling import Sampled, SamplingSettings
 
 STOP_S = 30.0
 """How long the process beside may take to stop."""
@@ -26,16 +26,16 @@ STOP_S = 30.0
 class Colocated:
     """vLLM in the trainer's process."""
 
-    def __init__(self, trainer: Trainer, start: Start) -> None:
+    def __init__(self, trainer: Trainer, arguments: VllmArguments) -> None:
         """Start vLLM for a trainer."""
-        self.trainer, self.vllm = trainer, Vllm(start)
+        self.trainer, self.vllm = trainer, Vllm(arguments)
 
     def sync(self) -> None:
         """Copy the weights that training changes; the first time all."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         self.vllm.load(weights.named(model, changed_only=self.vllm.is_filled))
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Drawing) -> list[Sampled]:
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: SamplingSettings) -> list[Sampled]:
         """Continue each prompt of token ids `[seq]`, by the seed at its place."""
         return self.vllm.sample(prompts, seeds, how)
 
@@ -47,7 +47,7 @@ class Colocated:
 class Beside:
     """vLLM in a process beside the trainers, which the main one of them speaks with."""
 
-    def __init__(self, trainer: Trainer, start: Start) -> None:
+    def __init__(self, trainer: Trainer, arguments: VllmArguments) -> None:
         """Start the process, and wait until vLLM runs.
 
         Raises:
@@ -60,7 +60,9 @@ class Beside:
         if self.is_main:
             spawning = torch.multiprocessing.get_context("spawn")
             self.pipe, other = spawning.Pipe()
-            self.process = spawning.Process(target=_serve, args=(other, start, _gpu(start.processes)), daemon=True)
+            self.process = spawning.Process(
+                target=_serve, args=(other, arguments, _gpu(arguments.processes)), daemon=True
+            )
             self.process.start()
             other.close()
             self._answer()
@@ -82,7 +84,7 @@ class Beside:
         if self.is_main:
             self._ask("load", self.shared if is_first else None, names)
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Drawing) -> list[Sampled]:
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: SamplingSettings) -> list[Sampled]:
         """Continue each prompt of token ids `[seq]` of this process, by the seed at its place."""
         asked = gather_object(list(zip(prompts, seeds, strict=True)))
         counts = gather_object([len(prompts)])
@@ -137,7 +139,7 @@ def _gpu(trainers: int) -> str | None:
     return known[trainers]
 
 
-def _serve(pipe: Connection, start: Start, gpu: str | None) -> None:
+def _serve(pipe: Connection, arguments: VllmArguments, gpu: str | None) -> None:
     """What the process beside does: it answers until the other end is closed."""
     machine.die_with_parent()
     if gpu is not None:
@@ -155,11 +157,11 @@ def _serve(pipe: Connection, start: Start, gpu: str | None) -> None:
 
         vllm[0].load(given())
 
-    def sample(prompts: list[list[int]], seeds: list[int], how: Drawing) -> list[Sampled]:
+    def sample(prompts: list[list[int]], seeds: list[int], how: SamplingSettings) -> list[Sampled]:
         return vllm[0].sample(prompts, seeds, how)
 
     known: dict[str, Callable[..., Any]] = {"load": load, "sample": sample}
-    _reply(pipe, lambda: vllm.append(Vllm(start)))
+    _reply(pipe, lambda: vllm.append(Vllm(arguments)))
     while True:
         try:
             what, given = pipe.recv()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from cordee.errors import Fault
 from cordee.seeds import seed_of
-from posttrain.training.sampling import Drawing, Sampled
+from posttrain.training.sampling import Sampled, SamplingSettings
 
 HELDOUT = 2**32 - 1
 """In place of the step: held-out prompts are answered by the same seeds each time."""
@@ -23,7 +23,7 @@ class Sampler(Protocol):
     def sync(self) -> None:
         """Take the weights as they are now."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Drawing) -> list[Sampled]:
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: SamplingSettings) -> list[Sampled]:
         """Continue each prompt of token ids `[seq]`, by the seed at its place."""
 
     def close(self) -> None:
@@ -31,7 +31,7 @@ class Sampler(Protocol):
 
 
 @dataclass
-class Draws:
+class CompletionSeeds:
     """The seeds of a batch's completions, turn by turn."""
 
     keys: Sequence[tuple[int, ...]]
@@ -87,11 +87,11 @@ def require_ended(sampled: Sequence[Sampled], stops: Sequence[int], longest: int
             raise Fault("a completion goes on behind its end token")
 
 
-def asked_of(arguments: Any, *, greedy: bool) -> Drawing:
+def asked_of(arguments: Any, *, greedy: bool) -> SamplingSettings:
     """How TRL's config says that completions are drawn; greedy ones take the most likely token each time."""
     if greedy:
-        return Drawing(0.0, arguments.max_completion_length, repetition_penalty=arguments.repetition_penalty)
-    return Drawing(
+        return SamplingSettings(0.0, arguments.max_completion_length, repetition_penalty=arguments.repetition_penalty)
+    return SamplingSettings(
         arguments.temperature, arguments.max_completion_length, arguments.top_p, max(0, arguments.top_k),
         arguments.min_p or 0.0, arguments.repetition_penalty,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from cordee.stage import Context
 from posttrain.rewards.opening import Rewards
 from posttrain.rollouts import audit, batching, keeping
 from posttrain.rollouts.mismatch import Mismatch, importance_ratio
-from posttrain.rollouts.sampling import Draws, Sampler, asked_of, require_ended
+from posttrain.rollouts.sampling import CompletionSeeds, Sampler, asked_of, require_ended
 from posttrain.training.sampling import Sampled
 from posttrain.training.settings import CHECKED_BATCHES
 
@@ -94,7 +94,7 @@ class Rollouts(Trainer):
             first = self.accelerator.process_index * len(inputs)
             places = [divmod(first + at, self.num_generations) for at in range(len(inputs))]
             keys = [(self.seed, step, *place) for place in places]
-        self._draws = Draws(keys)
+        self._seeds = CompletionSeeds(keys)
         self._sampled: list[list[int]] = [[] for _ in inputs]
         self._logprobs: list[list[float]] = [[] for _ in inputs]
         output = self._scored(inputs, is_training=is_training)
@@ -156,7 +156,7 @@ class Rollouts(Trainer):
             self._synced = self.state.global_step
         synced = time.perf_counter()
         how = asked_of(self.args, greedy=not self.model.training and self.args.num_generations_eval is None)
-        places, seeds = self._draws.seeds(prompts)
+        places, seeds = self._seeds.seeds(prompts)
         found = self.sampler.sample(prompts, seeds, how)
         require_ended(found, self.stops, how.max_tokens)
         for at, (place, prompt, one) in enumerate(zip(places, prompts, found, strict=True)):
@@ -164,7 +164,7 @@ class Rollouts(Trainer):
             found[at] = Sampled(one.ids[:left], one.logprobs[:left])
             self._sampled[place] += found[at].ids
             self._logprobs[place] += found[at].logprobs
-        self._draws.end(places, prompts, found)
+        self._seeds.end(places, prompts, found)
         if self.model.training:
             self._metrics["train"]["sync_time"].append(synced - began)
             self._metrics["train"]["rollout_time"].append(time.perf_counter() - synced)

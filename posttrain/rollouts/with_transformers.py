@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import Trainer
 
 from posttrain.training import sampling
-from posttrain.training.sampling import Drawing, Sampled
+from posttrain.training.sampling import Sampled, SamplingSettings
 
 
 class Transformers:
@@ -21,7 +21,7 @@ class Transformers:
     def close(self) -> None:
         """Nothing."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Drawing) -> list[Sampled]:
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: SamplingSettings) -> list[Sampled]:
         """Continue each prompt, in the precision that is trained in."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with self.trainer.compute_loss_context_manager():

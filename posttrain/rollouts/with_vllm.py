@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from cordee import files
 from cordee.compute.engine import line, prepare
 from cordee.errors import Fault, UserError
-from posttrain.training.sampling import Drawing, Sampled
+from posttrain.training.sampling import Sampled, SamplingSettings
 
 TOKENS_AT_ONCE, SEQUENCES_AT_ONCE = 512, 64
 """On a CPU so few that a layer's activations stay in its cache."""
@@ -27,7 +27,7 @@ SHARED_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Start:
+class VllmArguments:
     """How vLLM starts."""
 
     config: dict[str, Any]
@@ -44,7 +44,7 @@ class Start:
     """Trainers, each of which has a vLLM of its own."""
 
 
-def start_of(config: PretrainedConfig, architecture: str) -> dict[str, Any]:
+def config_json(config: PretrainedConfig, architecture: str) -> dict[str, Any]:
     """The `config.json` of a model that is open."""
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [architecture]}
 
@@ -52,19 +52,19 @@ def start_of(config: PretrainedConfig, architecture: str) -> dict[str, Any]:
 class Vllm:
     """vLLM in this process; what it holds at first is no model's."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, arguments: VllmArguments) -> None:
         """Start it.
 
         Raises:
             UserError: vLLM does not know the model, or keeps a copy of its experts.
         """
-        self.start = start
+        self.arguments = arguments
         prepare(torch.get_num_threads())
         own = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
         with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="cordee-rollouts-") as place:
-            files.write_json(Path(place) / "config.json", start.config)
+            files.write_json(Path(place) / "config.json", arguments.config)
             try:
-                self.llm = _started(place, start)
+                self.llm = _started(place, arguments)
             except Exception as error:  # vLLM raises no narrower type
                 problem = f"vLLM does not serve the model: {line(error)}"
                 raise UserError(problem, key="engine", hint="engine: transformers does") from error
@@ -94,17 +94,17 @@ class Vllm:
         if not self.llm.reset_prefix_cache():
             raise Fault("vLLM kept its prefix cache")
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Drawing) -> list[Sampled]:
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: SamplingSettings) -> list[Sampled]:
         """Continue each prompt of token ids `[seq]`, by the seed at its place."""
         from vllm import SamplingParams
 
         common = {
             "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p,
-            "repetition_penalty": how.repetition_penalty, "stop_token_ids": list(self.start.stops),
+            "repetition_penalty": how.repetition_penalty, "stop_token_ids": list(self.arguments.stops),
             "ignore_eos": True, "detokenize": False, "logprobs": 0,
         }  # fmt: skip
         asked = [
-            SamplingParams(**common, max_tokens=min(how.max_tokens, self.start.max_length - len(ids)), seed=seed)
+            SamplingParams(**common, max_tokens=min(how.max_tokens, self.arguments.max_length - len(ids)), seed=seed)
             for ids, seed in zip(prompts, seeds, strict=True)
         ]
         # the trainer's random numbers are not used up; on a CPU vLLM would compile a comparison for seconds
@@ -121,26 +121,26 @@ class Vllm:
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        if self.start.processes == 1:  # else the process group is the trainers'
+        if self.arguments.processes == 1:  # else the process group is the trainers'
             cleanup_dist_env_and_memory()
 
 
-def _started(place: str, start: Start) -> Any:
+def _started(place: str, arguments: VllmArguments) -> Any:
     from vllm import LLM
 
     on_gpu = torch.cuda.is_available()
-    arguments: dict[str, Any] = {"gpu_memory_utilization": start.memory}
+    more: dict[str, Any] = {"gpu_memory_utilization": arguments.memory}
     if not on_gpu:  # a prompt in one piece: between two, vLLM sets back its random numbers, which it can't on a CPU
-        at_once = max(TOKENS_AT_ONCE, start.max_length)
-        arguments = {"enable_chunked_prefill": False, "max_num_batched_tokens": at_once}
-        arguments |= {"max_num_seqs": SEQUENCES_AT_ONCE, "block_size": SHARED_TOKENS}
-    if start.processes > 1:  # vLLM takes the process group that there is
-        arguments["distributed_executor_backend"] = "external_launcher"
+        at_once = max(TOKENS_AT_ONCE, arguments.max_length)
+        more = {"enable_chunked_prefill": False, "max_num_batched_tokens": at_once}
+        more |= {"max_num_seqs": SEQUENCES_AT_ONCE, "block_size": SHARED_TOKENS}
+    if arguments.processes > 1:  # vLLM takes the process group that there is
+        more["distributed_executor_backend"] = "external_launcher"
     with _plain_matrices():
         return LLM(
             model=place, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm",
-            dtype=start.dtype, max_model_len=start.max_length, enforce_eager=not on_gpu,
-            logprobs_mode="processed_logprobs", disable_log_stats=True, trust_remote_code=False, seed=0, **arguments,
+            dtype=arguments.dtype, max_model_len=arguments.max_length, enforce_eager=not on_gpu,
+            logprobs_mode="processed_logprobs", disable_log_stats=True, trust_remote_code=False, seed=0, **more,
         )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ MEASURED = ("divergence", "cross_entropy", "entropy", "mean_token_accuracy")
 
 
 @dataclass(frozen=True)
-class How:
+class DistillSettings:
     """What the student learns of the teacher, and on which completions."""
 
     beta: float
@@ -46,11 +46,11 @@ class How:
 class DistillTrainer(TokenTrainer):
     """TRL's trainer with the loss of distillation."""
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel, how: How, **given: Any) -> None:
+    def __init__(self, *args: Any, teacher: PreTrainedModel, distill_settings: DistillSettings, **given: Any) -> None:
         """As TRL's, and with a teacher, which is frozen."""
         super().__init__(*args, **given)
         self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
-        self.how = how
+        self.settings = distill_settings
         self.aux_loss_enabled = False  # a router's loss is no part of what a teacher tells
 
     def compute_loss(
@@ -76,8 +76,8 @@ class DistillTrainer(TokenTrainer):
         student = model(**passed, use_cache=False).logits[:, :-1][mask]
         width = min(student.shape[-1], teacher.shape[-1])  # tables may be padded differently
         return divergence.mixed(
-            student[:, :width], teacher[:, :width], inputs["labels"][:, 1:][mask], beta=self.how.beta,
-            temperature=self.how.temperature, cross_entropy_weight=self.how.cross_entropy,
+            student[:, :width], teacher[:, :width], inputs["labels"][:, 1:][mask], beta=self.settings.beta,
+            temperature=self.settings.temperature, cross_entropy_weight=self.settings.cross_entropy,
         )  # fmt: skip
 
     def _across(self, model: Any, inputs: Mapping[str, Any], mask: torch.Tensor) -> Losses:
@@ -87,9 +87,9 @@ class DistillTrainer(TokenTrainer):
             teacher = self.teacher(**read, use_cache=False).logits
         passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         student = model(**passed, use_cache=False).logits
-        apart = vocabularies.distances(student, teacher, inputs, self.how.temperature)[:, 1:][mask]
+        apart = vocabularies.distances(student, teacher, inputs, self.settings.temperature)[:, 1:][mask]
         targets = inputs["labels"][:, 1:][mask]
-        return divergence.with_cross_entropy(apart, student[:, :-1][mask], targets, self.how.cross_entropy)
+        return divergence.with_cross_entropy(apart, student[:, :-1][mask], targets, self.settings.cross_entropy)
 
     def _measure(self, inputs: Mapping[str, Any], mask: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
         """Add the means over a batch of all processes to what TRL logs."""
@@ -105,7 +105,7 @@ class DistillTrainer(TokenTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The batches of a step; of one that is on-policy, with completions that the student samples now."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches or not is_on_policy(self.how, self.state.global_step):
+        if not batches or not is_on_policy(self.settings, self.state.global_step):
             return batches, count
         batches = [self._sampled(batch, number) for number, batch in enumerate(batches)]
         return batches, self._get_num_items_in_batch(batches, device)
@@ -116,10 +116,10 @@ class DistillTrainer(TokenTrainer):
         at = (
             number * self.accelerator.num_processes + self.accelerator.process_index
         ) * self.args.per_device_train_batch_size
-        seeds = [seed_of(self.how.seed, self.state.global_step, at + row) for row in range(len(prompts))]
+        seeds = [seed_of(self.settings.seed, self.state.global_step, at + row) for row in range(len(prompts))]
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            how = sampling.Drawing(self.how.sampling_temperature, self.how.max_new_tokens)
-            said = sampling.sample(model, prompts, seeds, self.how.stops, self.processing_class.pad_token_id, how)
+            how = sampling.SamplingSettings(self.settings.sampling_temperature, self.settings.max_new_tokens)
+            said = sampling.sample(model, prompts, seeds, self.settings.stops, self.processing_class.pad_token_id, how)
         rows = []
         for asked, one in zip(prompts, said, strict=True):
             ids, labels = asked + one.ids, [IGNORED] * len(asked) + one.ids
@@ -128,9 +128,9 @@ class DistillTrainer(TokenTrainer):
         return found
 
 
-def is_on_policy(how: How, step: int) -> bool:
+def is_on_policy(settings: DistillSettings, step: int) -> bool:
     """Whether the student's own completions are learnt from in a step (counted from 0); the same in all processes."""
-    return bool(np.random.default_rng((how.seed, step)).random() < how.on_policy)
+    return bool(np.random.default_rng((settings.seed, step)).random() < settings.on_policy)
 
 
 def prompt(ids: torch.Tensor, labels: torch.Tensor) -> list[int]:
@@ -182,13 +182,13 @@ def _differing(theirs: Mapping[str, int], ours: Mapping[str, int]) -> str:
     return f"{len(names)} tokens differ, such as {names[0]!r}"
 
 
-def require_prompts(chats: Sequences[Conversation], how: How, positions: int | None) -> None:
+def require_prompts(chats: Sequences[Conversation], settings: DistillSettings, positions: int | None) -> None:
     """See that each row has a prompt, and positions are left for a completion of it.
 
     Raises:
         UserError: the student can't be asked.
     """
-    if not how.on_policy:
+    if not settings.on_policy:
         return
     longest = 0
     for at in range(len(chats)):
@@ -199,7 +199,7 @@ def require_prompts(chats: Sequences[Conversation], how: How, positions: int | N
             problem = f"row {row.number} is a text without a prompt, which the student can't be asked"
             raise UserError(problem, file=row.file, key="on_policy", hint="`columns: {yours: prompt, …}`, or 0")
         longest = max(longest, start)
-    if positions is not None and longest + how.max_new_tokens > positions:
+    if positions is not None and longest + settings.max_new_tokens > positions:
         problem = f"the longest prompt has {longest} tokens, and the model {positions} positions"
         raise UserError(problem, key="max_new_tokens", hint=f"at most {positions - longest}")
 
@@ -210,7 +210,7 @@ def check_prompts(trainer: DistillTrainer, chats: Sequence[Conversation]) -> Non
     Raises:
         Fault: one ends elsewhere than where the last answer begins.
     """
-    if not trainer.how.on_policy:
+    if not trainer.settings.on_policy:
         return
     size = min(trainer.args.per_device_train_batch_size, len(chats))
     batch = trainer.data_collator([trainer.train_dataset[at] for at in range(size)])

@@ -61,7 +61,7 @@ def kto(settings: Any) -> Objective:
     kind = getattr(kto_losses, settings.loss_type)
 
     def loss(scores: Scores) -> tuple[torch.Tensor, Figures]:
-        (answer,), is_good = scores.sides, scores.told["label"] > 0
+        (answer,), is_good = scores.sides, scores.columns["label"] > 0
         kl = scores.step.kl if scores.step.kl is not None else answer.logprobs.new_zeros(())
         figures = {"kl": mean(kl)} if scores.step.kl is not None else {}
         for name, which in (("chosen", is_good), ("rejected", ~is_good)):
@@ -72,7 +72,7 @@ def kto(settings: Any) -> Objective:
     has_kl = settings.loss_type in kto_losses.WITH_KL
     starts_at = dict.fromkeys(("rewards/chosen", "rewards/rejected", *(["kl"] if has_kl else [])), 0.0)
     return Objective(
-        ("completion",), loss, told=("label",), has_kl=has_kl, starts_at=starts_at, reward_scale=settings.beta
+        ("completion",), loss, columns=("label",), has_kl=has_kl, starts_at=starts_at, reward_scale=settings.beta
     )
 
 
@@ -123,7 +123,7 @@ def qrpo(beta: float, transform: str, *, length_normalization: bool, beta_max: f
         betas = qrpo_losses.betas(
             beta, answer.tokens, length_normalization=length_normalization, largest=beta_max
         ).double()
-        quantile, references = qrpo_losses.quantiles(scores.told["reward"], scores.told["reference_rewards"])
+        quantile, references = qrpo_losses.quantiles(scores.columns["reward"], scores.columns["reference_rewards"])
         rewards, beta_log_z = transformed(quantile, references, betas)
         target, implied = rewards - beta_log_z, betas * answer.ratio
         figures = {
@@ -139,7 +139,7 @@ def qrpo(beta: float, transform: str, *, length_normalization: bool, beta_max: f
     return Objective(
         ("completion",),
         loss,
-        told=("reward", "reference_rewards"),
+        columns=("reward", "reference_rewards"),
         starts_at={"rewards": 0.0},
         reward_scale=beta if beta_max is None else min(beta, beta_max),
     )

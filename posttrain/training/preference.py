@@ -14,7 +14,7 @@ from cordee.stage import Context
 from posttrain.training import lm_head, reading, reference, shared_prompt, skeleton
 from posttrain.training.metrics import TrainingData, counted
 from posttrain.training.order import set_order
-from posttrain.training.preference_rows import Rows
+from posttrain.training.preference_rows import PreferenceRows
 from posttrain.training.preference_trainer import PreferenceTrainer
 from posttrain.training.scores import Objective
 from posttrain.training.sequences import Sequences
@@ -73,7 +73,8 @@ def build(
     if check is not None:
         check(found)
     longest = sequence_limits(model, settings.max_length).longest
-    rows, apart = Rows(found, objective, longest, "data"), Rows(heldout, objective, longest, "heldout")
+    rows = PreferenceRows(found, objective, longest, "data")
+    apart = PreferenceRows(heldout, objective, longest, "heldout")
     trainer = skeleton.open_trainer(
         PreferenceTrainer, config, model, settings, processing_class=tokenizer, train_dataset=rows,
         eval_dataset=apart if len(apart) else None, objective=objective,
@@ -93,7 +94,7 @@ def build(
     return trainer, data
 
 
-def _use_reference(trainer: PreferenceTrainer, config: TrlConfig, context: Context, parts: Sequence[Rows]) -> None:
+def _use_reference(trainer: PreferenceTrainer, config: TrlConfig, context: Context, parts: Sequence[PreferenceRows]) -> None:
     """Have the reference's log-probabilities computed, at once, or of a sharded model once it is."""
     check = StartsAtReference(trainer)
 
@@ -110,7 +111,7 @@ def _use_reference(trainer: PreferenceTrainer, config: TrlConfig, context: Conte
         fill()
 
 
-def check_batches(trainer: PreferenceTrainer, rows: Rows) -> None:
+def check_batches(trainer: PreferenceTrainer, rows: PreferenceRows) -> None:
     """Look at what the trainer's own collator makes before anything is learnt from it.
 
     Raises:

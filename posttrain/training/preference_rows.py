@@ -20,7 +20,7 @@ from posttrain.training.settings import IGNORED
 Ids = npt.NDArray[np.int32]
 
 
-class Rows(Dataset[dict[str, Any]]):
+class PreferenceRows(Dataset[dict[str, Any]]):
     """Rows, each read from the disk when it is asked for, with what the reference model says of its answers."""
 
     def __init__(self, sequences: Sequences[Any], objective: Objective, longest: int | None, key: str) -> None:
@@ -37,7 +37,7 @@ class Rows(Dataset[dict[str, Any]]):
         """
         self.sequences, self.objective, self.longest = sequences, objective, longest
         self.reference: npt.NDArray[np.float32] | None = None
-        """`[distinct, columns]`: sums of log-probabilities under the reference, nats, of the sides, and last of the
+        """`[distinct, num_answers]`: sums of log-probabilities under the reference, nats, of the sides, and last of the
         answer to another prompt where there is one."""
         places, self._distinct_of = np.unique(sequences.places, return_inverse=True)
         self.distinct: Sequences[Any] = Sequences(sequences.parts, places, sequences.read)
@@ -50,15 +50,15 @@ class Rows(Dataset[dict[str, Any]]):
     def __getitem__(self, at: int) -> dict[str, Any]:
         distinct = int(self._distinct_of[at])
         part, place = self.distinct.place(distinct)
-        row: dict[str, Any] = {"answers": [self.tokens(distinct, column) for column in range(self.columns)]}
-        for name in self.objective.told:
+        row: dict[str, Any] = {"answers": [self.tokens(distinct, column) for column in range(self.num_answers)]}
+        for name in self.objective.columns:
             row[name] = part.items(name, place) if name == "reference_rewards" else part.value(name, place)
         if self.reference is not None:
             row["reference"] = self.reference[distinct]
         return row
 
     @property
-    def columns(self) -> int:
+    def num_answers(self) -> int:
         """How many answers are scored of a row: its sides, and that to another prompt where there is one."""
         return len(self.objective.sides) + (self._partners is not None)
 
@@ -81,7 +81,7 @@ class Rows(Dataset[dict[str, Any]]):
 
     @cached_property
     def column_lengths(self) -> Places:
-        """`[distinct, columns]`: tokens of each sequence that is scored."""
+        """`[distinct, num_answers]`: tokens of each sequence that is scored."""
         found = [self.distinct.lengths("prompt", side) for side in self.objective.sides]
         if self._partners is not None:
             prompts, answers = self.distinct.lengths("prompt"), self.distinct.lengths(self.objective.sides[0])
@@ -89,9 +89,9 @@ class Rows(Dataset[dict[str, Any]]):
             found.append(whole if self.longest is None else np.minimum(whole, np.maximum(self.longest, prompts + 1)))
         return np.stack(found, axis=1)
 
-    def told_references(self) -> npt.NDArray[np.float64]:
-        """`[distinct, columns]`: what the rows themselves say of the reference model's log-probabilities, or NaN."""
-        found = np.full((len(self.distinct), self.columns), np.nan)
+    def given_references(self) -> npt.NDArray[np.float64]:
+        """`[distinct, num_answers]`: the reference's log-probabilities that the rows bring along, or NaN."""
+        found = np.full((len(self.distinct), self.num_answers), np.nan)
         if self.objective.tail_weight is not None:  # they are sums of all tokens
             return found
         for column, name in enumerate(self.reference_columns):
@@ -107,7 +107,7 @@ class Rows(Dataset[dict[str, Any]]):
         ]
 
 
-def _partners(rows: Rows, key: str) -> Places:
+def _partners(rows: PreferenceRows, key: str) -> Places:
     """`[distinct]`: for each sequence another, with another prompt; each of them once.
 
     Sorted by their prompts, sequences are as far from each other as the largest group that shares one.
@@ -163,7 +163,7 @@ class Collator:
             batch["reference"] = found[:sides].reshape(-1)
             if len(columns) > sides:
                 batch["kl_reference"] = found[-1]
-        for name in self.objective.told:
+        for name in self.objective.columns:
             batch[name] = _stacked([row[name] for row in rows])
         return batch
 

@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from posttrain.losses import pairs
 from posttrain.training import shared_prompt
-from posttrain.training.preference_rows import Collator, Rows
+from posttrain.training.preference_rows import Collator, PreferenceRows
 from posttrain.training.scores import Figures, Objective, Scores, Side, Step, mean
 from posttrain.training.settings import IGNORED
 
@@ -35,9 +35,9 @@ class PreferenceTrainer(transformers.Trainer):
         model: PreTrainedModel | PeftModel,
         args: Any,
         objective: Objective,
-        train_dataset: Rows,
+        train_dataset: PreferenceRows,
         processing_class: PreTrainedTokenizerBase,
-        eval_dataset: Rows | None = None,
+        eval_dataset: PreferenceRows | None = None,
         peft_config: Any = None,
     ) -> None:
         """A trainer of a model, or of a new adapter on it.
@@ -214,8 +214,8 @@ class PreferenceTrainer(transformers.Trainer):
             self.begin_step([inputs], is_shared=False)
         outputs = self.forward(model, inputs, has_auxiliary=self.aux_loss_enabled)
         sides = self.sides(outputs, inputs)
-        told = {name: inputs[name] for name in self.objective.told}
-        losses, figures = self.objective.loss(Scores(sides, told, cast("Step", self.step), inputs["at"]))
+        columns = {name: inputs[name] for name in self.objective.columns}
+        losses, figures = self.objective.loss(Scores(sides, columns, cast("Step", self.step), inputs["at"]))
         loss = losses.mean()
         figures |= {"loss": mean(losses)} | self._token_figures(outputs, inputs)
         if self.aux_loss_enabled:

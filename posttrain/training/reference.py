@@ -23,7 +23,7 @@ from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain.losses.pairs import token_weights
 from posttrain.training import start
-from posttrain.training.preference_rows import Rows
+from posttrain.training.preference_rows import PreferenceRows
 from posttrain.training.preference_trainer import PreferenceTrainer
 from posttrain.training.settings import TrlConfig
 
@@ -38,8 +38,8 @@ TOLERANCE, TOLERANCE_PER_TOKEN = 0.1, 0.01
 """Nats by which the two may differ: an answer's, and in addition for each of its tokens, for other rounding."""
 
 
-def fill(trainer: PreferenceTrainer, rows: Rows, config: TrlConfig, context: Context) -> bool:
-    """Give rows the log-probabilities of the reference: those they tell themselves, and what is computed of the rest.
+def fill(trainer: PreferenceTrainer, rows: PreferenceRows, config: TrlConfig, context: Context) -> bool:
+    """Give rows the log-probabilities of the reference: those in the data, and what is computed of the rest.
 
     The reference is the model as it is when the training begins; of a new adapter, the model without it.
 
@@ -50,58 +50,58 @@ def fill(trainer: PreferenceTrainer, rows: Rows, config: TrlConfig, context: Con
         context: keeps the pass, and is told.
 
     Returns:
-        Whether rows told any themselves.
+        Whether any are from the data.
 
     Raises:
-        UserError: what rows tell is not what the model gives.
+        UserError: what rows say is not what the model gives.
         Stopped: a stop was asked for; what was computed is kept.
     """
-    told = rows.told_references()
-    is_told = ~np.isnan(told)
-    checked = _checked(rows, is_told)
-    computed = np.flatnonzero(~is_told | np.isin(np.arange(told.size).reshape(told.shape), checked))
+    given = rows.given_references()
+    is_given = ~np.isnan(given)
+    checked = _checked(rows, is_given)
+    computed = np.flatnonzero(~is_given | np.isin(np.arange(given.size).reshape(given.shape), checked))
     # the longest first, so that a batch has little padding
     computed = computed[np.argsort(-rows.column_lengths.reshape(-1)[computed], kind="stable")]
     name = [_name(trainer, rows, config, computed) if trainer.accelerator.is_main_process else ""]
     folder = context.cache / FOLDER / str(broadcast_object_list(name)[0])
     values, reused = _computed(trainer, rows, computed, folder, context, adapter_is_off=config.lora is not None)
-    found = told.reshape(-1).copy()
+    found = given.reshape(-1).copy()
     anew = dict(zip(computed.tolist(), values.tolist(), strict=True))
     for at in checked.tolist():
         _require_same(rows, at, float(found[at]), anew[at])
     unknown = np.isnan(found[computed])
     found[computed[unknown]] = values[unknown]
-    rows.reference = found.reshape(told.shape).astype(np.float32)
+    rows.reference = found.reshape(given.shape).astype(np.float32)
     context.note(
-        f"log-probabilities of the reference: {told.size} answers, {int(is_told.sum())} from the data, "
+        f"log-probabilities of the reference: {given.size} answers, {int(is_given.sum())} from the data, "
         f"{reused} from the cache"
     )
-    return bool(is_told.any())
+    return bool(is_given.any())
 
 
-def _checked(rows: Rows, is_told: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Which answers of those that rows tell are computed anew, of `[distinct · columns]`: of rows all over a source."""
-    sources, some = rows.distinct.sources(), np.zeros(is_told.shape, dtype=bool)
+def _checked(rows: PreferenceRows, is_given: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Which answers that have a log-probability are computed anew, of `[distinct · num_answers]`: all over a source."""
+    sources, some = rows.distinct.sources(), np.zeros(is_given.shape, dtype=bool)
     for source in np.unique(sources):
-        known = np.flatnonzero((sources == source) & is_told.any(axis=1))
+        known = np.flatnonzero((sources == source) & is_given.any(axis=1))
         if len(known):
-            some[known[np.linspace(0, len(known) - 1, CHECKED // rows.columns).astype(int)]] = True
-    return np.flatnonzero(some & is_told)
+            some[known[np.linspace(0, len(known) - 1, CHECKED // rows.num_answers).astype(int)]] = True
+    return np.flatnonzero(some & is_given)
 
 
-def _require_same(rows: Rows, at: int, told: float, computed: float) -> None:
+def _require_same(rows: PreferenceRows, at: int, given: float, computed: float) -> None:
     """See that a row's own log-probability is the model's.
 
     Raises:
         UserError: it is not.
     """
-    distinct, column = divmod(at, rows.columns)
+    distinct, column = divmod(at, rows.num_answers)
     allowed = TOLERANCE + TOLERANCE_PER_TOKEN * len(rows.tokens(distinct, column)[1])
-    if abs(told - computed) <= allowed:
+    if abs(given - computed) <= allowed:
         return
     row = rows.distinct[distinct]
     raise UserError(
-        f"says that the reference's log-probability of the answer is {told:.4f} nats, and the model gives "
+        f"says that the reference's log-probability of the answer is {given:.4f} nats, and the model gives "
         f"{computed:.4f}: it was scored by another model, or with another chat template",
         file=row.file,
         key=f"row {row.number}",
@@ -109,7 +109,7 @@ def _require_same(rows: Rows, at: int, told: float, computed: float) -> None:
     )
 
 
-def _name(trainer: PreferenceTrainer, rows: Rows, config: TrlConfig, computed: npt.NDArray[np.int64]) -> str:
+def _name(trainer: PreferenceTrainer, rows: PreferenceRows, config: TrlConfig, computed: npt.NDArray[np.int64]) -> str:
     """A name for all that decides about the numbers."""
     found, args = start.find(config), trainer.args
     folders = [folder for folder in (found.base, found.adapter) if folder]
@@ -133,14 +133,14 @@ def _name(trainer: PreferenceTrainer, rows: Rows, config: TrlConfig, computed: n
 
 def _computed(
     trainer: PreferenceTrainer,
-    rows: Rows,
+    rows: PreferenceRows,
     which: npt.NDArray[np.int64],
     folder: Path,
     context: Context,
     *,
     adapter_is_off: bool,
 ) -> tuple[npt.NDArray[np.float64], int]:
-    """The log-probabilities of the answers at these places of `[distinct, columns]`, and how many were kept before."""
+    """The log-probabilities of the answers at places of `[distinct, num_answers]`, and how many were kept before."""
     accelerator = trainer.accelerator
     size = trainer.args.per_device_train_batch_size * len(rows.objective.sides)
     each = size * BATCHES * accelerator.num_processes
@@ -200,7 +200,7 @@ def _reference(trainer: PreferenceTrainer, *, adapter_is_off: bool) -> Iterator[
         yield
 
 
-def _part(trainer: PreferenceTrainer, rows: Rows, which: npt.NDArray[np.int64], size: int) -> list[float]:
+def _part(trainer: PreferenceTrainer, rows: PreferenceRows, which: npt.NDArray[np.int64], size: int) -> list[float]:
     """The log-probabilities of some answers, nats; each process computes its share of the batches, all equally many."""
     accelerator, device = trainer.accelerator, trainer.args.device
     values = torch.zeros(len(which), dtype=torch.float64, device=device)
@@ -215,9 +215,9 @@ def _part(trainer: PreferenceTrainer, rows: Rows, which: npt.NDArray[np.int64], 
     return whole
 
 
-def _scored(trainer: PreferenceTrainer, rows: Rows, which: npt.NDArray[np.int64]) -> torch.Tensor:
+def _scored(trainer: PreferenceTrainer, rows: PreferenceRows, which: npt.NDArray[np.int64]) -> torch.Tensor:
     """`[answers]`, float64: the log-probabilities of a batch of answers, nats."""
-    places = [divmod(int(at), rows.columns) for at in which]
+    places = [divmod(int(at), rows.num_answers) for at in which]
     batch = trainer._prepare_inputs(  # noqa: SLF001 - as its own training step does
         trainer.data_collator.padded([rows.tokens(*place) for place in places])
     )

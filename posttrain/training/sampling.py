@@ -22,7 +22,7 @@ from cordee.compute import adapter
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingSettings:
     """How tokens are drawn; as TRL's config has it."""
 
     temperature: float
@@ -51,7 +51,12 @@ def stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def sample(
-    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int], stops: Sequence[int], pad: int, how: Drawing
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    stops: Sequence[int],
+    pad: int,
+    how: SamplingSettings,
 ) -> list[Sampled]:
     """Continue each prompt, all in one batch, in evaluation mode.
 
@@ -66,7 +71,7 @@ def sample(
     longest = max(map(len, prompts))
     padded = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    drawing = Draw(how, seeds, longest, mask)
+    drawing = SeededSampling(how, seeds, longest, mask)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=how.max_tokens, eos_token_id=list(stops), pad_token_id=pad, disable_compile=True
     )
@@ -92,13 +97,13 @@ def _cut(ids: list[int], logprobs: list[float], stops: Sequence[int]) -> Sampled
     return Sampled(ids[:end], logprobs[:end])
 
 
-class Draw(LogitsProcessor):
+class SeededSampling(LogitsProcessor):
     """Draws each row's next token: adds Gumbel noise to the scores, the largest of which greedy decoding then takes.
 
     Each row has a generator of its own, so what is drawn does not depend on the others.
     """
 
-    def __init__(self, how: Drawing, seeds: Sequence[int], prompt: int, mask: torch.Tensor) -> None:
+    def __init__(self, how: SamplingSettings, seeds: Sequence[int], prompt: int, mask: torch.Tensor) -> None:
         """Draw rows whose prompts are padded to `prompt` tokens, which `mask` `[batch, prompt]` tells from padding."""
         self.how, self.prompt, self.mask = how, prompt, mask
         self.generators = [torch.Generator(mask.device).manual_seed(seed) for seed in seeds]
@@ -131,7 +136,7 @@ class Draw(LogitsProcessor):
         return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def _warpers(how: Drawing) -> list[Any]:
+def _warpers(how: SamplingSettings) -> list[Any]:
     """What reshapes the distribution, in vLLM's order."""
     found: list[Any] = []
     if how.temperature not in (0.0, 1.0):

@@ -53,7 +53,7 @@ class Scores:
 
     sides: tuple[Side, ...]
     """Chosen and rejected, or the one answer."""
-    told: Mapping[str, torch.Tensor]
+    columns: Mapping[str, torch.Tensor]
     """`[rows]` or `[rows, …]`: the batch's columns."""
     step: Step
     at: torch.Tensor
@@ -71,7 +71,7 @@ class Objective:
     sides: tuple[str, ...]
     """The lists of token ids that follow the prompt: `chosen` and `rejected`, or `completion`."""
     loss: Loss
-    told: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     """Columns of the rows that the loss reads."""
     has_reference: bool = True
     has_prompt_loss: bool = False

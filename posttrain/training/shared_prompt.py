@@ -20,7 +20,7 @@ from cordee.stage import Context
 from posttrain.training.settings import IGNORED
 
 if TYPE_CHECKING:
-    from posttrain.training.preference_rows import Rows
+    from posttrain.training.preference_rows import PreferenceRows
     from posttrain.training.preference_trainer import PreferenceTrainer
 
 TOLERANCE = 1e-3
@@ -35,7 +35,7 @@ def joined(
     pad_token_id: int,
     multiple_of: int | None,
 ) -> dict[str, torch.Tensor]:
-    """Rows with one sequence each.
+    """PreferenceRows with one sequence each.
 
     Args:
         answers: `[sides][rows]`: prompt and answer.
@@ -87,7 +87,7 @@ def _rows_of(at: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model is given of joint rows; its mask is `[rows, 1, joint_seq, joint_seq]`, True where a token sees."""
+    """The model's inputs of joint rows; the mask, `[rows, 1, joint_seq, joint_seq]`, is True where a token sees."""
     segments = batch["joint_segments"]
     seen, seeing = segments[:, None, :], segments[:, :, None]
     return {
@@ -121,7 +121,7 @@ def is_same(batch: Mapping[str, torch.Tensor]) -> bool:
     return bool((has_place & ((segments == side) | (is_prompt & (segments == 0))))[is_token].all())
 
 
-def use_where_exact(trainer: "PreferenceTrainer", rows: "Rows", context: Context) -> None:
+def use_where_exact(trainer: "PreferenceTrainer", rows: "PreferenceRows", context: Context) -> None:
     """Have prompts computed once where that gives the same log-probabilities, and note it.
 
     A model's attention has to take a mask of its own for each row. Whether it then does what it should is seen on the
@@ -140,7 +140,7 @@ def use_where_exact(trainer: "PreferenceTrainer", rows: "Rows", context: Context
     context.note(f"a pair's prompt is computed {f'for each answer: {told}' if told else 'once for both answers'}")
 
 
-def _why_not(trainer: "PreferenceTrainer", rows: "Rows") -> str:
+def _why_not(trainer: "PreferenceTrainer", rows: "PreferenceRows") -> str:
     """Why the two answers of a row are computed separately; nothing where they need not be."""
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     if trainer.aux_loss_enabled:

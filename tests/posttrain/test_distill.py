@@ -155,7 +155,7 @@ def test_on_policy_rows_are_the_prompts_with_what_the_student_says(
     batches, count = trainer.get_batch_samples(iter(given), 2, torch.device("cpu"))
     assert int(count) == sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
     assert len({tuple(row) for batch in batches for row in batch["labels"].tolist()}) == 8
-    stops = set(trainer.how.stops)
+    stops = set(trainer.settings.stops)
     for number, (before, after) in enumerate(zip(given, batches, strict=True)):
         for row in range(4):
             prompt = distill_trainer.prompt(before["input_ids"][row], before["labels"][row])
@@ -168,22 +168,22 @@ def test_on_policy_rows_are_the_prompts_with_what_the_student_says(
             assert not stops.intersection(said[:-1])
             assert len(said) == 8 or said[-1] in stops
             (alone,) = sampling.sample(
-                trainer.model, [prompt], [seed_of(context.seed, 0, 4 * number + row)], trainer.how.stops,
-                trainer.processing_class.pad_token_id, sampling.Drawing(1.0, 8),
+                trainer.model, [prompt], [seed_of(context.seed, 0, 4 * number + row)], trainer.settings.stops,
+                trainer.processing_class.pad_token_id, sampling.SamplingSettings(1.0, 8),
             )  # fmt: skip
             assert alone.ids == said
 
 
 def test_which_steps_are_on_policy_is_drawn_by_the_seed() -> None:
-    def how(share: float, seed: int = 0) -> distill_trainer.How:
-        return distill_trainer.How(0.5, 1.0, 0.0, share, 8, 1.0, (1,), seed)
+    def settings(share: float, seed: int = 0) -> distill_trainer.DistillSettings:
+        return distill_trainer.DistillSettings(0.5, 1.0, 0.0, share, 8, 1.0, (1,), seed)
 
-    drawn = [distill_trainer.is_on_policy(how(0.3), step) for step in range(1000)]
+    drawn = [distill_trainer.is_on_policy(settings(0.3), step) for step in range(1000)]
     assert 250 < sum(drawn) < 350
-    assert drawn == [distill_trainer.is_on_policy(how(0.3), step) for step in range(1000)]
-    assert drawn != [distill_trainer.is_on_policy(how(0.3, seed=1), step) for step in range(1000)]
-    assert all(distill_trainer.is_on_policy(how(1.0), step) for step in range(100))
-    assert not any(distill_trainer.is_on_policy(how(0.0), step) for step in range(100))
+    assert drawn == [distill_trainer.is_on_policy(settings(0.3), step) for step in range(1000)]
+    assert drawn != [distill_trainer.is_on_policy(settings(0.3, seed=1), step) for step in range(1000)]
+    assert all(distill_trainer.is_on_policy(settings(1.0), step) for step in range(100))
+    assert not any(distill_trainer.is_on_policy(settings(0.0), step) for step in range(100))
 
 
 def test_a_student_that_is_its_own_teacher_is_at_0(model_folder: Path, chats: Path, context: Context) -> None:

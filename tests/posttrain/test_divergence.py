@@ -110,7 +110,9 @@ def test_the_mixed_loss_and_its_figures_by_hand() -> None:
 def noisy(scores: torch.Tensor, seeds: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
     """Scores with the noise of a first draw, each row's by its seed."""
     asked = torch.zeros(len(scores), 1, dtype=torch.long)
-    return sampling.Draw(sampling.Drawing(temperature, 1), seeds, 1, torch.ones_like(asked))(asked, scores)
+    return sampling.SeededSampling(sampling.SamplingSettings(temperature, 1), seeds, 1, torch.ones_like(asked))(
+        asked, scores
+    )
 
 
 def test_noise_draws_from_the_softmax() -> None:
@@ -126,8 +128,8 @@ def test_noise_draws_from_the_softmax() -> None:
 
 def test_a_row_s_noise_depends_on_its_seed_alone() -> None:
     asked, scores = torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 8)
-    how = sampling.Drawing(1.0, 3)
-    together, alone = (sampling.Draw(how, seeds, 1, torch.ones(len(seeds), 1)) for seeds in ([4, 5, 6], [5]))
+    how = sampling.SamplingSettings(1.0, 3)
+    together, alone = (sampling.SeededSampling(how, seeds, 1, torch.ones(len(seeds), 1)) for seeds in ([4, 5, 6], [5]))
     for _ in range(3):
         torch.rand(7)  # another user of torch's own generator
         assert together(asked, scores)[1].equal(alone(asked[:1], scores[:1])[0])

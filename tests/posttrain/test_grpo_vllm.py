@@ -33,10 +33,10 @@ def model(tmp_path_factory: pytest.TempPathFactory, template: str) -> Path:
 def running(model: Path) -> Iterator[Any]:
     """One vLLM for all tests here."""
     from cordee.compute.model import open_model
-    from posttrain.rollouts.with_vllm import Start, Vllm, start_of
+    from posttrain.rollouts.with_vllm import Vllm, VllmArguments, config_json
 
     opened = open_model(model)
-    vllm = Vllm(Start(start_of(opened.config, type(opened).__name__), "float32", 200, (1, 8), 0.3))
+    vllm = Vllm(VllmArguments(config_json(opened.config, type(opened).__name__), "float32", 200, (1, 8), 0.3))
     yield vllm
     vllm.close()
 
@@ -158,10 +158,10 @@ def test_it_agrees_at_other_temperatures_and_without_correction(
 def test_the_trainers_random_numbers_and_matrices_are_left_alone(engine: Any) -> None:
     from vllm.model_executor.layers.linear import LinearBase
 
-    from posttrain.training.sampling import Drawing
+    from posttrain.training.sampling import SamplingSettings
 
     before = torch.random.get_rng_state()
-    engine.sample([[5, 6, 7]], [1], Drawing(1.0, 8))
+    engine.sample([[5, 6, 7]], [1], SamplingSettings(1.0, 8))
     assert torch.random.get_rng_state().equal(before)
     assert not hasattr(LinearBase, "_cpu_skip_gemm_dispatch")
     assert torch.is_grad_enabled()

@@ -16,11 +16,11 @@ from cordee.seeds import seed_of
 from posttrain import grpo, rloo
 from posttrain.rollouts import collapse, mismatch, weights
 from posttrain.rollouts.order import PromptOrder
-from posttrain.rollouts.sampling import Draws, require_ended
+from posttrain.rollouts.sampling import CompletionSeeds, require_ended
 from posttrain.rollouts.settings import ROLLOUT_OWNED
 from posttrain.rollouts.trainer import Rollouts
 from posttrain.training.order import Order
-from posttrain.training.sampling import Draw, Drawing, Sampled
+from posttrain.training.sampling import Sampled, SamplingSettings, SeededSampling
 
 
 def test_seeds_are_told_apart_by_every_part_of_their_key() -> None:
@@ -33,7 +33,7 @@ def test_seeds_are_told_apart_by_every_part_of_their_key() -> None:
 
 def test_a_later_turn_is_told_which_completion_it_belongs_to() -> None:
     """Two completions of one prompt that have said the same are taken in their order."""
-    draws = Draws([(1, 0), (1, 1), (1, 2)])
+    draws = CompletionSeeds([(1, 0), (1, 1), (1, 2)])
     asked = [[5, 6], [5, 6], [7]]
     places, first = draws.seeds(asked)
     draws.end(places, asked, [Sampled([9], [0.0]), Sampled([9], [0.0]), Sampled([8], [0.0])])
@@ -54,9 +54,11 @@ def test_a_completion_ends_where_it_should() -> None:
             require_ended([wrong], [2], 3)
 
 
-def draw(how: Drawing, scores: torch.Tensor, seeds: list[int], ids: torch.Tensor | None = None) -> tuple[Any, Any]:
+def draw(
+    how: SamplingSettings, scores: torch.Tensor, seeds: list[int], ids: torch.Tensor | None = None
+) -> tuple[Any, Any]:
     ids = torch.zeros(len(scores), 1, dtype=torch.long) if ids is None else ids
-    drawing = Draw(how, seeds, ids.shape[1], torch.ones_like(ids))
+    drawing = SeededSampling(how, seeds, ids.shape[1], torch.ones_like(ids))
     noisy = drawing(ids, scores)
     return noisy.argmax(-1), drawing.logprobs[0]
 
@@ -65,7 +67,7 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
     """6000 draws of five tokens: Pearson's statistic is below the 99.9 % quantile of chi squared with 4 degrees."""
     scores = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0])
     count = 6000
-    tokens, logprobs = draw(Drawing(0.7, 1), scores.repeat(count, 1), [seed_of(1, at) for at in range(count)])
+    tokens, logprobs = draw(SamplingSettings(0.7, 1), scores.repeat(count, 1), [seed_of(1, at) for at in range(count)])
     expected = (scores / 0.7).softmax(-1)
     seen = torch.bincount(tokens, minlength=5)
     assert float(((seen - count * expected) ** 2 / (count * expected)).sum()) < 18.5
@@ -75,10 +77,10 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
 def test_a_row_is_drawn_alike_whatever_is_beside_it() -> None:
     torch.manual_seed(0)
     scores, seeds = torch.randn(6, 50), list(range(10, 16))
-    together, _ = draw(Drawing(1.0, 1), scores, seeds)
-    alone = [int(draw(Drawing(1.0, 1), scores[at : at + 1], seeds[at : at + 1])[0]) for at in range(6)]
+    together, _ = draw(SamplingSettings(1.0, 1), scores, seeds)
+    alone = [int(draw(SamplingSettings(1.0, 1), scores[at : at + 1], seeds[at : at + 1])[0]) for at in range(6)]
     assert together.tolist() == alone
-    greedy, _ = draw(Drawing(0.0, 1), scores, seeds)
+    greedy, _ = draw(SamplingSettings(0.0, 1), scores, seeds)
     assert greedy.tolist() == scores.argmax(-1).tolist()
 
 
@@ -96,7 +98,7 @@ def test_what_reshapes_the_distribution_is_as_transformers_has_it(key: str) -> N
     wanted = process(ids, scores.clone()).log_softmax(-1)
     for seed in range(20):
         tokens, logprobs = draw(
-            Drawing(1.0, 1, **{key: value}), scores.clone(), [seed * 4 + at for at in range(4)], ids
+            SamplingSettings(1.0, 1, **{key: value}), scores.clone(), [seed * 4 + at for at in range(4)], ids
         )
         assert torch.allclose(logprobs, wanted.gather(-1, tokens[:, None])[:, 0], atol=1e-5)
         assert torch.isfinite(logprobs).all()
@@ -104,7 +106,7 @@ def test_what_reshapes_the_distribution_is_as_transformers_has_it(key: str) -> N
 
 def test_a_penalty_does_not_see_the_padding() -> None:
     ids = torch.tensor([[0, 0, 3]])
-    drawing = Draw(Drawing(0.0, 1, repetition_penalty=2.0), [1], 3, torch.tensor([[0, 0, 1]]))
+    drawing = SeededSampling(SamplingSettings(0.0, 1, repetition_penalty=2.0), [1], 3, torch.tensor([[0, 0, 1]]))
     found = drawing(ids, torch.tensor([[4.0, 1.0, 1.0, 3.0]]))
     assert found.tolist() == [[4.0, 1.0, 1.0, 1.5]]
 
