@@ -8,7 +8,8 @@ both answers, or of what `rewards.alphapo` makes of them; L(x) = -log sigmoid(x)
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import logsigmoid
+
+from posttrain.losses.pairs import smoothed
 
 if TYPE_CHECKING:
     from trl.experimental.cpo import CPOConfig
@@ -21,7 +22,7 @@ SMOOTHED = {"sigmoid", "simpo"}
 
 def sigmoid(margin: torch.Tensor, settings: "CPOConfig") -> torch.Tensor:
     """(1 - ε) L(βΔ) + ε L(-βΔ), Δ = r_w - r_l: Xu et al. 2024, arXiv 2401.08417, equation 3."""
-    return _smoothed(settings.beta * margin, settings)
+    return smoothed(settings.beta * margin, settings.label_smoothing)
 
 
 def hinge(margin: torch.Tensor, settings: "CPOConfig") -> torch.Tensor:
@@ -36,9 +37,4 @@ def ipo(margin: torch.Tensor, settings: "CPOConfig") -> torch.Tensor:
 
 def simpo(margin: torch.Tensor, settings: "CPOConfig") -> torch.Tensor:
     """L(βΔ - gamma), smoothed as `sigmoid`, gamma `simpo_gamma`: Meng et al. 2024, arXiv 2405.14734."""
-    return _smoothed(settings.beta * margin - settings.simpo_gamma, settings)
-
-
-def _smoothed(logits: torch.Tensor, settings: "CPOConfig") -> torch.Tensor:
-    epsilon = settings.label_smoothing
-    return -logsigmoid(logits) * (1 - epsilon) - logsigmoid(-logits) * epsilon
+    return smoothed(settings.beta * margin - settings.simpo_gamma, settings.label_smoothing)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import logsigmoid
 
-from posttrain.losses.pairs import Pairs, divergence
+from posttrain.losses.pairs import Pairs, divergence, smoothed
 
 if TYPE_CHECKING:
     from trl import DPOConfig
@@ -83,7 +83,7 @@ def aot(pairs: Pairs, settings: "DPOConfig") -> torch.Tensor:
     step, at = pairs.whole()
     ranks = _ranks(step.chosen - step.rejected)[at]
     reference = (step.reference_chosen - step.reference_rejected).sort().values
-    return _smoothed(settings.beta * (pairs.chosen - pairs.rejected - reference[ranks]), settings)
+    return smoothed(settings.beta * (pairs.chosen - pairs.rejected - reference[ranks]), settings.label_smoothing)
 
 
 def aot_unpaired(pairs: Pairs, settings: "DPOConfig") -> torch.Tensor:
@@ -96,8 +96,8 @@ def aot_unpaired(pairs: Pairs, settings: "DPOConfig") -> torch.Tensor:
     chosen, rejected = step.chosen_ratio, step.rejected_ratio
     below = rejected.sort().values[_ranks(chosen)[at]]
     above = chosen.sort().values[_ranks(rejected)[at]]
-    own = _smoothed(settings.beta * (pairs.chosen_ratio - below), settings)
-    anothers = _smoothed(settings.beta * (above - pairs.rejected_ratio), settings)
+    own = smoothed(settings.beta * (pairs.chosen_ratio - below), settings.label_smoothing)
+    anothers = smoothed(settings.beta * (above - pairs.rejected_ratio), settings.label_smoothing)
     return own + anothers - anothers.detach()
 
 
@@ -136,11 +136,6 @@ def _margin_of_means(pairs: Pairs, settings: "DPOConfig") -> torch.Tensor:
     """s_w/|y_w| - s_l/|y_l|."""
     chosen = divergence(pairs.chosen_ratio, settings) / pairs.chosen_tokens.clamp(min=1)
     return chosen - divergence(pairs.rejected_ratio, settings) / pairs.rejected_tokens.clamp(min=1)
-
-
-def _smoothed(logits: torch.Tensor, settings: "DPOConfig") -> torch.Tensor:
-    epsilon = settings.label_smoothing
-    return -logsigmoid(logits) * (1 - epsilon) - logsigmoid(-logits) * epsilon
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:

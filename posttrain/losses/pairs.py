@@ -68,6 +68,14 @@ def divergence(ratio: torch.Tensor, settings: "DPOConfig") -> torch.Tensor:
     return ratio
 
 
+def smoothed(logits: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """(1 - ε) L(x) + ε L(-x), L(x) = -log sigmoid(x), of the shape of x: preferences of which a share ε is wrong.
+
+    `epsilon` is `label_smoothing`.
+    """
+    return -logsigmoid(logits) * (1 - epsilon) - logsigmoid(-logits) * epsilon
+
+
 def token_weights(is_answer: torch.Tensor, shared: torch.Tensor, alpha: float | None) -> torch.Tensor:
     """The weight of each token in an answer's log-probability: 1 up to the length that both sides of a pair have.
 

@@ -16,13 +16,11 @@ from cordee import files, model_folder
 from cordee.compute import adapter
 from cordee.errors import Fault, UserError
 from posttrain.merging.settings import Combined, Weighted
-from posttrain.training import adapters
+from posttrain.training import adapter_sums, adapters
 
 COMBINED = "combined"
 EXACT = 1e-5
 """How far, relative to it, `cat` may be from the weighted sum: float32 rounds."""
-NOT_COMBINED = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "trainable_token_indices")
-"""Fields of LoraConfig whose adapters are no pairs of matrices alone."""
 SUMS = ("cat", "linear", "svd")
 """The combinations that stand for the weighted sum."""
 
@@ -130,9 +128,7 @@ def _require_plain(folder: Path) -> None:
     if not model_folder.is_adapter(folder):
         raise UserError("is no adapter", file=folder, key="adapters", hint="`models:` averages whole models")
     config: Mapping[str, Any] = files.read_json(folder / model_folder.ADAPTER_CONFIG)
-    found = [name for name in NOT_COMBINED if config.get(name)]
-    found += ["bias"] if config.get("bias", "none") != "none" else []
-    found += ["init_lora_weights"] if config.get("init_lora_weights", True) not in adapter.PLAIN_STARTS else []
+    found = adapter_sums.beyond_matrices(config)
     if found:
         hint = "merge each alone, and average the models (`models:`)"
         raise UserError(f"sets {found[0]}, and PEFT combines no such adapter", file=folder, key="adapters", hint=hint)

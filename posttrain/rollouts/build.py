@@ -1,19 +1,19 @@
 """Opens a trainer for online RL with its prompts, its rewards and what samples for it."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from cordee import peek
 from cordee.chat.prompts import Prompt
 from cordee.chat.tokenized import Tokenized
 from cordee.compute.model import sequence_limits
-from cordee.errors import Fault, UserError, nearest
+from cordee.errors import UserError, nearest
 from cordee.stage import Context
 from posttrain.rewards.opening import Rewards
 from posttrain.rollouts import collapse, heldout, mismatch, order, weights
@@ -23,9 +23,10 @@ from posttrain.rollouts.settings import MISMATCH, RolloutConfig, trainer_argumen
 from posttrain.rollouts.trainer import Rollouts
 from posttrain.rollouts.with_transformers import Transformers
 from posttrain.rollouts.with_vllm import VllmArguments, config_json
-from posttrain.training import lm_head, reading, sampling, skeleton
+from posttrain.training import adapter_settings, lm_head, reading, sampling, skeleton
 from posttrain.training.metrics import TrainingData
 from posttrain.training.sequences import Sequences
+from posttrain.training.starts_at_reference import StartsAtReference
 
 BY_BATCH = {"loss_type": "bnpo", "entropy_coef": 0.0, "use_adaptive_entropy": False, "top_entropy_quantile": 1.0}
 """Settings of TRL that are means over one micro-batch: a loss by its name, the others where they are not these."""
@@ -72,7 +73,7 @@ def open_run(
     trainer.rewards = rewards
     _begin(trainer, config, tokenizer, int(found.lengths("ids").max()), context)
     if config.beta:
-        trainer.add_callback(StartsAtReference(START_TOLERANCE[config.computes_in]))
+        trainer.add_callback(StartsAtReference({"kl": (0.0, START_TOLERANCE[config.computes_in])}))
     noted: dict[str, Any] = {"engine": config.engine}
     trainer.add_callback(collapse.Watches(context, noted))
     return trainer, _data(trainer, config, found, noted)
@@ -109,12 +110,7 @@ def _check(config: RolloutConfig, settings: Any, context: Context) -> None:
     Raises:
         UserError: there is one.
     """
-    if config.lora and config.lora.get("lora_dropout") and settings.disable_dropout:
-        problem = (
-            "every dropout is switched off, this one too, as long as trainer.disable_dropout is true (the default)"
-        )
-        hint = "leave it out, or set trainer.disable_dropout: false"
-        raise UserError(problem, key="lora.lora_dropout", hint=hint)
+    adapter_settings.require_dropout(config.lora, is_disabled=settings.disable_dropout)
     if config.lora and config.lora.get("bias", "none") != "none" and config.beta:
         problem = f"with {config.lora['bias']!r} biases stay trained while the adapter is off: there is no reference"
         raise UserError(problem, key="lora.bias", hint="leave it out, or write trainer.beta: 0")
@@ -174,29 +170,6 @@ def _sampler(trainer: Rollouts, config: RolloutConfig, stops: list[int], longest
     )  # fmt: skip
     context.waits("vLLM")
     return (Beside if config.vllm_mode == "server" else Colocated)(trainer, arguments)
-
-
-class StartsAtReference(TrainerCallback):
-    """Before its first update the policy *is* the reference: their divergence is 0."""
-
-    def __init__(self, tolerance: float) -> None:
-        """Expect it to so many nats."""
-        self.tolerance = tolerance
-
-    def on_log(
-        self, _args: Any, state: TrainerState, _control: TrainerControl, logs: Mapping[str, Any], **_: Any
-    ) -> None:
-        """Check step 1, whose figures were computed before the first update.
-
-        Raises:
-            Fault: the divergence is not 0 to tolerance.
-        """
-        if state.global_step == 1 and logs.get("kl") is not None and not abs(logs["kl"]) <= self.tolerance:
-            raise Fault(
-                f"before the first update the divergence from the reference is {logs['kl']:.3g} nats: the model does "
-                "not start as its reference",
-                hint="an adapter has to start without effect (lora.init_lora_weights), and dropout has to be off",
-            )
 
 
 def imported(spelled: str, key: str) -> Any:

@@ -54,6 +54,24 @@ def lora_config(given: Mapping[str, Any], model: PreTrainedModel, new_tokens: Se
     return config
 
 
+def require_dropout(lora: Mapping[str, Any] | None, *, is_disabled: bool) -> None:
+    """Refuse a dropout of the adapter that would be switched off with the model's.
+
+    Args:
+        lora: the recipe's.
+        is_disabled: `trainer.disable_dropout`.
+
+    Raises:
+        UserError: it would be.
+    """
+    if lora and lora.get("lora_dropout") and is_disabled:
+        problem = (
+            "every dropout is switched off, the adapter's too, while trainer.disable_dropout is true (its default)"
+        )
+        hint = "leave it out, or set trainer.disable_dropout: false"
+        raise UserError(problem, key="lora.lora_dropout", hint=hint)
+
+
 def coverage(model: PeftModel) -> str:
     """Which kinds of weights the adapter changes, by the last words of their names, and which matrices it leaves."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -6,6 +6,7 @@ Each adds `scaling · B A` to a weight; side by side, `[B₁ s₁, B₂ s₂] [A
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -24,6 +25,9 @@ from cordee.errors import UserError
 PREFIX = "base_model.model."
 SIDES = {"A": (("lora_A.weight", 0), ("lora_embedding_A", 0)), "B": (("lora_B.weight", 1), ("lora_embedding_B", 1))}
 """How the two matrices are called, in linear layers and embeddings, and the dimension of the rank."""
+BEYOND_MATRICES = ("use_dora", "lora_bias", "target_parameters")
+OWN_WEIGHTS = ("modules_to_save", "trainable_token_indices")
+"""Fields of LoraConfig by which an adapter is more than two matrices in a module; the second are for whole weights."""
 
 
 def require_addable(earlier: LoraConfig, later: LoraConfig, folder: Path) -> None:
@@ -33,17 +37,22 @@ def require_addable(earlier: LoraConfig, later: LoraConfig, folder: Path) -> Non
         UserError: names the setting.
     """
     for which, config in ((f"{folder}", earlier), ("`lora:`", later)):
-        kept = ("modules_to_save", "trainable_token_indices") if config is earlier else ()
-        names = ("use_dora", "lora_bias", "target_parameters", *kept)
-        found = [name for name in names if getattr(config, name, None)]
-        found += ["bias"] if config.bias != "none" else []
-        found += ["init_lora_weights"] if config.init_lora_weights not in PLAIN_STARTS else []
+        found = beyond_matrices(vars(config))
+        if config is later:  # which is published with its own
+            found = [name for name in found if name not in OWN_WEIGHTS]
         if found:
             raise UserError(
                 f"{which} sets {found[0]}, and the sum of such an adapter and another is none",
                 key="adapter",
                 hint="merge the earlier one first (posttrain.merge), and start from the model that it gives",
             )
+
+
+def beyond_matrices(settings: Mapping[str, Any]) -> list[str]:
+    """The settings, by their fields of `peft.LoraConfig`, by which an adapter is more than two matrices in a module."""
+    found = [name for name in (*BEYOND_MATRICES, *OWN_WEIGHTS) if settings.get(name)]
+    found += ["bias"] if settings.get("bias", "none") != "none" else []
+    return found + (["init_lora_weights"] if settings.get("init_lora_weights", True) not in PLAIN_STARTS else [])
 
 
 def config_of(folder: Path, model: PreTrainedModel) -> LoraConfig:

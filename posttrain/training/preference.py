@@ -4,14 +4,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer
 
 from cordee.chat.source import Of
 from cordee.chat.tokenized import Tokenized
 from cordee.compute.model import sequence_limits
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
-from posttrain.training import lm_head, reading, reference, shared_prompt, skeleton
+from posttrain.training import adapter_settings, lm_head, reading, reference, shared_prompt, skeleton
 from posttrain.training.metrics import TrainingData, counted
 from posttrain.training.order import set_order
 from posttrain.training.preference_rows import PreferenceRows
@@ -19,6 +19,7 @@ from posttrain.training.preference_trainer import PreferenceTrainer
 from posttrain.training.scores import Objective
 from posttrain.training.sequences import Sequences
 from posttrain.training.settings import CHECKED_BATCHES, TrlConfig
+from posttrain.training.starts_at_reference import StartsAtReference
 
 ROUNDING = 0.01
 """Nats a token by which bfloat16, or another engine, may differ from the policy's own log-probability."""
@@ -30,12 +31,7 @@ def check_settings(settings: Any, config: TrlConfig) -> None:
     Raises:
         UserError: there is one.
     """
-    if config.lora and config.lora.get("lora_dropout") and settings.disable_dropout:
-        raise UserError(
-            "every dropout is switched off, this one too, as long as trainer.disable_dropout is true (its default)",
-            key="lora.lora_dropout",
-            hint="leave it out, or set trainer.disable_dropout: false",
-        )
+    adapter_settings.require_dropout(config.lora, is_disabled=settings.disable_dropout)
     strategy = str(getattr(settings.train_sampling_strategy, "value", settings.train_sampling_strategy))
     if strategy not in ("random", "sequential"):
         problem = f"{strategy!r} is not known here: the rows of a step are sorted by length as it is"
@@ -94,21 +90,32 @@ def build(
     return trainer, data
 
 
-def _use_reference(trainer: PreferenceTrainer, config: TrlConfig, context: Context, parts: Sequence[PreferenceRows]) -> None:
+def _use_reference(
+    trainer: PreferenceTrainer, config: TrlConfig, context: Context, parts: Sequence[PreferenceRows]
+) -> None:
     """Have the reference's log-probabilities computed, at once, or of a sharded model once it is."""
-    check = StartsAtReference(trainer)
 
     def fill() -> None:
-        for rows in parts:
-            if len(rows) and reference.fill(trainer, rows, config, context):
-                check.is_rounded = True
+        from_data = [reference.fill(trainer, rows, config, context) for rows in parts if len(rows)]
+        is_rounded = trainer.args.bf16 or trainer.args.fp16 or any(from_data)
+        trainer.add_callback(StartsAtReference(_expected(trainer, is_rounded=is_rounded)))
 
-    check.is_rounded = trainer.args.bf16 or trainer.args.fp16
-    trainer.add_callback(check)
     if trainer.is_fsdp_enabled:
         trainer.before_training = fill
     else:
         fill()
+
+
+def _expected(trainer: PreferenceTrainer, *, is_rounded: bool) -> dict[str, tuple[float, float]]:
+    """What figures have to be before the first update, and by how much they may be off.
+
+    `is_rounded`: whether bfloat16 rounds other batches otherwise, or another engine has computed the reference.
+    """
+    objective, sequences = trainer.objective, trainer.train_dataset.sequences
+    tokens = float(max(sequences.lengths(side).mean() for side in objective.sides))
+    nats = max(0.5, ROUNDING * tokens) if is_rounded else 0.01
+    tolerance = max(1e-3, nats * objective.reward_scale)
+    return {name: (value, nats if name == "kl" else tolerance) for name, value in objective.starts_at.items()}
 
 
 def check_batches(trainer: PreferenceTrainer, rows: PreferenceRows) -> None:
@@ -133,40 +140,3 @@ def check_batches(trainer: PreferenceTrainer, rows: PreferenceRows) -> None:
             found = batch["input_ids"][row][kept].tolist(), mask[kept].tolist()
             if found != expected or labelled != answer or mask[~kept].any():
                 raise Fault("the trainer's batches are not the rows", file=one.file, key=f"row {one.number}")
-
-
-class StartsAtReference(TrainerCallback):
-    """Before its first update the policy *is* the reference: all rewards are 0, and so what a loss makes of them.
-
-    Where it is not, another reference than the model that was asked for is in use (or an adapter that does not start
-    without effect), and everything after would be measured from there.
-    """
-
-    def __init__(self, trainer: PreferenceTrainer) -> None:
-        """Expect the figures of the trainer's objective."""
-        self.objective, self.is_rounded = trainer.objective, False
-        sequences = trainer.train_dataset.sequences
-        self.tokens = float(max(sequences.lengths(side).mean() for side in self.objective.sides))
-
-    def tolerance(self, name: str) -> float:
-        """How far a figure may be off: bfloat16 rounds other batches otherwise, and so does another engine."""
-        nats = max(0.5, ROUNDING * self.tokens) if self.is_rounded else 0.01
-        return nats if name == "kl" else max(1e-3, nats * self.objective.reward_scale)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:  # noqa: ARG002 - the library's signature
-        """Check the figures of step 1, which were computed before the first update.
-
-        Raises:
-            Fault: one is not what it has to be.
-        """
-        if state.global_step != 1 or "loss" not in logs:
-            return
-        for name, value in self.objective.starts_at.items():
-            if name == "loss" and "aux_loss" in logs:  # that of a model's experts is part of it
-                continue
-            if name in logs and not abs(logs[name] - value) <= self.tolerance(name):
-                raise Fault(
-                    f"before the first update {name} is {logs[name]:.4g} and not {value:.4g}: the model does not start "
-                    "as its reference",
-                    hint="an adapter has to start without effect (lora.init_lora_weights), and dropout has to be off",
-                )

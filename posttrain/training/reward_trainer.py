@@ -17,7 +17,7 @@ from cordee.compute import logprobs
 from cordee.compute.tokenizer import open_tokenizer
 from cordee.errors import Fault, UserError
 from posttrain.rewards import reward_model
-from posttrain.training import adapters, calibration, metrics, skeleton, start
+from posttrain.training import adapter_settings, adapters, calibration, metrics, skeleton, start
 from posttrain.training.sequences import Sequences
 from posttrain.training.settings import CHECKED_BATCHES, TrlConfig
 
@@ -42,10 +42,7 @@ def check_settings(settings: RewardConfig, config: TrlConfig) -> None:
     Raises:
         UserError: there is one.
     """
-    if config.lora and config.lora.get("lora_dropout") and settings.disable_dropout:
-        problem = "TRL switches every dropout off, as long as trainer.disable_dropout is true (its default)"
-        hint = "leave it out, or set trainer.disable_dropout: false"
-        raise UserError(problem, key="lora.lora_dropout", hint=hint)
+    adapter_settings.require_dropout(config.lora, is_disabled=settings.disable_dropout)
     if config.quantization is not None:
         problem = "a reward model is published whole, and an adapter does not fit exactly into quantized weights"
         raise UserError(problem, key="quantization", hint="leave it out")

@@ -147,7 +147,7 @@ def test_a_merge_that_changes_rewards_is_noticed(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": {"r": 4, "lora_dropout": 0.1}}, "lora.lora_dropout: TRL switches every dropout off"),
+        ({"lora": {"r": 4, "lora_dropout": 0.1}}, "lora.lora_dropout: every dropout is switched off"),
         ({"quantization": {"load_in_4bit": True}}, "quantization: a reward model is published whole"),
     ],
 )
