@@ -15,7 +15,8 @@ from cordee import worker
 from cordee.config import Library
 from cordee.cost import Cost
 from cordee.stage import Context
-from posttrain.training.settings import PREFERENCE_OWNED, TrlConfig, preference_cost
+from posttrain.training.cost import preference_cost
+from posttrain.training.settings import PREFERENCE_OWNED, TrlConfig
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -21,7 +21,7 @@ from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.stage import Context
 from posttrain.mixing.settings import Deduplicate, Licenses, MixtureSource, TooFew
-from posttrain.training.settings import BYTES_PER_TOKEN
+from posttrain.training.cost import BYTES_PER_TOKEN
 
 if TYPE_CHECKING:
     from posttrain.mixing.decontamination import Questions

@@ -20,7 +20,8 @@ from cordee.memory import BYTES
 from cordee.model_folder import ModelInput
 from cordee.stage import Context
 from posttrain.training import memory
-from posttrain.training.settings import SFT_OWNED, TrlConfig, data_cost, training_cost
+from posttrain.training.cost import data_cost, training_cost
+from posttrain.training.settings import SFT_OWNED, TrlConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset

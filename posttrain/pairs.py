@@ -18,7 +18,7 @@ from cordee.config import FunctionOf
 from cordee.cost import Cost
 from cordee.errors import UserError, nearest
 from cordee.stage import Context
-from posttrain.training.settings import source_cost
+from posttrain.training.cost import source_cost
 
 if TYPE_CHECKING:
     from posttrain.rewards.answers import Answer, Answers

@@ -17,7 +17,8 @@ from cordee.config import FunctionOf, Library
 from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.stage import Context
-from posttrain.training.settings import PREFERENCE_OWNED, TrlConfig, preference_cost
+from posttrain.training.cost import preference_cost
+from posttrain.training.settings import PREFERENCE_OWNED, TrlConfig
 
 if TYPE_CHECKING:
     from transformers import Trainer

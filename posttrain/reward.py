@@ -16,7 +16,8 @@ from cordee import files, worker
 from cordee.config import Library
 from cordee.cost import Cost
 from cordee.stage import Context
-from posttrain.training.settings import OWNED, TrlConfig, data_cost, training_cost
+from posttrain.training.cost import data_cost, training_cost
+from posttrain.training.settings import OWNED, TrlConfig
 
 if TYPE_CHECKING:
     from transformers import Trainer

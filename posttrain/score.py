@@ -19,7 +19,7 @@ from cordee.errors import UserError
 from cordee.model_folder import ModelInput
 from cordee.stage import Context
 from posttrain.rewards.settings import RewardList
-from posttrain.training.settings import source_cost
+from posttrain.training.cost import source_cost
 
 VERSION = 2
 Place = Annotated[int, Field(ge=1)]

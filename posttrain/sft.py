@@ -15,7 +15,8 @@ from cordee.config import Library
 from cordee.cost import Cost
 from cordee.errors import UserError
 from cordee.stage import Context
-from posttrain.training.settings import SFT_OWNED, TrlConfig, data_cost, training_cost
+from posttrain.training.cost import data_cost, training_cost
+from posttrain.training.settings import SFT_OWNED, TrlConfig
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -13,7 +13,8 @@ from cordee.errors import UserError
 from cordee.memory import BYTES
 from posttrain.rewards.settings import RewardList
 from posttrain.training import memory
-from posttrain.training.settings import EPOCHS, OWNED, TrlConfig, source_cost, training_cost
+from posttrain.training.cost import source_cost, training_cost
+from posttrain.training.settings import EPOCHS, OWNED, TrlConfig
 
 MAX_PROMPT_LENGTH = 512
 """Tokens of a prompt where only a guess is possible."""

@@ -13,8 +13,9 @@ from cordee.cost import training_flops
 from cordee.stage import Context
 from posttrain.training import adapters, heldout, reading
 from posttrain.training.compiling import is_compiled
+from posttrain.training.cost import FORWARD, passes
 from posttrain.training.order import set_order
-from posttrain.training.settings import FORWARD, TrlConfig, passes
+from posttrain.training.settings import TrlConfig
 from posttrain.training.watch import Watch
 
 

@@ -25,8 +25,8 @@ from cordee.errors import UserError
 from cordee.files import read_json
 from cordee.stage import Context
 from posttrain import dpo, sft
+from posttrain.training.cost import source_cost
 from posttrain.training.preference_trainer import PreferenceTrainer
-from posttrain.training.settings import source_cost
 
 NewContext = Callable[[str], Context]
 QUESTIONS = ("Which river is the longest?", "Who wrote Heidi?", "Wie viele Kantone?", "What is 3 + 4?")

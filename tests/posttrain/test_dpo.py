@@ -23,7 +23,8 @@ from cordee.errors import Stopped
 from cordee.stage import Context
 from posttrain import dpo
 from posttrain.training import adapters
-from posttrain.training.settings import BYTES_PER_TOKEN, EPOCHS, MAX_LENGTH
+from posttrain.training.cost import BYTES_PER_TOKEN
+from posttrain.training.settings import EPOCHS, MAX_LENGTH
 
 ROOT = Path(__file__).parents[2]
 

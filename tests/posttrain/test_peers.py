@@ -18,7 +18,8 @@ from cordee.compute.model import open_model, save_model, tables_are_one
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 from posttrain import merge, sft
-from posttrain.training import settings, skeleton
+from posttrain.training import skeleton
+from posttrain.training.cost import training_cost
 
 NewContext = Callable[[str], Context]
 IDS = torch.tensor([list(range(60, 90))])
@@ -214,7 +215,7 @@ def test_the_cost_of_an_adapter_is_that_of_its_base(tmp_path: Path) -> None:
     costs = []
     for keys in ({"model": str(tmp_path / "adapter")}, {"model": str(base), "lora": {"r": 2}}):
         config = sft.Config.model_validate(sft_keys(base, tmp_path) | keys)
-        costs.append(settings.training_cost(config, {}, 1000.0))
+        costs.append(training_cost(config, {}, 1000.0))
     own, new = (replace(cost, memory=None, memory_bytes=None) for cost in costs)  # they change other matrices
     assert own == new
     assert costs[0].parameters == sum(weights.numel() for weights in open_model(base).parameters())

@@ -22,7 +22,7 @@ from cordee.files import read_json, read_json_lines
 from cordee.stage import Context
 from posttrain import sft
 from posttrain.training import skeleton
-from posttrain.training.settings import BYTES_PER_TOKEN
+from posttrain.training.cost import BYTES_PER_TOKEN
 
 ROWS, PACKED_ROWS = 8, 3
 
