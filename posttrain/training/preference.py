@@ -76,10 +76,17 @@ def build(
         eval_dataset=apart if len(apart) else None, objective=objective,
     )  # fmt: skip
     lm_head.use_own_logits(trainer, [int(token) for ids in rows.tokens(0, 0) for token in ids], context)
-    shared_prompt.use_where_exact(trainer, rows, context)
-    check_batches(trainer, rows)
-    if objective.has_reference:
-        _use_reference(trainer, config, context, [rows, apart])
+
+    def begin() -> None:
+        shared_prompt.use_where_exact(trainer, rows, context)
+        check_batches(trainer, rows)
+        if objective.has_reference:
+            _use_reference(trainer, config, context, [rows, apart])
+
+    if trainer.is_fsdp_enabled:  # before its training a model that will be sharded is not on the trainer's device
+        trainer.before_training = begin
+    else:
+        begin()
     sides = objective.sides
     tokens = int(found.lengths(*["prompt"] * len(sides), *sides).sum())
     data = TrainingData(
@@ -93,17 +100,10 @@ def build(
 def _use_reference(
     trainer: PreferenceTrainer, config: TrlConfig, context: Context, parts: Sequence[PreferenceRows]
 ) -> None:
-    """Have the reference's log-probabilities computed, at once, or of a sharded model once it is."""
-
-    def fill() -> None:
-        from_data = [reference.fill(trainer, rows, config, context) for rows in parts if len(rows)]
-        is_rounded = trainer.args.bf16 or trainer.args.fp16 or any(from_data)
-        trainer.add_callback(StartsAtReference(_expected(trainer, is_rounded=is_rounded)))
-
-    if trainer.is_fsdp_enabled:
-        trainer.before_training = fill
-    else:
-        fill()
+    """Have the reference's log-probabilities computed, and the training start at them."""
+    from_data = [reference.fill(trainer, rows, config, context) for rows in parts if len(rows)]
+    is_rounded = trainer.args.bf16 or trainer.args.fp16 or any(from_data)
+    trainer.add_callback(StartsAtReference(_expected(trainer, is_rounded=is_rounded)))
 
 
 def _expected(trainer: PreferenceTrainer, *, is_rounded: bool) -> dict[str, tuple[float, float]]:

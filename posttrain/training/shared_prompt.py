@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from posttrain.training.preference_trainer import PreferenceTrainer
 
 TOLERANCE = 1e-3
-"""Nats by which a token's log-probability may differ from that of separate sequences, in float32."""
+"""Nats by which a token's log-probability may differ from that of separate sequences, in float32; in another dtype, by
+the rounding of the largest one."""
 PADDING = 127
 """The segment of tokens that are padding; that of the prompt is 0, those of the answers are 1, 2, …"""
 
@@ -125,19 +126,20 @@ def use_where_exact(trainer: "PreferenceTrainer", rows: "PreferenceRows", contex
     """Have prompts computed once where that gives the same log-probabilities, and note it.
 
     A model's attention has to take a mask of its own for each row. Whether it then does what it should is seen on the
-    longest row: a model with a window, or with a state that runs along the sequence, gives others.
+    longest row: a model with a window, or with a state that runs along the sequence, gives others. All processes have
+    to call it, before the first batch is made: a sharded model runs in all of them.
 
     Args:
-        trainer: gets another collator.
+        trainer: its model is on the trainer's device; its collator may come to join sides.
         rows: the training's.
         context: is told.
     """
     if len(rows.objective.sides) == 1:
         return
-    why = [_why_not(trainer, rows) if trainer.accelerator.is_main_process else ""]
-    told = str(broadcast_object_list(why)[0])
-    trainer.data_collator.joins = not told
-    context.note(f"a pair's prompt is computed {f'for each answer: {told}' if told else 'once for both answers'}")
+    # of the main process: another may round otherwise
+    why = broadcast_object_list([_why_not(trainer, rows)])[0]
+    trainer.data_collator.joins = not why
+    context.note(f"a pair's prompt is computed {f'for each answer: {why}' if why else 'once for both answers'}")
 
 
 def _why_not(trainer: "PreferenceTrainer", rows: "PreferenceRows") -> str:
@@ -147,7 +149,7 @@ def _why_not(trainer: "PreferenceTrainer", rows: "PreferenceRows") -> str:
         return "the loss that balances experts counts its tokens"
     if model.config._attn_implementation != "sdpa":  # noqa: SLF001 - there is no public name
         return f"attn_implementation is {model.config._attn_implementation}"  # noqa: SLF001
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "the model takes no position_ids"
     row = rows[int(rows.lengths.argmax())]
     found = []
@@ -160,5 +162,13 @@ def _why_not(trainer: "PreferenceTrainer", rows: "PreferenceRows") -> str:
             found.append(trainer.forward(trainer.model, batch).log_probs.float())
     trainer.model.train(was_training)
     difference = float((found[1] - found[0]).abs().max())
-    allowed = max(TOLERANCE, 2 * torch.finfo(model.dtype).eps * float(found[0].abs().max()))
+    allowed = max(TOLERANCE, 2 * torch.finfo(_dtype(trainer, model)).eps * float(found[0].abs().max()))
     return "" if difference <= allowed else f"together their log-probabilities are off by {difference:.3g} nats"
+
+
+def _dtype(trainer: "PreferenceTrainer", model: Any) -> torch.dtype:
+    """What the model computes in: a sharded one already in the precision of the training."""
+    if trainer.is_fsdp_enabled and (trainer.args.bf16 or trainer.args.fp16):
+        return torch.bfloat16 if trainer.args.bf16 else torch.float16
+    dtype: torch.dtype = model.dtype
+    return dtype

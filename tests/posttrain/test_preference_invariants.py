@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from preference_samples import METHODS, keys_of, stage_of, write_rows
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from cordee import files
 from cordee.stage import Context
 
 Trained = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
+FSDP = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
     "one by one": {"per_device_train_batch_size": 1},
     "two batches": {"per_device_train_batch_size": 4},
@@ -79,11 +81,18 @@ def start(stage: str, keys: dict[str, Any], work: Path) -> "subprocess.Popen[byt
     job = {"config": keys, "out": str(work / "out"), "seed": 3, "events": str(work / "run" / "events.jsonl")}
     (work / "run").mkdir(exist_ok=True)
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    processes = keys.get("launch", {}).get("num_processes", 1)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    asked = {"num_processes": 1, "config_file": None} | keys.get("launch", {})
+    processes, launch = asked["num_processes"], []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    if asked["config_file"]:
+        given = ["--config_file", asked["config_file"], "--num_processes", str(processes), "--main_process_port", "0"]
+        launch = ["-m", "accelerate.commands.launch", *given, str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+        environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    elif processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    module = [f"posttrain.{stage}"] if asked["config_file"] else ["-m", f"posttrain.{stage}"]
     with (work / "log.txt").open("ab") as log:
-        command = [sys.executable, *launch, "-m", f"posttrain.{stage}", "--job", str(work / "job.json")]
+        command = [sys.executable, *launch, *module, "--job", str(work / "job.json")]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
@@ -114,6 +123,28 @@ def test_two_processes_measure_a_step_together(model_folder: Path, rows: Path, t
     keys = keys_of(method, model_folder, rows, deterministic=False)
     alone = trained(method, keys | {"per_device_train_batch_size": 8}, tmp_path / "alone")
     compare(alone, trained(method, keys | VARIANTS["two processes"], tmp_path / "together"))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch then shards over GPUs")
+@pytest.mark.parametrize("method", ["dpo", "dpo aot", "kto", "orpo"])
+def test_a_sharded_model_is_trained_as_one_in_a_piece(
+    model_folder: Path, rows: Path, tmp_path: Path, method: str
+) -> None:
+    settings = yaml.safe_load(FSDP.read_text()) | {"num_processes": 2}
+    del settings["use_cpu"]  # accelerate would start one process
+    (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump(settings))
+    launch = {"num_processes": 2, "config_file": str(tmp_path / "fsdp2.yaml")}
+    keys = keys_of(method, model_folder, rows, deterministic=False, heldout=0.25)
+    alone = trained(method, keys | {"per_device_train_batch_size": 8}, tmp_path / "alone")
+    workers = keys["trainer"] | {"dataloader_num_workers": 1}  # which have the collator as it is once they start
+    sharded = keys | {"per_device_train_batch_size": 2, "launch": launch, "trainer": workers}
+    compare(alone, trained(method, sharded, tmp_path / "sharded"))
+    for work in ("alone", "sharded"):
+        said = (tmp_path / work / "run" / "events.jsonl").read_text()
+        if method != "kto":  # a sharded model is looked at once it is on its device: when the training begins
+            looked = said.index("prompt is computed once for both answers")
+            assert (looked > said.index("parameters to train")) == (work == "sharded")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,19 @@ def test_what_would_be_computed_otherwise_is_computed_separately(
     assert f"computed for each answer: {why}" in notes(context).replace("attn_implementation is", "is")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_made_before_has_the_answer(
+    model_folder: Path, tmp_path: Path, new_context: NewContext, workers: int
+) -> None:
+    """A sharded model is looked at once the trainer has its loader, which workers read from when they start."""
+    given = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+    trainer = built(model_folder, pairs_file(tmp_path, 4), new_context("dpo"), trainer=given)
+    trainer.data_collator.joins = False
+    loader = trainer.get_train_dataloader()
+    trainer.data_collator.joins = True
+    assert all("joint_at" in batch for batch in loader)
+
+
 def test_answers_that_see_each_other_are_noticed(
     tmp_path: Path, new_context: NewContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
