@@ -130,8 +130,6 @@ def check_batches(trainer: PreferenceTrainer, rows: PreferenceRows) -> None:
     for first in range(0, min(len(data), size * CHECKED_BATCHES), size):
         some: list[Any] = [rows.sequences[at] for at in range(first, min(first + size, len(data)))]
         batch = trainer.data_collator([data[at] for at in range(first, first + len(some))])
-        if "joint_at" in batch and not shared_prompt.is_same(batch):
-            raise Fault("the joint sequences of the trainer's batches are not the separate ones")
         answers = [(one, getattr(one, side)) for side in sides for one in some]
         for row, (one, answer) in enumerate(answers):
             kept, mask = batch["attention_mask"][row].bool(), batch["completion_mask"][row]
@@ -140,3 +138,5 @@ def check_batches(trainer: PreferenceTrainer, rows: PreferenceRows) -> None:
             found = batch["input_ids"][row][kept].tolist(), mask[kept].tolist()
             if found != expected or labelled != answer or mask[~kept].any():
                 raise Fault("the trainer's batches are not the rows", file=one.file, key=f"row {one.number}")
+        if "joint_at" in batch and not shared_prompt.is_same(batch):
+            raise Fault("the joint sequences of the trainer's batches are not the separate ones")
