@@ -15,7 +15,8 @@ class ByModel:
     """Figures of answers by the model that gave them; memory holds a number for each prompt, model and figure.
 
     The mean of `kl` over a model's own answers, drawn at temperature 1, estimates KL(model ‖ reference) of a whole
-    answer (Schulman 2020, "Approximating KL divergence": the estimator k1).
+    answer (Schulman 2020, "Approximating KL divergence": the estimator k1). Left out are answers that were cut off, and
+    those whose text has other tokens than were sampled: the log-probabilities are not of what the model drew.
     """
 
     def __init__(self, compared_with: str | None) -> None:
@@ -32,7 +33,7 @@ class ByModel:
                 continue
             figures = {**row.get("rewards", {}), SUM: row.get(VALUE)}
             own, reference = row.get("policy_logprob"), row.get("reference_logprob")
-            if own is not None and reference is not None:
+            if own is not None and reference is not None and _is_as_sampled(row):
                 figures[KL] = own - reference
             for name, value in figures.items():
                 if value is not None:
@@ -57,6 +58,12 @@ class ByModel:
                     entry["change"], entry["change_error"] = _mean([values[at] - first[name][at] for at in shared])
                 found[model][name] = entry
         return found
+
+
+def _is_as_sampled(row: Mapping[str, Any]) -> bool:
+    """Whether the tokens that were scored are those that were sampled; true of rows that don't say."""
+    sampled, scored = row.get("tokens"), row.get("reference_tokens")
+    return row.get("finish_reason") != "length" and (sampled is None or scored is None or sampled == scored)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:

@@ -69,8 +69,8 @@ class RolloutConfig(TrlConfig):
     leave beside `max_completion_length`."""
     max_logprob_mismatch: float | None = Field(default=None, gt=0)
     """Nats by which the log-probabilities of sampled tokens may differ, on average over a step, between what sampled
-    them and the trainer; beyond it the training ends. By default 0.01 in float32, 0.02 in float16 and 0.1 in bfloat16, and
-    none with `top_p`, `top_k`, `min_p` or `repetition_penalty`, which draw from another distribution."""
+    them and the trainer; beyond it the training ends. By default 0.01 in float32, 0.02 in float16 and 0.1 in bfloat16,
+    and none with `top_p`, `top_k`, `min_p` or `repetition_penalty`, which draw from another distribution."""
 
     @property
     def num_generations(self) -> int:

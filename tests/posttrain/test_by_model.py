@@ -38,6 +38,16 @@ def test_means_errors_and_changes_are_over_prompts() -> None:
     assert told["before"].keys() == {"right", "sum"}
 
 
+def test_a_divergence_is_of_what_was_sampled() -> None:
+    figures = ByModel(None)
+    as_sampled = row("after", 1.0, -2.0) | {"finish_reason": "stop", "tokens": 4, "reference_tokens": 4}
+    cut_off = row("after", 1.0, -9.0) | {"finish_reason": "length", "tokens": 4, "reference_tokens": 4}
+    other_tokens = row("after", 1.0, -9.0) | {"finish_reason": "stop", "tokens": 4, "reference_tokens": 3}
+    figures.add(0, [as_sampled, cut_off, other_tokens])
+    assert figures.described()["after"]["kl"]["mean"] == pytest.approx(1.0)
+    assert figures.described()["after"]["right"]["prompts"] == 1
+
+
 def changed(model: Path, folder: Path) -> Path:
     """A copy of a model with other norms."""
     shutil.copytree(model, folder)

@@ -18,7 +18,6 @@ from posttrain.rollouts import collapse, mismatch, weights
 from posttrain.rollouts.order import PromptOrder
 from posttrain.rollouts.sampling import CompletionSeeds, require_ended
 from posttrain.rollouts.settings import ROLLOUT_OWNED
-from posttrain.rollouts.trainer import Rollouts
 from posttrain.training.order import Order
 from posttrain.training.sampling import Sampled, SamplingSettings, SeededSampling
 
