@@ -60,7 +60,8 @@ def names_read_in(tree: ast.Module, kinds: frozenset[str]) -> Iterator[str]:
     called = holders(tree, kinds)
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name in kinds]
     methods = [node for one in classes for node in one.body if isinstance(node, ast.FunctionDef)]
-    own = {id(node) for method in methods if not method.decorator_list for node in ast.walk(method)}
+    read = [one for one in methods if {ast.unparse(name) for name in one.decorator_list} <= {"property"}]
+    own = {id(node) for method in read for node in ast.walk(method)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             holder = node.value
