@@ -33,7 +33,7 @@ class ByModel:
                 continue
             figures = {**row.get("rewards", {}), SUM: row.get(VALUE)}
             own, reference = row.get("policy_logprob"), row.get("reference_logprob")
-            if own is not None and reference is not None and _is_as_sampled(row):
+            if own is not None and reference is not None and is_as_sampled(row):
                 figures[KL] = own - reference
             for name, value in figures.items():
                 if value is not None:
@@ -60,8 +60,8 @@ class ByModel:
         return found
 
 
-def _is_as_sampled(row: Mapping[str, Any]) -> bool:
-    """Whether the tokens that were scored are those that were sampled; true of rows that don't say."""
+def is_as_sampled(row: Mapping[str, Any]) -> bool:
+    """Whether the answer ended by itself and its text has as many tokens as were sampled; true if a row doesn't say."""
     sampled, scored = row.get("tokens"), row.get("reference_tokens")
     return row.get("finish_reason") != "length" and (sampled is None or scored is None or sampled == scored)
 

@@ -13,7 +13,7 @@ from cordee.errors import UserError
 from cordee.stage import Context
 from posttrain.rewards import reference as of_reference
 from posttrain.rewards.answers import Answer, Answers
-from posttrain.rewards.by_model import SUM, ByModel
+from posttrain.rewards.by_model import SUM, ByModel, is_as_sampled
 from posttrain.rewards.judge import HIGH_DISAGREEMENT, LOW_MASS
 from posttrain.rewards.opening import VALUE, open_reward, total
 from posttrain.rewards.reference import LOGPROB, TOKENS, Encoder
@@ -161,7 +161,7 @@ def _write(
     every = max(1, len(answers) // shown)
     samples: list[dict[str, Any]] = []
     by_model = ByModel(reference_answers)
-    counts = {"tokens": 0, "without_reward": 0, "empty": 0, "without_reference_answers": 0}
+    counts = {"tokens": 0, "without_reward": 0, "empty": 0, "without_reference_answers": 0, "other_tokens": 0}
     beside = context.out / f".{SCORED}.tmp"
     with beside.open("w", encoding="utf-8", errors="surrogatepass") as out:
         for place, group in enumerate(answers.groups()):
@@ -177,6 +177,7 @@ def _write(
             by_model.add(place, rows)
             counts["tokens"] += sum(row.get("reference_tokens") or 0 for row in rows)
             counts["without_reward"] += sum(row.get(VALUE) is None for row in rows)
+            counts["other_tokens"] += sum(not is_as_sampled(row) for row in rows) if REFERENCE in columns else 0
             counts["empty"] += sum(not answer.text.strip() for answer in group)
             if rewards and place % every == 0 and len(samples) < shown:
                 samples += _sample(group, rows)
@@ -241,6 +242,8 @@ def _note(counts: Mapping[str, int], reference_answers: str | None, context: Con
     said = {
         "answers to which no reward applies": counts["without_reward"],
         f"answers say nothing{left}": counts["empty"],
+        "answers were cut off, or their text has other tokens than were sampled: the log-probability is not that of "
+        "what the model sampled": counts["other_tokens"],
         f"prompts have no answer with a reward by {reference_answers!r}": counts["without_reference_answers"],
     }
     for text, count in said.items():

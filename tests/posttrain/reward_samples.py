@@ -14,7 +14,7 @@ def answer(number: int, said: str, right: str, **columns: Any) -> dict[str, Any]
     messages = [{"role": "user", "content": f"What is {number} times 7?"}, {"role": "assistant", "content": said}]
     return {
         "messages": messages, "answer": right, "prompt_id": number, "model": "sft", "finish_reason": "stop",
-        "tokens": 3, "special_tokens": 0, **columns,
+        "special_tokens": 0, **columns,
     }  # fmt: skip
 
 

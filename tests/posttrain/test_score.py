@@ -189,7 +189,8 @@ def test_the_reference_log_probability_is_that_of_the_answer_with_its_end(
     model_folder: Path, tmp_path: Path, context: Context
 ) -> None:
     data = some_answers(tmp_path / "a.jsonl", prompts=3)
-    empty = written(tmp_path / "empty.jsonl", [answer(0, " ", "0", sample=9)])
+    odd = [answer(0, " ", "0", sample=9), answer(1, "It is 7.", "7", sample=8, tokens=99)]
+    empty = written(tmp_path / "empty.jsonl", odd)
     config = score_config(data, reference=str(model_folder), data=[{"path": str(data)}, {"path": str(empty)}])
     metrics = score.run(config, context)
     rows = rows_in(context.out / "scored.jsonl")
@@ -203,6 +204,8 @@ def test_the_reference_log_probability_is_that_of_the_answer_with_its_end(
     assert metrics["tokens"] == sum(row["reference_tokens"] or 0 for row in rows)
     assert metrics["empty"] == 1
     assert "1 answers say nothing: they have no reference log-probability" in notes(context)
+    assert metrics["other_tokens"] == 1
+    assert any(one.startswith("1 answers were cut off, or their text has other tokens") for one in notes(context))
 
 
 def test_it_is_that_of_preference_training(model_folder: Path, tmp_path: Path, context: Context) -> None:
