@@ -75,7 +75,7 @@ def test_vllm_and_the_limits_are_of_what_the_trainer_computes_in(
     assert opened.mismatch.limit == limit
     assert ("float32 rounds less" in opened.mismatch.advice) == told["bf16"]
     found = [one for one in opened.callback_handler.callbacks if isinstance(one, build.StartsAtReference)]
-    assert [one.tolerance for one in found] == [start]
+    assert [one.expected["kl"] for one in found] == [(0.0, start)]
     monkeypatch.setattr(build, "Colocated", lambda _trainer, given: given)  # what vLLM would be started with
     vllm = keys.model_copy(update={"engine": "vllm"})
     started: Any = build._sampler(opened, vllm, [1], 32, context)
