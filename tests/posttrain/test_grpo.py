@@ -210,7 +210,10 @@ def test_tokens_that_were_not_sampled_are_a_fault(
         found[0] = [[*ids, 7] for ids in found[0]]
         return tuple(found)
 
-    for fault, told in ((without_end, "a completion that was not sampled: 11 tokens"), (other_prompt, "not in the data")):
+    for fault, told in (
+        (without_end, "a completion that was not sampled: 11 tokens"),
+        (other_prompt, "not in the data"),
+    ):
         monkeypatch.setattr(GRPOTrainer, "_generate", fault)
         with pytest.raises(Fault, match=told):
             grpo.run(config(model_folder, asked), context)
