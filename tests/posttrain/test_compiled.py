@@ -63,12 +63,10 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): files.sha256(path) for path in files.walk(folder)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stage", "more", "trainer"),
-    [
-        ("sft", {}, {"packing": True}),
-        pytest.param("dpo", {"lora": {"r": 4}}, {"beta": 0.5}, marks=pytest.mark.long),
-    ],
+    [("sft", {}, {"packing": True}), ("dpo", {"lora": {"r": 4}}, {"beta": 0.5})],
 )
 def test_killed_and_continued_it_ends_in_the_same_bits(
     tiny: Path, data: dict[str, Path], tmp_path: Path, cache: Path, stage: str, more: Any, trainer: Any

@@ -49,6 +49,7 @@ def test_without_the_model_one_line_says_what_makes_it(cordee, recipe):
     assert len(planned.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_before_and_after_lora_and_full_fine_tuning_are_side_by_side(here, cordee):
     make_model(here / "models/smollm2")
