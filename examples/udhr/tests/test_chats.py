@@ -55,6 +55,15 @@ def config(corpus: Path, **keys: object) -> chats.Config:
     return chats.Config.model_validate({"corpus": str(corpus), "passage_characters": [10, 40], **given, **keys})
 
 
+def test_a_share_of_the_answers_is_a_sentence(corpus: Path, context: Context) -> None:
+    chats.run(config(corpus, chats_per_language={"language": 40}, sentences=0.5), context)
+    said = [row["messages"][-1]["content"] for row in pq.read_table(context.out / "messages.parquet").to_pylist()]
+    names = {name for _, name, _ in SENTENCES}
+    sentences = [one for one in said if one in {questions.SENTENCE.format(name=name) for name in names}]
+    assert 0.4 < len(sentences) / len(said) < 0.6
+    assert set(said) - set(sentences) == names
+
+
 def test_every_language_gets_its_chats_pairs_and_held_out_questions(corpus: Path, context: Context) -> None:
     metrics = chats.run(config(corpus), context)
     assert metrics["rows"] == 7 * 10

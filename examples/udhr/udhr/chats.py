@@ -35,6 +35,8 @@ class Config(Keys):
     """Tags of the languages to ask about, at least 4; default: all languages of the corpus."""
     chats_per_language: dict[Literal["language", "continue"], Count] = Field(default={"language": 80, "continue": 0})
     """Training chats per language and kind: name the language of a passage; continue a text."""
+    sentences: float = Field(default=0.0, ge=0, le=1)
+    """Share of the answers that name a language in a sentence and not by its name alone."""
     preferences_per_language: Count = 20
     """Preference pairs per language: the correct name against a wrong one."""
     passage_characters: tuple[int, int] = (40, 160)
@@ -79,7 +81,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     for done, language in enumerate(languages):
         context.stop_if_asked(f"language {done} of {len(languages)}")
         rng = random.Random(f"{context.seed}:{language.tag}")  # noqa: S311 - data, not secrets
-        chats += questions.chats(language, config.chats_per_language, cutter, rng)
+        chats += questions.chats(language, config.chats_per_language, config.sentences, cutter, rng)
         pairs += questions.pairs(language, languages, config.preferences_per_language, cutter, rng)
         heldout += questions.heldout(language, languages, CHOICES, longest, context.seed)
         context.progress(done + 1, len(languages), "languages")

@@ -7,18 +7,26 @@ from typing import Any, Literal
 from udhr.passages import Language, Passages, cut
 
 QUESTION = "Which language is this?\n\n{passage}"
+SENTENCE = "This passage is in {name}."
 CONTINUE = "Continue this text:\n\n{passage}"
 Kind = Literal["language", "continue"]
 Example = dict[str, Any]
 
 
-def chats(language: Language, counts: Mapping[Kind, int], cutter: Passages, rng: random.Random) -> Iterator[Example]:
-    """The training chats of one language, `counts` of each kind; `passage` is the text taken from the corpus."""
+def chats(
+    language: Language, counts: Mapping[Kind, int], sentences: float, cutter: Passages, rng: random.Random
+) -> Iterator[Example]:
+    """The training chats of one language, `counts` of each kind; `passage` is the text taken from the corpus.
+
+    A share `sentences` of the answers that name a language are a sentence.
+    """
     for kind, count in counts.items():
         for _ in range(count):
             passage = cutter.draw(language, rng)
             if kind == "language":
-                asked, answer = QUESTION.format(passage=passage), language.name
+                is_sentence = sentences > 0 and rng.random() < sentences
+                asked = QUESTION.format(passage=passage)
+                answer = SENTENCE.format(name=language.name) if is_sentence else language.name
             else:
                 opening, answer = cutter.halve(passage)
                 asked = CONTINUE.format(passage=opening)
