@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from cordee import files, parts, worker
+from cordee.chat.problems import BadRowError
 from cordee.chat.source import BadRows, Source
+from cordee.chat.values import number
 from cordee.config import Config as StageConfig
 from cordee.config import FunctionOf
 from cordee.cost import Cost
@@ -169,7 +171,7 @@ def _reward(answer: "Answer", name: str | None) -> float | None:
     """The reward that decides.
 
     Raises:
-        UserError: the row was not scored by it.
+        UserError: the row was not scored by it, or it is no finite number.
     """
     values = answer.values
     if name is None:
@@ -178,7 +180,11 @@ def _reward(answer: "Answer", name: str | None) -> float | None:
         value = values.get("reward")
     else:
         value = values.get("rewards", {}).get(name)
-    return None if value is None else float(value)
+    try:
+        return number({"reward": value}, "reward")
+    except BadRowError as error:
+        problem = f"{error.problem}: {error.shown_by}"
+        raise UserError(problem, file=answer.file, key=f"row {answer.number}", hint="null, if it has none") from error
 
 
 def _names(found: "Answers") -> set[str]:

@@ -37,7 +37,7 @@ def regex_match(completions: Sequence[Any], answer: Sequence[Any], *, pattern: s
     sought, values = re.compile(pattern), Values()
     for said, right in zip(completions, answer, strict=True):
         found = [match[min(1, sought.groups)] or "" for match in sought.finditer(text_of(said))]
-        is_right = bool(found) and plain(found[-1]) in {plain(str(one)) for one in _several(right or ())}
+        is_right = bool(found) and plain(found[-1]) in {plain(str(one)) for one in _several(right)}
         values.append(None if right is None else float(is_right))
     return values
 

@@ -129,6 +129,15 @@ def test_what_can_not_be_paired_is_one_line(
         pairs.run(pairs_config(data, **keys), context)
 
 
+def test_a_reward_that_is_no_finite_number_names_its_row(tmp_path: Path, new_context: NewContext) -> None:
+    file = scored(tmp_path / "s.jsonl", [[0.2, float("nan")]])
+    with pytest.raises(UserError, match=r"s\.jsonl: row 2: reward is no number: nan; null, if it has none"):
+        pairs.run(pairs_config(file), new_context("nan"))
+    file.write_text(file.read_text().replace("NaN", '""'))  # as a table of texts has none
+    with pytest.raises(UserError, match="no pair"):
+        pairs.run(pairs_config(file), new_context("empty"))
+
+
 def test_rows_that_were_not_scored_are_an_error(tmp_path: Path, context: Context) -> None:
     with pytest.raises(UserError, match="row 1: has no `reward`"):
         pairs.run(pairs_config(some_answers(tmp_path / "a.jsonl")), context)

@@ -75,6 +75,20 @@ def test_the_number_that_an_answer_gives(text: str, value: Any) -> None:
     assert numbers.last_number(text) == value
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\boxed{9{,}500}", 9500), (r"$9{,}500$", 9500), (r"\boxed{10\,000}", 10000), (r"\boxed{306,\!956}", 306956),
+        (r"\boxed{3{,}000}", 3000), ("12 cm^2", 12), ("15 cm^{2}", 15), ("#### - 5", -5),
+        (r"\boxed{- 1/2}", Fraction(-1, 2)), (r"\boxed{\frac12}", Fraction(1, 2)), ("#### 1 000 000", 1000000),
+        ("1'000'000 francs", 1000000), ("#### Step 1\nThe answer is 7.", 7), ("10 - 5", 5), ("2^3 = 8", 8),
+        ("pages 5 100", 100),
+    ],
+)  # fmt: skip
+def test_numbers_as_models_write_them(text: str, value: Any) -> None:
+    assert numbers.last_number(text) == value
+
+
 def test_an_answer_is_right_as_a_text() -> None:
     columns = {"answer": ["German", "German", ["German", "Deutsch"], None, 7]}
     said = [" german. ", "French", "Deutsch", "x", "7"]
@@ -86,6 +100,7 @@ def test_an_answer_is_right_by_a_pattern() -> None:
     said = ["(A) no, (B)", "(B) no, (A)", "B", "(B)"]
     assert called(said, columns, function="regex_match", pattern=r"\((\w)\)") == [1, 0, 0, None]
     assert called(["A7", "7"], {"answer": ["A7", "A7"]}, function="regex_match", pattern=r"[A-Z]\d") == [1, 0]
+    assert called(["Label: 0", "Label: 1"], {"answer": [0, 0]}, function="regex_match", pattern=r"\d") == [1, 0]
 
 
 def test_an_answer_is_right_as_a_number() -> None:
@@ -101,7 +116,7 @@ def test_an_answer_has_a_form_and_a_length() -> None:
     assert called(["one two", "one", ""], {}, function="length_between", least=1, most=1) == [0, 1, 0]
     assert called(["äöü"], {}, function="length_between", most=3, unit="characters") == [1]
     assert called(["äöü"], {}, function="length_between", most=2, unit="tokens") == [0]
-    row = answer(1, "7", "7")
+    row = answer(1, "7", "7", tokens=3)
     one = Answer(Path("a"), 1, row, *split(row, as_text=False), 0)
     assert opened(function="length_between", most=3, unit="tokens").of([one]) == [{"reward": 1.0}]
     (row.pop("tokens"),)
