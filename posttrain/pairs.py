@@ -134,14 +134,14 @@ def _pairs(config: Config, found: "Answers", context: Context, counts: Counter[s
         counts["answers"] += len(group)
         known = [(answer, value) for answer in group if (value := _reward(answer, config.reward)) is not None]
         counts["answers without a reward"] += len(group) - len(known)
-        said = [(answer, value) for answer, value in known if answer.text.strip()]
+        said = [(answer, value) for answer, value in known if not answer.is_empty]
         counts["answers that say nothing"] += len(known) - len(said)
         rewards = [value for _, value in said]
         drawn = random.Random(f"{context.seed}:{place}")  # noqa: S311 - data, not secrets
         made = 0
         for chosen, rejected in choose(rewards, bounds, drawn):
-            margin = rewards[chosen] - rewards[rejected]
-            if margin <= 0 or margin < config.min_margin or said[chosen][0].text == said[rejected][0].text:
+            margin, sides = rewards[chosen] - rewards[rejected], (said[chosen][0], said[rejected][0])
+            if margin <= 0 or margin < config.min_margin or sides[0].completion == sides[1].completion:
                 continue
             row = _row(said[chosen], said[rejected])
             if config.reward is not None:

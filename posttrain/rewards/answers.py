@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cordee import files, parts
+from cordee import files
 from cordee.chat import formats
 from cordee.chat.problems import BadRowError, Problems
 from cordee.chat.schema import OPTIONS
@@ -48,6 +48,12 @@ class Answer:
     def text(self) -> str:
         """What it says."""
         return text_of(self.completion)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it neither says anything nor calls a tool."""
+        calls = not isinstance(self.completion, str) and any(one.get("tool_calls") for one in self.completion)
+        return not self.text.strip() and not calls
 
 
 class Answers:
@@ -184,6 +190,10 @@ def _write(
 
 
 def _key(answer: Answer) -> bytes:
-    """Tells prompts apart."""
-    told = [answer.prompt, *(answer.values.get(name) for name in OPTIONS)]
-    return hashlib.sha256(parts.line({"prompt": told}).encode("utf-8", "surrogatepass")).digest()[:16]
+    """Tells prompts apart: by what is rendered, and not by the order of keys or by what would be trained on."""
+    prompt = answer.prompt
+    if not isinstance(prompt, str):
+        prompt = [{key: value for key, value in one.items() if key not in ("train", "weight")} for one in prompt]
+    told = [prompt, *(answer.values.get(name) for name in OPTIONS)]
+    line = json.dumps(told, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(line.encode("utf-8", "surrogatepass")).digest()[:16]

@@ -45,7 +45,7 @@ class Encoder:
         Raises:
             BadRowError: it can't be rendered, or is too long.
         """
-        if not answer.text.strip():
+        if answer.is_empty:
             return None
         if isinstance(answer.prompt, str):
             prompt, said = completions.of_text(answer.prompt, answer.completion, self.tokenizer)

@@ -178,7 +178,7 @@ def _write(
             counts["tokens"] += sum(row.get("reference_tokens") or 0 for row in rows)
             counts["without_reward"] += sum(row.get(VALUE) is None for row in rows)
             counts["other_tokens"] += sum(not is_as_sampled(row) for row in rows) if REFERENCE in columns else 0
-            counts["empty"] += sum(not answer.text.strip() for answer in group)
+            counts["empty"] += sum(answer.is_empty for answer in group)
             if rewards and place % every == 0 and len(samples) < shown:
                 samples += _sample(group, rows)
     beside.replace(context.out / SCORED)

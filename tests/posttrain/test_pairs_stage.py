@@ -129,6 +129,32 @@ def test_what_can_not_be_paired_is_one_line(
         pairs.run(pairs_config(data, **keys), context)
 
 
+def test_one_prompt_is_one_however_it_is_written(tmp_path: Path, context: Context) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    turned = [dict(reversed(turn.items())) for turn in turns]
+    turned[1] |= {"train": False}
+    rows = [
+        {"messages": [*prompt, {"role": "assistant", "content": said}], "reward": reward}
+        for prompt, said, reward in ((turns, "good", 1.0), (turned, "bad", 0.0))
+    ]
+    rows.append({"prompt": turns, "completion": [{"role": "assistant", "content": "middling"}], "reward": 0.5})
+    metrics = pairs.run(pairs_config(written(tmp_path / "s.jsonl", rows)), context)
+    assert (metrics["prompts"], metrics["answers"]) == (1, 3)
+    assert made(context) == [(1.0, 0.0)]
+
+
+def test_answers_that_call_a_tool_are_paired(tmp_path: Path, context: Context) -> None:
+    def calling(name: str) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": name, "arguments": {}}}
+        return [{"role": "user", "content": "now"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    rows = [{"messages": calling("time"), "reward": 1.0}, {"messages": calling("date"), "reward": 0.0}]
+    pairs.run(pairs_config(written(tmp_path / "s.jsonl", rows)), context)
+    (row,) = rows_in(context.out / "pairs.jsonl")
+    named = [row[side][0]["tool_calls"][0]["function"]["name"] for side in ("chosen", "rejected")]
+    assert named == ["time", "date"]
+
+
 def test_a_reward_that_is_no_finite_number_names_its_row(tmp_path: Path, new_context: NewContext) -> None:
     file = scored(tmp_path / "s.jsonl", [[0.2, float("nan")]])
     with pytest.raises(UserError, match=r"s\.jsonl: row 2: reward is no number: nan; null, if it has none"):
