@@ -42,8 +42,9 @@ def measure(trainer: Any, _weigh: Any = None) -> dict[str, float]:
     trainer.model.train(was_training)
     trainer._metrics["eval"].clear()  # noqa: SLF001
     values = torch.cat(rewards)  # [answers, rewards]
-    weighted = (values * trainer.reward_weights.to(values)).nansum(-1)
-    weighted[values.isnan().all(-1)] = torch.nan
+    weights = trainer.reward_weights.to(values)
+    weighted = (values * weights).nansum(-1)
+    weighted[values[:, weights != 0].isnan().all(-1)] = torch.nan
     prompts = weighted.view(-1, each).nanmean(-1)
     prompts = prompts[~prompts.isnan()]
     found = {"heldout_reward": float(prompts.mean()), "heldout_length": sum(tokens) / len(tokens)}

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from posttrain.rewards.opening import total
+
 HELDOUT_KEPT = 8
 """Completions of held-out prompts that are kept of each batch."""
 
@@ -16,18 +18,18 @@ def rows(trainer: Any, count: int, step: int, *, is_heldout: bool) -> list[dict[
     """
     if not trainer.accelerator.is_main_process:
         return []
-    logs, weights = trainer._logs, trainer.reward_weights.tolist()  # noqa: SLF001 - TRL keeps them nowhere else
+    logs, names = trainer._logs, trainer.reward_func_names  # noqa: SLF001 - TRL keeps them nowhere else
+    weights = dict(zip(names, trainer.reward_weights.tolist(), strict=True))
     found = []
     shown = zip(
         _last(logs["prompt"], count), _last(logs["completion"], count), _last(logs["advantages"], count),
-        zip(*(_last(logs["rewards"][name], count) for name in trainer.reward_func_names), strict=True), strict=True,
+        zip(*(_last(logs["rewards"][name], count) for name in names), strict=True), strict=True,
     )  # fmt: skip
     for prompt, completion, advantage, values in shown:
-        known = [(value, weight) for value, weight in zip(values, weights, strict=True) if not math.isnan(value)]
-        named = zip(trainer.reward_func_names, values, strict=True)
         row = {"step": step, "prompt": prompt, "completion": completion}
+        named = zip(names, values, strict=True)
         row["rewards"] = {name: None if math.isnan(value) else value for name, value in named}
-        row["reward"] = sum(value * weight for value, weight in known) if known else None
+        row["reward"] = total(row["rewards"], weights)
         found.append(row | ({"heldout": True} if is_heldout else {"advantage": advantage}))
     return found[:HELDOUT_KEPT] if is_heldout else found
 

@@ -174,7 +174,10 @@ class Rollouts(Trainer):
         """The rewards `[completions of all processes, rewards]`, of the data's own columns."""
         rows = [{name: value for name, value in row.items() if name not in OWN} for row in inputs]
         self.rewards_of = super()._calculate_rewards(rows, *rest)
-        return self.rewards_of
+        # TRL gives a completion the sum 0 where a reward that is only measured applies, and no other does
+        decides = self.reward_weights.to(self.rewards_of.device) != 0
+        none_applies = self.rewards_of[:, decides].isnan().all(dim=1, keepdim=True)
+        return self.rewards_of.masked_fill(none_applies, torch.nan)
 
     # --- the loss
 

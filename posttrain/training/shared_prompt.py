@@ -36,7 +36,7 @@ def joined(
     pad_token_id: int,
     multiple_of: int | None,
 ) -> dict[str, torch.Tensor]:
-    """PreferenceRows with one sequence each.
+    """Rows with one sequence each.
 
     Args:
         answers: `[sides][rows]`: prompt and answer.

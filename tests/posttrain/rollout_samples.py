@@ -23,6 +23,11 @@ def number_match(completions: list[Any], answer: list[Any], **_: Any) -> list[fl
     return [None if want is None else float(have == want) for have, want in zip(found, wanted, strict=True)]
 
 
+def of_some(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """Below 0, and None where a completion begins with an even id."""
+    return [-1.0 - ids[0] / 1000 if ids[0] % 2 else None for ids in completion_ids]
+
+
 def form(completions: list[Any], pattern: str, **_: Any) -> list[float | None]:
     """1 where a completion matches a pattern as a whole."""
     return [float(re.fullmatch(pattern, said(one), re.DOTALL) is not None) for one in completions]

@@ -179,6 +179,27 @@ def test_rewards_are_summed_by_weight_and_one_that_does_not_apply_is_left_out(
     assert {"rewards/small/mean", "rewards/form/mean"} <= set(lines(context)[0])
 
 
+@pytest.mark.parametrize("stage", [grpo, rloo])
+def test_a_reward_without_weight_is_measured_only(
+    model_folder: Path, asked: Path, new_context: Callable[[str], Context], stage: Any
+) -> None:
+    """TRL alone would give the sum 0, here the best, to a completion that no other reward applies to."""
+    rewards = [{"function": "rollout_samples:of_some"}]
+    measured = {"function": "rollout_samples:form", "arguments": {"pattern": ".*"}, "weight": 0}
+    found = []
+    for name, given in (("alone", rewards), ("beside", [*rewards, measured])):
+        context = new_context(name)
+        keys = config if stage is grpo else rloo_config
+        stage.run(keys(model_folder, asked, rewards=given, heldout=0.2, trainer={"max_steps": 2}), context)
+        kept = lines(context, "completions.jsonl")
+        assert {row["reward"] is None for row in kept} == {True, False}
+        assert all(row["reward"] == row["rewards"]["of_some"] for row in kept)
+        assert {row.get("advantage") for row in kept if row["reward"] is None} <= {0.0, None}
+        told = [{name: row[name] for name in ("reward", "heldout_reward") if name in row} for row in lines(context)]
+        found.append(([(row["reward"], row.get("advantage")) for row in kept], told))
+    assert found[0] == found[1]
+
+
 def test_a_text_is_continued_where_the_model_has_no_chat_template(
     model_folder: Path, asked: Path, new_context: Callable[[str], Context], tmp_path: Path
 ) -> None:
