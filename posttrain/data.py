@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from posttrain.mixing.decontamination import Questions
     from posttrain.mixing.scan import Encode, Scanned
 
-VERSION = 1
+VERSION = 2
 DATA, CARD, PAGE, ROWS, SCAN = "data.jsonl", "card.json", "card.md", "rows.json", "scan"
 
 

@@ -201,14 +201,15 @@ class _Part:
 
     def _measure(self, rows: Sequence[tuple[int, Row, RowText]]) -> None:
         """Digest, tokens and signature of rows, and the question that each holds."""
-        plain = [texts.normalised(text.whole) for _, _, text in rows]
+        said = [[texts.normalised(part) for part in (text.prompt, *text.answers)] for _, _, text in rows]
+        plain = [" ".join(filter(None, parts)) for parts in said]
         encode, questions = self.rules.encode, self.rules.questions
         lengths = [len(ids) for ids in encode([text.whole for _, _, text in rows])] if encode else [0] * len(rows)
         matches: list[Match | None] = [None] * len(rows)
         if questions and encode:
             matches = [questions.find(ids) for ids in encode(plain)]
-        for (at, row, _), text, length, match in zip(rows, plain, lengths, matches, strict=True):
-            self.columns["digest"][at], self.columns["tokens"][at] = texts.digest(text), length
+        for (at, row, own), parts, text, length, match in zip(rows, said, plain, lengths, matches, strict=True):
+            self.columns["digest"][at], self.columns["tokens"][at] = texts.digest([*parts, own.beside]), length
             if match:
                 self.columns["verdict"][at] = CONTAMINATED
                 self._note(row, match)

@@ -1,15 +1,20 @@
 """What a row says, whatever its shape, and the form in which two texts count as the same."""
 
 import hashlib
+import json
 import unicodedata
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cordee.chat import formats
 from cordee.chat.problems import BadRowError
+from cordee.chat.schema import OPTIONS
 from cordee.chat.spelling import joined
 from cordee.chat.values import texts_in, without_nulls
+
+BESIDE = ("label", "answer", "tests", *OPTIONS)
+"""Columns that make other rows of the same texts."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,8 @@ class RowText:
     """What is asked: all turns before the last answer; empty for a plain text."""
     answers: tuple[str, ...]
     """The answer, or both of a pair; of a plain text, the text; none where a prompt stands alone."""
+    beside: str = ""
+    """The row's other columns that tell it apart, as JSON."""
 
     @property
     def whole(self) -> str:
@@ -38,7 +45,14 @@ def read(values: Mapping[str, Any]) -> RowText:
     Raises:
         BadRowError: the row is none of these.
     """
-    row = {name: value for name, value in without_nulls(values).items() if name != "label"}  # a bad answer is one too
+    found = without_nulls(values)
+    beside = {name: found[name] for name in BESIDE if name in found}
+    told = json.dumps(beside, sort_keys=True, ensure_ascii=False, default=str) if beside else ""
+    return replace(_read({name: value for name, value in found.items() if name != "label"}), beside=told)
+
+
+def _read(row: dict[str, Any]) -> RowText:
+    """The texts of a row without a label: a bad answer is one too."""
     if all(column in row for column in formats.PAIRS):
         pair = formats.pair(row, as_text=False)
         if isinstance(pair, formats.TextPair):
@@ -90,6 +104,7 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
-def digest(text: str) -> int:
-    """64 bits of a normalised text: of a hundred million texts, two others share theirs once in four thousand times."""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+def digest(parts: Sequence[str]) -> int:
+    """64 bits of a row's parts: of a hundred million rows, two others share theirs once in four thousand times."""
+    told = json.dumps(parts).encode()  # which says where a part ends
+    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")

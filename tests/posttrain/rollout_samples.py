@@ -25,7 +25,8 @@ def number_match(completions: list[Any], answer: list[Any], **_: Any) -> list[fl
 
 def of_some(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     """Below 0, and None where a completion begins with an even id."""
-    return [-1.0 - ids[0] / 1000 if ids[0] % 2 else None for ids in completion_ids]
+    firsts = [ids[0] for _, ids in zip(completions, completion_ids, strict=True)]
+    return [-1.0 - first / 1000 if first % 2 else None for first in firsts]
 
 
 def form(completions: list[Any], pattern: str, **_: Any) -> list[float | None]:

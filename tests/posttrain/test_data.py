@@ -85,6 +85,20 @@ def test_exact_duplicates_go_and_the_first_source_keeps_its_row(write: Any, cont
     assert card["sources"][1]["left_out"][0]["first"][0]["shown_by"] == "row 3 of first"
 
 
+def test_rows_that_differ_in_what_is_trained_are_no_exact_duplicates(write: Any, context: Context) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    rows = [
+        {"prompt": "q", "answer": 1}, {"prompt": "q", "answer": 2}, {"prompt": "q", "answer": 1, "tests": ["a"]},
+        {"prompt": "q", "completion": "a", "label": True}, {"prompt": "q", "completion": "a", "label": False},
+        {"prompt": "a b", "completion": "c"}, {"prompt": "a", "completion": "b c"},
+        chat("r", "s"), chat("r", "s") | {"tools": [tool]},
+    ]  # fmt: skip
+    files = [write(f"{at}.jsonl", row, row) for at, row in enumerate(rows)]
+    found, card = mixed(context, *files)
+    assert [row["source"] for row in found] == [str(at) for at in range(len(rows))]
+    assert all(left_out(card, at) == {"repeats another row": 1} for at in range(len(rows)))
+
+
 def test_duplicates_stay_where_none_are_sought(write: Any, context: Context) -> None:
     found, _ = mixed(context, write("a.jsonl", chat("a", "b"), chat("a", "b")), deduplicate="off")
     assert len(found) == 2
