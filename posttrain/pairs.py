@@ -25,7 +25,7 @@ from posttrain.training.cost import source_cost
 if TYPE_CHECKING:
     from posttrain.rewards.answers import Answer, Answers
 
-VERSION = 2
+VERSION = 3
 PAIRS, WORK = "pairs.jsonl", "rows"
 ANSWERS_OWN = (
     *("messages", "prompt", "completion", "conversations", "instruction", "input", "output", "history", "system"),
@@ -199,8 +199,9 @@ def _row(chosen: "tuple[Answer, float]", rejected: "tuple[Answer, float]") -> di
     row = {"prompt": better.prompt, "chosen": better.completion, "rejected": worse.completion,
            "chosen_reward": high, "rejected_reward": low}  # fmt: skip
     for side, answer in (("chosen", better), ("rejected", worse)):
-        if (logprob := answer.values.get("reference_logprob")) is not None:
-            row[f"{side}_reference_logprob"] = logprob
+        for name in ("reference_logprob", "reference_tokens"):
+            if (value := answer.values.get(name)) is not None:
+                row[f"{side}_{name}"] = value
     return row | others
 
 

@@ -38,7 +38,9 @@ class TokenPair:
 
 NUMBERS = ("chosen_reference_logprob", "rejected_reference_logprob")
 """Columns of a pair beside its texts."""
-BESIDE = ("chosen_reward", "rejected_reward", "reference_rewards")
+TOKENS = ("chosen_reference_tokens", "rejected_reference_tokens")
+"""Of how many tokens those log-probabilities are."""
+BESIDE = (*TOKENS, "chosen_reward", "rejected_reward", "reference_rewards")
 """What else a pair may say of its sides, which other methods read."""
 
 
@@ -67,10 +69,20 @@ def of_row(row: Row, values: dict[str, Any], encoder: Encoder, notes: Notes) -> 
         template = encoder.required_template()
         pair = schema.pair(Record(row.file, row.number, shaped), template, encoder.source.ignore)
         notes.other_columns.update(schema.other_columns(shaped, used, encoder.source.ignore))
-        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
-        prompt, (chosen, rejected) = rendered(pair.prompt, sides, pair.options, template, notes)
-    told = (number(values, name) for name in NUMBERS)
+        answers = {"chosen": pair.chosen, "rejected": pair.rejected}
+        prompt, (chosen, rejected) = rendered(pair.prompt, answers, pair.options, template, notes)
+    sides = zip(NUMBERS, TOKENS, (chosen, rejected), strict=True)
+    told = [_told(values, logprob, tokens, len(side)) for logprob, tokens, side in sides]
     return _fitted(TokenPair(row.file, row.number, prompt, chosen, rejected, *told), encoder.rules, notes)
+
+
+def _told(values: Mapping[str, Any], logprob: str, tokens: str, length: int) -> float | None:
+    """The log-probability that a row tells of an answer; None where it is of other tokens.
+
+    The end of a prompt may be one token with the beginning of either answer: what the answers don't share is counted
+    to both, and who scored them one by one divided one of them elsewhere.
+    """
+    return number(values, logprob) if number(values, tokens) in (None, length) else None
 
 
 def rendered(

@@ -19,7 +19,7 @@ def scored(path: Path, rewards: list[list[float | None]]) -> Path:
     """Of each prompt an answer with each of these rewards, which it says."""
     rows: list[dict[str, Any]] = [
         answer(number, f"{value}", "x", reward=value, rewards={"only": value}, reference_logprob=-1.5 - at,
-               policy_logprob=-2.0, reference_rewards=[0.0, 1.0], language="de")
+               reference_tokens=2 + at, policy_logprob=-2.0, reference_rewards=[0.0, 1.0], language="de")
         for number, own in enumerate(rewards) for at, value in enumerate(own)
     ]  # fmt: skip
     return written(path, rows)
@@ -38,6 +38,7 @@ def test_a_pair_has_its_prompt_its_sides_and_what_is_known_of_them(tmp_path: Pat
         "rejected": [{"role": "assistant", "content": "0.2"}],
         "chosen_reward": 0.9, "rejected_reward": 0.2,
         "chosen_reference_logprob": -2.5, "rejected_reference_logprob": -1.5,
+        "chosen_reference_tokens": 3, "rejected_reference_tokens": 2,
         "reference_rewards": [0.0, 1.0], "answer": "x", "prompt_id": 0, "language": "de",
     }  # fmt: skip
     assert metrics == {"rows": 1, "prompts": 2, "answers": 5, "margin_mean": pytest.approx(0.7)}

@@ -150,6 +150,28 @@ def test_what_rows_tell_is_used_once_the_first_were_checked(
     assert sum(scored) == 48
 
 
+def test_what_is_told_of_other_tokens_is_computed(
+    model_folder: Path, tmp_path: Path, new_context: Callable[[str], Context], scored: list[int]
+) -> None:
+    """The end of a text's prompt is one token with the beginning of one answer, and not with that of the other."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair(n)) + "\n" for n in range(24)))
+    plain, _ = dpo.build(config(model_folder, file, lora=None), new_context("plain"))
+    lengths = [[len(plain.train_dataset.tokens(at, side)[1]) for side in range(2)] for at in range(24)]
+    rows = iter(lengths)
+
+    def other_tokens(row: dict[str, Any]) -> None:
+        chosen, rejected = next(rows)
+        row |= {"chosen_reference_tokens": chosen, "rejected_reference_tokens": rejected + 1}
+        row["rejected_reference_logprob"] -= 5.0
+
+    told = with_references(model_folder, file, new_context("told"), other_tokens)
+    scored.clear()
+    trainer, _ = dpo.build(config(model_folder, told), new_context("mixed"))
+    assert sum(scored) == 24 + 8  # all rejected ones, and the chosen ones of the rows that are checked
+    assert trainer.train_dataset.reference == pytest.approx(plain.train_dataset.reference, abs=1e-4)
+
+
 def test_each_source_is_checked(model_folder: Path, tmp_path: Path, new_context: Callable[[str], Context]) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(pair(n)) + "\n" for n in range(24)))
