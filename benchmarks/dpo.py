@@ -11,24 +11,21 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
+from processes import Process
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 16
 """Pairs of a step."""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 TRAINER = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "beta": 0.1, "max_length": 512}
-OURS = {
+PEERS: dict[str, dict[str, bool]] = {
     "TRL's script": {},
     "TRL, precomputed": {"precompute_ref_log_probs": True},
 }
@@ -65,7 +62,7 @@ def main() -> None:
         arms = ["compiled", "not compiled", "TRL's script", "TRL, precomputed"]
         runs: dict[str, list[Run]] = {name: [] for name in arms}
         for number, name in enumerate(arms if asked.once else [*arms, *reversed(arms)]):
-            run = (_trl if name in OURS else _cordee)(asked, place, pairs, name, number)
+            run = (_trl if name in PEERS else _cordee)(asked, place, pairs, name, number)
             runs[name].append(run)
             print(f"{name:17} {run.pairs_per_s:6.2f} pairs/s, {run.epoch_per_s:6.2f} with the reference; "
                   f"{run.peak_bytes / 1e9:.2f} GB; last loss {run.loss:.4f}", flush=True)  # fmt: skip
@@ -76,7 +73,7 @@ def _summary(runs: dict[str, list[Run]]) -> None:
     for unit in ("pairs_per_s", "epoch_per_s", "peak_bytes"):
         means = {name: statistics.mean(getattr(run, unit) for run in own) for name, own in runs.items()}
         for ours in ("compiled", "not compiled"):
-            told = ", ".join(f"{means[ours] / means[theirs]:.2f} times {theirs}" for theirs in OURS)
+            told = ", ".join(f"{means[ours] / means[theirs]:.2f} times {theirs}" for theirs in PEERS)
             print(f"{unit:12} {ours:13} {told}")
 
 
@@ -101,7 +98,7 @@ def _cordee(asked: argparse.Namespace, place: Path, pairs: Path, name: str, numb
     file = place / f"run{number}.yaml"
     file.write_text(json.dumps(config))
     store = place / f"runs{number}"
-    own = _Process([sys.executable, "-m", "posttrain.dpo", "--config", str(file), "--runs", str(store)], place)
+    own = Process([sys.executable, "-m", "posttrain.dpo", "--config", str(file), "--runs", str(store)], place, ROOT)
     for _ in own.lines():
         pass
     (log,) = store.glob(f"run{number}/logs/*/events.jsonl")
@@ -123,18 +120,18 @@ def _trl(asked: argparse.Namespace, place: Path, pairs: Path, name: str, number:
         "lora_alpha": LORA["lora_alpha"], "lora_target_modules": LORA["target_modules"], "bf16": asked.bf16,
         "per_device_train_batch_size": asked.batch, "gradient_accumulation_steps": ROWS // asked.batch,
         "logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "report_to": "none",
-        "gradient_checkpointing": False, "num_train_epochs": 1, **TRAINER, **OURS[name],
+        "gradient_checkpointing": False, "num_train_epochs": 1, **TRAINER, **PEERS[name],
     }  # fmt: skip
     file = place / f"trl{number}.yaml"
     file.write_text(json.dumps(config))
-    own = _Process([sys.executable, "-m", "trl.scripts.dpo", "--config", str(file)], place)
+    own = Process([sys.executable, "-m", "trl.scripts.dpo", "--config", str(file)], place, ROOT)
     times, loss = [], 0.0
     for line in own.lines():
         if "'loss'" in line:
             times.append(time.time())
             loss = float(line.split("'loss': ")[1].split(",")[0].strip("'"))
     step_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(times[1:]))
-    reference_s = _reference_s(own.log.read_text()) if OURS[name] else 0.0
+    reference_s = _reference_s(own.log.read_text()) if PEERS[name] else 0.0
     return _run(asked, step_s, reference_s, loss, own)
 
 
@@ -145,32 +142,9 @@ def _reference_s(log: str) -> float:
     return 60 * float(minutes or 0) + float(seconds)
 
 
-def _run(asked: argparse.Namespace, step_s: float, reference_s: float, loss: float, own: "_Process") -> Run:
+def _run(asked: argparse.Namespace, step_s: float, reference_s: float, loss: float, own: Process) -> Run:
     pairs = asked.steps * ROWS
     return Run(ROWS / step_s, pairs / (step_s * asked.steps + reference_s), loss, own.peak_bytes)
-
-
-class _Process:
-    """A training in a process of its own; one that fails ends the benchmark."""
-
-    def __init__(self, command: list[str], place: Path) -> None:
-        self.command, self.place, self.log, self.peak_bytes = command, place, place / "stderr", 0
-
-    def lines(self) -> Iterator[str]:
-        """What it prints, line by line."""
-        offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-        own: dict[str, Any] = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HOME": str(self.place / "hf")}
-        with self.log.open("w") as errors:
-            process = subprocess.Popen(
-                self.command, env={**os.environ, **offline, **own}, cwd=self.place, stdout=subprocess.PIPE,
-                stderr=errors, text=True,
-            )  # fmt: skip
-            yield from process.stdout or ()
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        self.peak_bytes = used.ru_maxrss * 1024
-        if process.returncode:
-            sys.exit(f"{' '.join(self.command)}\n{self.log.read_text()[-2000:]}")
 
 
 if __name__ == "__main__":

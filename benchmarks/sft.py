@@ -9,18 +9,16 @@ reported; the first start of an arm has an empty compile cache, the second a war
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+from processes import Process
 
 ROWS, LENGTH, SKIPPED_STEPS = 8, 256, 10
 LOSS_LIMIT = 0.02
@@ -106,7 +104,7 @@ def _cordee(
     store = place / f"runs-{checkout.name}-{keys.get('compile', '')}"
     command = [sys.executable, "-m", "posttrain.sft", "--config", str(file), "--runs", str(store)]
     began = time.time()
-    for _ in _lines(command, place, checkout):
+    for _ in Process(command, place, checkout).lines():
         pass
     (events,) = store.glob(f"run{number}/logs/*/events.jsonl")
     rows = [json.loads(line) for line in events.read_text().splitlines()]
@@ -137,7 +135,7 @@ def _trl(place: Path, model: Path, asked: argparse.Namespace, number: int) -> Ru
     began = time.time()
     steps: list[tuple[int, float]] = []
     losses: list[float] = []
-    for line in _lines(command, place, ROOT):
+    for line in Process(command, place, ROOT).lines():
         if line.startswith("{'loss'"):
             steps.append((len(steps) + 1, time.time()))
             losses.append(float(line.split("'loss': ")[1].split(",")[0].strip("'")))
@@ -161,22 +159,6 @@ def _tokens_per_row(chats: Path, model: Path, packed_rows: int | None) -> float:
     encoded = tokenizer.apply_chat_template(list(rows), tokenize=True, return_dict=True)["input_ids"]
     tokens = sum(map(len, encoded))
     return tokens / (packed_rows or -(-tokens // LENGTH))
-
-
-def _lines(command: list[str], place: Path, checkout: Path) -> Iterator[str]:
-    """Run a training with a checkout's code, and give what it prints line by line; a failed one ends the benchmark."""
-    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-    own = {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HOME": str(place / "hf")}
-    log = place / "stderr"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command, env={**os.environ, **offline, **own}, cwd=place, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process,
-    ):
-        yield from process.stdout or ()
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\n{log.read_text()[-2000:]}")
 
 
 if __name__ == "__main__":
