@@ -9,7 +9,6 @@ one epoch over the pairs takes, without the start. Memory is the largest residen
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import sys
@@ -23,6 +22,8 @@ from processes import Process
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 16
 """Pairs of a step."""
+SKIPPED_STEPS = 4
+"""Steps at the beginning whose time does not count."""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 TRAINER = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "beta": 0.1, "max_length": 512}
 PEERS: dict[str, dict[str, bool]] = {
@@ -103,13 +104,14 @@ def _cordee(asked: argparse.Namespace, place: Path, pairs: Path, name: str, numb
         pass
     (log,) = store.glob(f"run{number}/logs/*/events.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    (metrics,) = store.glob(f"run{number}/*@1/metrics.jsonl")
-    steps = [row for row in map(json.loads, metrics.read_text().splitlines()) if "loss" in row]
-    step_s = statistics.median(row["step_time"] for row in steps[2:])
+    (manifest,) = store.glob(f"run{number}/*@1/manifest.json")
+    loss = json.loads(manifest.read_text())["metrics"]["loss"]
+    steps = [row for row in rows if row.get("unit") == "steps" and row["done"] >= SKIPPED_STEPS]
+    step_s = (steps[-1]["time"] - steps[0]["time"]) / (steps[-1]["done"] - steps[0]["done"])
     scored = [row["time"] for row in rows if row.get("unit") == "answers scored by the reference"]
     began = next(row["time"] for row in rows if "prompt is computed" in row.get("text", ""))
     reference_s = scored[-1] - began if scored else 0.0
-    return _run(asked, step_s, reference_s, steps[-1]["loss"], own)
+    return _run(asked, step_s, reference_s, loss, own)
 
 
 def _trl(asked: argparse.Namespace, place: Path, pairs: Path, name: str, number: int) -> Run:
@@ -130,7 +132,7 @@ def _trl(asked: argparse.Namespace, place: Path, pairs: Path, name: str, number:
         if "'loss'" in line:
             times.append(time.time())
             loss = float(line.split("'loss': ")[1].split(",")[0].strip("'"))
-    step_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(times[1:]))
+    step_s = (times[-1] - times[SKIPPED_STEPS - 1]) / (len(times) - SKIPPED_STEPS)
     reference_s = _reference_s(own.log.read_text()) if PEERS[name] else 0.0
     return _run(asked, step_s, reference_s, loss, own)
 
