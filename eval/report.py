@@ -18,7 +18,7 @@ from cordee.config import Config as BaseConfig
 from cordee.config import Input
 from cordee.stage import Context
 
-VERSION = 3
+VERSION = 4
 PAGES = Path(__file__).parent / "reporting" / "pages"
 
 

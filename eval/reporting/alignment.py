@@ -1,5 +1,6 @@
 """What a report tells of rewards: the figures of scored answers, of pairs made of them, and of reward models."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -47,8 +48,18 @@ class Scores(Shape):
     by: dict[str, dict[str, dict[str, Mean]]] = Field(default_factory=dict)
     models: dict[str, dict[str, OfModel]] = Field(default_factory=dict)
     compared_with: str | None = None
+    weights: dict[str, Number] = Field(default_factory=dict)
     answers: int
     prompts: int
+
+    def told(self) -> dict[str, Any]:
+        """What the page shows: the model compared with first; no weighted sum where it is the one reward there is."""
+        names = [name for name in self.rewards if name != "sum" or list(self.weights.values()) != [1.0]]
+        models = sorted(self.models.items(), key=lambda item: item[0] != self.compared_with)
+        shown = self.model_copy(
+            update={"rewards": {name: self.rewards[name] for name in names}, "models": dict(models)}
+        )
+        return shown.model_dump()
 
 
 class Pairs(Shape):
@@ -82,11 +93,15 @@ class Calibration(Shape):
 def collect(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
     """The figures of `scores`, `pairs` and `reward_models`, each with its artifact and stage."""
 
-    def of(file: str, shape: type[Shape]) -> list[dict[str, Any]]:
+    def of(file: str, told: Callable[[Record], dict[str, Any]]) -> list[dict[str, Any]]:
         return [
-            {"artifact": record.name, "stage": record.manifest.stage, **record.read(file, shape).model_dump()}
+            {"artifact": record.name, "stage": record.manifest.stage, **told(record)}
             for record in records
             if record.holds(file)
         ]
 
-    return {"scores": of(SCORES, Scores), "pairs": of(PAIRS, Pairs), "reward_models": of(CALIBRATION, Calibration)}
+    return {
+        "scores": of(SCORES, lambda record: record.read(SCORES, Scores).told()),
+        "pairs": of(PAIRS, lambda record: record.read(PAIRS, Pairs).model_dump()),
+        "reward_models": of(CALIBRATION, lambda record: record.read(CALIBRATION, Calibration).model_dump()),
+    }

@@ -65,6 +65,18 @@ def test_rewards_pairs_and_reward_models_are_shown(tmp_path: Path) -> None:
     assert told["samples"][0]["shown"][0]["outputs"][0]["reward"] == 1.0
 
 
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_the_model_compared_with_comes_first_and_a_sum_of_one_reward_is_not_told_twice(
+    tmp_path: Path, weight: float
+) -> None:
+    rewards = {"correct": SCORES["rewards"]["correct"], "sum": SCORES["rewards"]["correct"]}
+    models = {name: {"correct": {"mean": 0.5}, "sum": {"mean": 0.5 * weight}} for name in ("dpo", "sft")}
+    out = made(tmp_path, rewards=rewards, models=models, weights={"correct": weight}, compared_with="sft", by={})
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert ("weighted sum" in page) == ('<th scope="row">sum' in page) == (weight != 1.0)
+    assert page.index('<th scope="row">sft</th>') < page.index('<th scope="row">dpo</th>')
+
+
 def test_a_report_without_rewards_has_no_such_section(report: Any) -> None:
     assert 'id="rewards"' not in (report() / "index.html").read_text(encoding="utf-8")
 
