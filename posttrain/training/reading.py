@@ -64,8 +64,8 @@ def read(
     if not len(found):
         raise UserError("the weights leave no row", key="data")
     if share and not len(heldout):
-        hint = "a larger share, or `heldout: [{path: FILE}]`; rows with the same prompt are held out together"
-        raise UserError(f"holds out none of {len(found)} rows", key="heldout", hint=hint)
+        hint = "such rows are held out together; leave the key out, or name others by `heldout: [{path: FILE}]`"
+        raise UserError(f"all {len(found)} rows have the same prompt", key="heldout", hint=hint)
     if context.is_main:
         told = [
             {"path": str(source.path), **part.report}

@@ -91,6 +91,7 @@ def split(
         parts: the sources.
         weights: how often each source's rows are seen: whole copies, and a random share of the rows for the rest.
         share: of each source's prompts (of its chats) that no source before has, to be held out; their rows once each.
+            Where this is less than half a prompt of every source, one is held out, unless it is the only one.
         seed: draws the rows.
         read: gives a sequence of a source.
     """
@@ -129,6 +130,9 @@ def _held_out(
         for at in range(len(parts)):
             firsts = np.unique(first_of[(first_of >= starts[at]) & (first_of < starts[at + 1])])
             is_out[firsts[_drawn(len(firsts), share, (seed, at, 1))]] = True
+        every = np.unique(first_of)
+        if not is_out.any() and len(every) > 1:
+            is_out[np.random.default_rng((seed, 2)).choice(every)] = True
         is_out = is_out[first_of]
     return np.split(is_out, starts[1:-1])
 

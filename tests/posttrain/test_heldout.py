@@ -70,8 +70,13 @@ def test_a_share_is_held_out_and_the_steps_are_those_of_the_rest(
     losses = [[row["loss"] for row in read_json_lines(c.out / "metrics.jsonl") if "loss" in row] for c in (one, other)]
     assert losses[0] == losses[1]
     assert list(heldout_lines(one.out)) == [0, 2]
-    with pytest.raises(UserError, match="heldout: holds out none of 20 rows"):
-        sft.open_trainer(sft.Config.model_validate(keys(model_folder, file, heldout=0.01)), new_context("c"))
+    trainer, chats = sft.open_trainer(
+        sft.Config.model_validate(keys(model_folder, file, heldout=0.01)), new_context("c")
+    )
+    assert (len(chats), len(trainer.eval_dataset)) == (19, 1), "a share of less than one chat is one"
+    same = write_lines(tmp_path / "same.jsonl", some_chats(1) * 5)
+    with pytest.raises(UserError, match="heldout: all 5 rows have the same prompt"):
+        sft.open_trainer(sft.Config.model_validate(keys(model_folder, same, heldout=0.25)), new_context("d"))
 
 
 def test_a_run_killed_before_its_first_resume_point_measures_step_0_once(
