@@ -63,7 +63,9 @@ def main() -> None:
         arms = ["compiled", "not compiled", "TRL's script", "TRL, precomputed"]
         runs: dict[str, list[Run]] = {name: [] for name in arms}
         for number, name in enumerate(arms if asked.once else [*arms, *reversed(arms)]):
-            run = (_trl if name in PEERS else _cordee)(asked, place, pairs, name, number)
+            own = place / str(number)  # TRL keeps the reference's log-probabilities in its cache
+            own.mkdir()
+            run = (_trl if name in PEERS else _cordee)(asked, own, pairs, name, number)
             runs[name].append(run)
             print(f"{name:17} {run.pairs_per_s:6.2f} pairs/s, {run.epoch_per_s:6.2f} with the reference; "
                   f"{run.peak_bytes / 1e9:.2f} GB; last loss {run.loss:.4f}", flush=True)  # fmt: skip
@@ -139,7 +141,8 @@ def _trl(asked: argparse.Namespace, place: Path, pairs: Path, name: str, number:
 
 def _reference_s(log: str) -> float:
     """Seconds of the reference's pass, from its progress bar's last line: `… [00:12<00:00, …]`."""
-    line = [part for part in log.replace("\r", "\n").split("\n") if "reference log probs" in part and "<" in part][-1]
+    parts = log.replace("\r", "\n").split("\n")
+    line = [part for part in parts if "Computing reference log probs" in part and "<" in part][-1]
     minutes, _, seconds = line.split("[")[1].split("<")[0].rpartition(":")
     return 60 * float(minutes or 0) + float(seconds)
 
