@@ -30,7 +30,7 @@ PAIRS, WORK = "pairs.jsonl", "rows"
 ANSWERS_OWN = (
     *("messages", "prompt", "completion", "conversations", "instruction", "input", "output", "history", "system"),
     *("sample", "model", "finish_reason", "tokens", "special_tokens", "label"),
-    *("rewards", "reward", "reference_logprob", "reference_tokens", "policy_logprob"),
+    *("rewards", "reward", "reference_logprob", "reference_tokens", "policy_logprob", "as_sampled", "log_ratio"),
 )
 """Columns that speak of one answer, and are no part of a pair."""
 SHOWN = 20

@@ -21,7 +21,7 @@ from cordee.stage import Context
 from posttrain.rewards.settings import RewardList
 from posttrain.training.cost import source_cost
 
-VERSION = 2
+VERSION = 3
 Place = Annotated[int, Field(ge=1)]
 
 

@@ -85,8 +85,8 @@ def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_s
 
 def completion_logprobs(
     model: PreTrainedModel, sequences: Sequence[tuple[Sequence[int], int]], *, tokens_at_once: int = 8192
-) -> list[float]:
-    """The log-probability of each completion given its prompt, in nats: the sum over its tokens.
+) -> list[torch.Tensor]:
+    """The log-probability of each token of each completion, given its prompt, in nats: `[completion]`, float64.
 
     Sequences of about the same length are read together, and only positions of completions go through the head, where
     the model allows it. The model is used as it is: put it in evaluation mode and on its device first.
@@ -100,7 +100,7 @@ def completion_logprobs(
     takes_places = "logits_to_keep" in inspect.signature(causal.forward).parameters
     vocab = model.config.get_text_config().vocab_size
     device = next(model.parameters()).device
-    sums = [0.0] * len(sequences)
+    found = [torch.empty(0)] * len(sequences)
     for batch in _batches(sequences, tokens_at_once, LOGITS_AT_ONCE // vocab):
         longest, first = len(sequences[batch[0]][0]), min(sequences[at][1] for at in batch)
         rows = [list(sequences[at][0]) for at in batch]
@@ -113,8 +113,8 @@ def completion_logprobs(
                 logits = logits[:, first - 1 :]
             logprobs = token_logprobs(logits, ids[:, first - 1 :]).double().cpu()  # [batch, longest - first]
         for row, at in enumerate(batch):
-            sums[at] = float(logprobs[row, sequences[at][1] - first : len(rows[row]) - first].sum())
-    return sums
+            found[at] = logprobs[row, sequences[at][1] - first : len(rows[row]) - first].clone()
+    return found
 
 
 def _batches(

@@ -8,15 +8,15 @@ from typing import Any
 from posttrain.rewards.opening import VALUE
 
 SUM, KL = "sum", "kl"
-"""The names of the weighted sum of rewards, and of an answer's log-probability less that under the reference, nats."""
+"""The names of the weighted sum of rewards, and of the divergence from the reference, nats."""
 
 
 class ByModel:
     """Figures of answers by the model that gave them; memory holds a number for each prompt, model and figure.
 
-    The mean of `kl` over a model's own answers, drawn at temperature 1, estimates KL(model ‖ reference) of a whole
-    answer (Schulman 2020, "Approximating KL divergence": the estimator k1). Left out are answers that were cut off, and
-    those whose text has other tokens than were sampled: the log-probabilities are not of what the model drew.
+    The mean of `log_ratio` over a model's own answers, drawn at temperature 1, estimates KL(model ‖ reference) of a
+    whole answer (Schulman 2020, "Approximating KL divergence": the estimator k1). Answers that are not as they were
+    sampled have none.
     """
 
     def __init__(self, compared_with: str | None) -> None:
@@ -32,9 +32,7 @@ class ByModel:
             if row.get("model") is None:
                 continue
             figures = {**row.get("rewards", {}), SUM: row.get(VALUE)}
-            own, reference = row.get("policy_logprob"), row.get("reference_logprob")
-            if own is not None and reference is not None and is_as_sampled(row):
-                figures[KL] = own - reference
+            figures[KL] = row.get("log_ratio")
             for name, value in figures.items():
                 if value is not None:
                     found[str(row["model"]), name].append(float(value))
@@ -58,12 +56,6 @@ class ByModel:
                     entry["change"], entry["change_error"] = _mean([values[at] - first[name][at] for at in shared])
                 found[model][name] = entry
         return found
-
-
-def is_as_sampled(row: Mapping[str, Any]) -> bool:
-    """Whether the answer ended by itself and its text has as many tokens as were sampled; true if a row doesn't say."""
-    sampled, scored = row.get("tokens"), row.get("reference_tokens")
-    return row.get("finish_reason") != "length" and (sampled is None or scored is None or sampled == scored)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:

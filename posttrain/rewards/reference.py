@@ -21,6 +21,8 @@ from cordee.errors import UserError
 from posttrain.rewards.answers import Answer
 
 LOGPROB, TOKENS = "logprob", "tokens"
+SAMPLED, SAMPLED_TOKENS = "sampled_logprob", "sampled_tokens"
+"""Up to the token that ends a generation: the line end that ChatML's templates write after it is not sampled."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Encoder:
 
 @contextmanager
 def opened(folder: Path, encoder: Encoder, precision: str, only: str | None) -> Iterator[Any]:
-    """What gives answers their log-probability and its number of tokens, both None of one that says nothing.
+    """What gives answers their log-probability and number of tokens, all and sampled; None of one that says nothing.
 
     Weights are float32, and matrices are multiplied in `precision`, as in training. With `only`, answers of other
     `model`s are left out.
@@ -77,17 +79,21 @@ def opened(folder: Path, encoder: Encoder, precision: str, only: str | None) -> 
     model = adapter.open_served(folder, dtype=torch.float32).eval().to(device.default())
     if encoder.limits.vocab_size > (rows := model.get_input_embeddings().weight.shape[0]):
         raise UserError(f"its tokenizer has {len(encoder.tokenizer)} tokens, its embedding {rows} rows", file=folder)
-    half = precision == "bfloat16"
+    half, stops = precision == "bfloat16", set(adapter.stop_token_ids(folder))
+
+    def told(ids: list[int], start: int, logps: torch.Tensor) -> dict[str, Any]:
+        said = ids[start:]
+        until = next((at for at, token in enumerate(said, 1) if token in stops), len(said))
+        sampled = {SAMPLED: float(logps[:until].sum()), SAMPLED_TOKENS: until}
+        return {LOGPROB: float(logps.sum()), TOKENS: len(said), **sampled}
 
     def measure(answers: Sequence[Answer]) -> list[dict[str, Any]]:
         is_asked = [only is None or answer.values.get("model") == only for answer in answers]
         encoded = [encoder.encode(answer) if asked else None for answer, asked in zip(answers, is_asked, strict=True)]
         sequences = [one for one in encoded if one is not None]
         with torch.autocast(device.default().type, torch.bfloat16, enabled=half):
-            sums = iter(logprobs.completion_logprobs(model, sequences))
-        return [
-            {LOGPROB: None, TOKENS: None} if one is None else {LOGPROB: next(sums), TOKENS: len(one[0]) - one[1]}
-            for one in encoded
-        ]
+            found = iter(logprobs.completion_logprobs(model, sequences))
+        none = dict.fromkeys((LOGPROB, TOKENS, SAMPLED, SAMPLED_TOKENS))
+        return [none if one is None else told(*one, next(found)) for one in encoded]
 
     yield measure

@@ -13,10 +13,10 @@ from cordee.errors import UserError
 from cordee.stage import Context
 from posttrain.rewards import reference as of_reference
 from posttrain.rewards.answers import Answer, Answers
-from posttrain.rewards.by_model import SUM, ByModel, is_as_sampled
+from posttrain.rewards.by_model import SUM, ByModel
 from posttrain.rewards.judge import HIGH_DISAGREEMENT, LOW_MASS
 from posttrain.rewards.opening import VALUE, open_reward, total
-from posttrain.rewards.reference import LOGPROB, TOKENS, Encoder
+from posttrain.rewards.reference import LOGPROB, SAMPLED, SAMPLED_TOKENS, TOKENS, Encoder
 from posttrain.rewards.settings import KINDS, Reward
 from posttrain.rewards.summary import Summary
 from posttrain.rewards.texts import text_of
@@ -177,7 +177,7 @@ def _write(
             by_model.add(place, rows)
             counts["tokens"] += sum(row.get("reference_tokens") or 0 for row in rows)
             counts["without_reward"] += sum(row.get(VALUE) is None for row in rows)
-            counts["other_tokens"] += sum(not is_as_sampled(row) for row in rows) if REFERENCE in columns else 0
+            counts["other_tokens"] += sum(row.get("as_sampled") is False for row in rows)
             counts["empty"] += sum(answer.is_empty for answer in group)
             if rewards and place % every == 0 and len(samples) < shown:
                 samples += _sample(group, rows)
@@ -213,9 +213,17 @@ def _row(
     if REFERENCE in figures:
         row["reference_logprob"] = figures[REFERENCE][LOGPROB]
         row["reference_tokens"] = figures[REFERENCE][TOKENS]
+        row["as_sampled"] = _is_as_sampled(row, figures[REFERENCE][SAMPLED_TOKENS])
     if own := figures.get(f"{POLICY}{row.get('model')}"):
         row["policy_logprob"] = own[LOGPROB]
+        is_known = row["as_sampled"] and own[SAMPLED] is not None
+        row["log_ratio"] = own[SAMPLED] - figures[REFERENCE][SAMPLED] if is_known else None
     return row
+
+
+def _is_as_sampled(row: Mapping[str, Any], scored: int | None) -> bool | None:
+    """Whether an answer ended by itself and its text has as many tokens as were sampled; true if a row doesn't say."""
+    return None if scored is None else row.get("finish_reason") != "length" and row.get("tokens") in (None, scored)
 
 
 def _sample(group: Sequence[Answer], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -46,6 +46,23 @@ def pairs_config(file: Path, **changes: Any) -> pairs.Config:
     return pairs.Config.model_validate({"data": [{"path": str(file)}], **changes})
 
 
+def expected(model_folder: Path, row: dict[str, Any], count: int | None = None) -> tuple[float, int]:
+    """The log-probability of a row's answer or of its first tokens, one by one from whole logits in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64).eval()
+    how = {"tokenize": True, "return_dict": False}
+    prompt = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, **how)
+    whole = tokenizer.apply_chat_template(row["messages"], **how)
+    assert whole[: len(prompt)] == prompt
+    with torch.no_grad():
+        logprobs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    places = range(len(prompt), len(whole))[:count]
+    return sum(float(logprobs[at - 1, whole[at]]) for at in places), len(places)
+
+
 def rows_in(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

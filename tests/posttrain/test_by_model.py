@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from reward_samples import answer, rows_in, score_config, written
+from reward_samples import answer, expected, rows_in, score_config, written
 from safetensors.torch import load_file, save_file
 
 from cordee import files
@@ -16,16 +16,15 @@ from posttrain import score
 from posttrain.rewards.by_model import ByModel
 
 
-def row(model: str, reward: float | None, own: float | None = None) -> dict[str, object]:
-    return {"model": model, "rewards": {"right": reward}, "reward": reward, "policy_logprob": own,
-            "reference_logprob": -3.0}  # fmt: skip
+def row(model: str, reward: float | None, log_ratio: float | None = None) -> dict[str, object]:
+    return {"model": model, "rewards": {"right": reward}, "reward": reward, "log_ratio": log_ratio}
 
 
 def test_means_errors_and_changes_are_over_prompts() -> None:
     figures = ByModel("before")
-    figures.add(0, [row("before", 0.0), row("before", 1.0), row("after", 1.0, -2.0)])
-    figures.add(1, [row("before", 0.0), row("before", None), row("after", 1.0, -2.5)])
-    figures.add(2, [row("after", 0.0, -3.0)])
+    figures.add(0, [row("before", 0.0), row("before", 1.0), row("after", 1.0, 1.0)])
+    figures.add(1, [row("before", 0.0), row("before", None), row("after", 1.0, 0.5)])
+    figures.add(2, [row("after", 0.0, 0.0)])
     told = figures.described()
     assert told["before"]["right"]["mean"] == 0.25  # of 0.5 and 0
     assert told["before"]["right"]["error"] == pytest.approx(0.25)
@@ -36,16 +35,6 @@ def test_means_errors_and_changes_are_over_prompts() -> None:
     assert told["after"]["kl"]["error"] == pytest.approx(0.5 / math.sqrt(3))
     assert "change" not in told["before"]["right"]
     assert told["before"].keys() == {"right", "sum"}
-
-
-def test_a_divergence_is_of_what_was_sampled() -> None:
-    figures = ByModel(None)
-    as_sampled = row("after", 1.0, -2.0) | {"finish_reason": "stop", "tokens": 4, "reference_tokens": 4}
-    cut_off = row("after", 1.0, -9.0) | {"finish_reason": "length", "tokens": 4, "reference_tokens": 4}
-    other_tokens = row("after", 1.0, -9.0) | {"finish_reason": "stop", "tokens": 4, "reference_tokens": 3}
-    figures.add(0, [as_sampled, cut_off, other_tokens])
-    assert figures.described()["after"]["kl"]["mean"] == pytest.approx(1.0)
-    assert figures.described()["after"]["right"]["prompts"] == 1
 
 
 def changed(model: Path, folder: Path) -> Path:
@@ -75,6 +64,36 @@ def test_each_policy_reads_its_own_answers(model_folder: Path, tmp_path: Path, c
     differences = [one["policy_logprob"] - one["reference_logprob"] for one in rows[1::2]]
     assert told["models"]["second"]["kl"]["mean"] == pytest.approx(sum(differences) / 3)
     assert told["compared_with"] == "first"
+
+
+@pytest.mark.parametrize(
+    "tail", ["", "{{ '\\n' }}"], ids=["nothing behind the end of turn", "a line end behind it, as ChatML's"]
+)
+def test_a_divergence_is_of_what_was_sampled(tail: str, model_folder: Path, tmp_path: Path, context: Context) -> None:
+    """Not of answers that were cut off or have other tokens, and not of what the template writes behind an answer."""
+    reference, policy = tmp_path / "reference", changed(model_folder, tmp_path / "policy")
+    shutil.copytree(model_folder, reference)
+    for folder in (reference, policy):
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").write_text(
+            template + f"{{% if not add_generation_prompt %}}{tail}{{% endif %}}"
+        )
+    plain = [answer(number, "Ja", "Ja", model="after") for number in range(4)]
+    ended = expected(model_folder, plain[0])[1]
+    how = [{"finish_reason": "stop", "tokens": ended}, {"finish_reason": "length", "tokens": ended},
+           {"finish_reason": "stop", "tokens": ended + 3}, {}]  # fmt: skip
+    data = written(tmp_path / "a.jsonl", [one | more for one, more in zip(plain, how, strict=True)])
+    keys = {"reference": str(reference), "policies": {"after": str(policy)}, "reference_answers": "before"}
+    score.run(score_config(data, **keys), context)
+    rows = rows_in(context.out / "scored.jsonl")
+    assert [one["reference_tokens"] for one in rows] == [ended + bool(tail)] * 4
+    assert [one["as_sampled"] for one in rows] == [True, False, False, True]
+    sampled = [expected(policy, one, ended)[0] - expected(reference, one, ended)[0] for one in rows[::3]]
+    assert [one["log_ratio"] for one in rows[::3]] == pytest.approx(sampled, rel=1e-4)
+    assert rows[1]["log_ratio"] is rows[2]["log_ratio"] is None
+    told = files.read_json(context.out / "scores.json")["models"]["after"]
+    assert told["kl"]["mean"] == pytest.approx(sum(sampled) / 2, rel=1e-4)
+    assert told["kl"]["prompts"] == 2
 
 
 @pytest.mark.parametrize(

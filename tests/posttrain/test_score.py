@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reward_samples import answer, notes, rows_in, score_config, some_answers, written
+from reward_samples import answer, expected, notes, rows_in, score_config, some_answers, written
 from stopping import StopsAfter
 
 from cordee.cost import Cost
@@ -166,23 +166,6 @@ def test_rows_without_an_answer_are_counted_and_may_be_dropped(tmp_path: Path, n
     context = new_context("lenient")
     assert score.run(score_config(data, bad_rows="drop"), context)["rows"] == 1
     assert json.loads((context.out / "scores.json").read_text())["left_out"][0]["rows"] == 1
-
-
-def expected(model_folder: Path, row: dict) -> tuple[float, int]:
-    """The log-probability of a row's answer, token by token from whole logits in float64."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64).eval()
-    how = {"tokenize": True, "return_dict": False}
-    prompt = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, **how)
-    whole = tokenizer.apply_chat_template(row["messages"], **how)
-    assert whole[: len(prompt)] == prompt
-    with torch.no_grad():
-        logprobs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-    places = range(len(prompt), len(whole))
-    return sum(float(logprobs[at - 1, whole[at]]) for at in places), len(places)
 
 
 def test_the_reference_log_probability_is_that_of_the_answer_with_its_end(
