@@ -197,6 +197,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise Fault(f"can't be opened as an adapter: {error}", file=folder) from error
     for name, tensor in found.items():
-        if not torch.isfinite(tensor).all():
+        if not compute.is_finite(tensor):
             raise Fault(f"{name} holds values that are not finite", file=folder)
     return found

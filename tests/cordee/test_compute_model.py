@@ -281,9 +281,10 @@ def test_weights_in_shards_and_in_torchs_own_format_are_opened(folder: Path, kin
             open_model(folder)
 
 
-def test_a_value_that_is_not_finite_is_a_fault(folder: Path) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_value_that_is_not_finite_is_a_fault(value: str, folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][3, 3] = float("inf")
+    weights["lm_head.weight"][3, 3] = float(value)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Fault, match=r"lm_head\.weight holds values that are not finite"):
         open_model(folder)
