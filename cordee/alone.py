@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from cordee import attempt, config, events, files, hashes, launchers, lock, plan, recipe, runner, yaml12
 from cordee.artifact import Artifact, Store
-from cordee.display import Display
+from cordee.display import Display, screen
 from cordee.errors import Fault
 from cordee.plan import Plan, Planned
 from cordee.stage import Context
@@ -46,7 +44,7 @@ def run(
     os.environ.update(launchers.caches(root))
     own = plan.make(_recipe(uses, file, overrides), Store(root))
     planned = own.stages[0]
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     if planned.artifact:
         console.print(f"{planned.artifact.name} is this already")
         return

@@ -3,14 +3,42 @@
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from cordee import units
+from cordee.shown import plain
 
 LINE_EVERY_S = 15.0
 WAITED_S = 1.0
 """What takes less is not said."""
+
+
+def screen(*, stderr: bool = False) -> Console:
+    """Where texts are shown as they are: no markup in them counts, and no sign in them steers the terminal."""
+    console = Console(stderr=stderr, markup=False, emoji=False)
+    console.push_render_hook(_Hook())
+    return console
+
+
+class _Hook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Plain(one) for one in renderables]
+
+
+class _Plain:
+    """What is shown, with texts that are plain."""
+
+    def __init__(self, shown: RenderableType) -> None:
+        self.shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.shown, options):
+            yield segment if segment.control else segment._replace(text=plain(segment.text))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self.shown)
 
 
 class Display:
@@ -20,9 +48,9 @@ class Display:
         self.console = console
         self.live = console.is_terminal
         self.bars = Progress(
-            TextColumn("[bold]{task.description:<14}"),
+            TextColumn("{task.description:<14}", style="bold", markup=False),
             BarColumn(24),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             console=console,
         )
         self.bar: TaskID | None = None
@@ -48,7 +76,7 @@ class Display:
         self.stage, self.shown_at, self.first = stage, time.monotonic(), None
         self.waits = ("its first report", time.monotonic())
         if self.live:
-            self.bar = self.bars.add_task(stage, total=None, text=text)
+            self.bar = self.bars.add_task(stage, total=None, text=plain(text))
         else:
             self.say(text)
 
@@ -71,7 +99,7 @@ class Display:
 
     def _show(self, text: str, done: float | None = None, total: float | None = None) -> None:
         if self.live and self.bar is not None:
-            self.bars.update(self.bar, text=text, completed=done, total=total)
+            self.bars.update(self.bar, text=plain(text), completed=done, total=total)
         elif not self.live and time.monotonic() - self.shown_at > LINE_EVERY_S:
             self.shown_at = time.monotonic()
             self.say(text)
@@ -80,13 +108,13 @@ class Display:
         """The stage is published."""
         self.waits = None
         if self.live and self.bar is not None:
-            self.bars.update(self.bar, completed=1, total=1, text=text)
+            self.bars.update(self.bar, completed=1, total=1, text=plain(text))
         else:
             self.say(text)
 
     def say(self, text: str) -> None:
         """Print one plain line."""
-        self.console.print(f"{self.stage:<14} {text}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"{self.stage:<14} {text}", highlight=False, soft_wrap=True)
 
 
 def progress_line(event: dict[str, Any], first: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ import errno
 from collections.abc import Collection, Iterable
 from typing import Self
 
+from cordee.shown import hidden, plain
+
 
 class CordeeError(Exception):
     """Base of the three: `str()` is the line that is printed, `exit_code` what the process returns.
@@ -23,10 +25,12 @@ class CordeeError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, *, file: object = None, key: str | None = None, hint: str = "") -> None:
+        problem, hint = hidden(problem), hidden(hint)
+        file = file if hidden(str(file)) == str(file) else hidden(str(file))
         self.problem, self.file, self.key, self.hint = problem, file, key, hint
         place = ": ".join(str(part) for part in (file, key) if part)
         line = f"{place}: {problem}" if place else problem
-        super().__init__(" ".join(f"{line}; {hint}".split()) if hint else " ".join(line.split()))
+        super().__init__(plain(" ".join(f"{line}; {hint}".split()) if hint else " ".join(line.split())))
 
     def in_stage(self, file: object, key: str, fields: Collection[str]) -> Self:
         """This error with a recipe's file and a stage's key, `stages.sft` or empty, before it.

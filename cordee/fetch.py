@@ -7,7 +7,7 @@ stays, also when something else fails, and is not fetched again.
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ import httpx
 from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
-from cordee import hub, units
+from cordee import files, hub, units
 from cordee.config import inputs
 from cordee.data import hub as headers
 from cordee.errors import CordeeError, Fault, UserError, from_system
@@ -147,6 +147,7 @@ def _fetch(wanted: Wanted, lock: Lock, commits: Commits, hash_file: Callable[[Pa
             return earlier
         tree = HfApi().list_repo_tree(reference.name, recursive=True, revision=commit, repo_type=reference.kind)
         listed = {item.path: item for item in tree if isinstance(item, RepoFile)}
+        _require_inside(reference, listed)
         names = _chosen(reference, listed)
         folder, fetched = reference.folder(commit, lock.folder), {}
         if wanted.reads is not None and "README.md" in names:
@@ -208,6 +209,19 @@ def _chosen(reference: Reference, listed: Mapping[str, RepoFile]) -> list[str]:
         problem = f"{reference.text} has no safetensors; {pickled[0]} would have to be unpickled, and is not fetched"
         raise UserError(problem, hint="another revision, or a copy, may have them")
     return names
+
+
+def _require_inside(reference: Reference, names: Iterable[str]) -> None:
+    """See that all files of a repository lie in it, as git has it, whatever answers in the place of the hub.
+
+    Raises:
+        Fault: one does not.
+    """
+    for name in names:
+        try:
+            files.inside(name)
+        except ValueError as error:
+            raise Fault(f"{reference.text}: the hub lists a file that is none: {error}") from error
 
 
 def _beside(listed: Mapping[str, RepoFile]) -> str:

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cordee.errors import Fault, UserError
@@ -141,6 +141,18 @@ def rows_of(lines: Iterable[bytes], path: Path) -> dict[int, dict[str, Any]]:
         more = f"; so are {len(others)} more lines, next {', '.join(map(str, others[:2]))}" if others else ""
         raise UserError(f"line {first} {wrong[first]}{more}", file=path)
     return rows
+
+
+def inside(name: str) -> str:
+    """The name of a file in a record, such as a manifest, relative to the record's folder.
+
+    Raises:
+        ValueError: it leads out of that folder.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        raise ValueError(f"{name!r} leads out of its folder")
+    return name
 
 
 def sync_folder(folder: Path) -> None:

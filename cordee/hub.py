@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cordee import files
 from cordee.config import Input
@@ -124,10 +124,10 @@ class File(_Part):
 class Entry(_Part):
     """A reference as it was fetched."""
 
-    commit: str
+    commit: Annotated[str, AfterValidator(files.inside)]
     reads: list[tuple[str | None, list[str]]] | None = None
     """The subsets of a data set that were fetched, each with patterns of files; None: all of it."""
-    files: dict[str, File]
+    files: dict[Annotated[str, AfterValidator(files.inside)], File]
     """By their paths in the repository."""
 
 
@@ -167,10 +167,11 @@ def parse(text: str, file: object, key: str) -> Reference:
         UserError: it is none.
     """
     found = _REFERENCE.fullmatch(text)
-    if not found or ".." in PurePosixPath(found["place"] or "").parts:
+    revision = unquote(found["revision"] or "main") if found else ""
+    if not found or ".." in (*PurePosixPath(found["place"] or "").parts, *PurePosixPath(revision).parts):
         raise UserError(f"{text!r} is no reference to the hub", file=file, key=key, hint=FORM)
     kind: Literal["model", "dataset"] = "dataset" if found["data"] else "model"
-    return Reference(text, kind, found["name"], unquote(found["revision"] or "main"), found["place"] or "")
+    return Reference(text, kind, found["name"], revision, found["place"] or "")
 
 
 def lock_file(recipe: Path) -> Path:

@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from cordee import files
 from cordee.errors import Fault
@@ -46,7 +46,7 @@ class Read(_Part):
 class File(_Part):
     """One file of an artifact."""
 
-    path: str
+    path: Annotated[str, AfterValidator(files.inside)]
     """Relative to the artifact's folder."""
     bytes: int
     sha256: str

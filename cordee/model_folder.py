@@ -20,7 +20,9 @@ from cordee.memory import Decoder
 ADAPTER_CONFIG = "adapter_config.json"
 LONGEST_HEADER = 100_000_000
 """Bytes: the limit of the safetensors format."""
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt")
+"""Weights in torch's own format, a pickle, which runs what its maker wrote: they are never opened."""
 ADAPTERS_BASE = "base_model.json"
 """Beside an adapter that `posttrain` wrote: the SHA-256 of each weight file of its base."""
 _NESTED = ("text_config", "language_config", "llm_config")
@@ -69,13 +71,41 @@ def require(folder: Path, key: str | None = None) -> None:
         newest = max((path.parent for path in found), key=_step, default=None)
         hint = f"did you mean {folder.name}/{newest.relative_to(folder)}?" if newest else ""
         raise UserError("is no Hugging Face model: it has no config.json", file=folder, key=key, hint=hint)
-    if not isinstance(files.read_json(folder / "config.json"), dict):
+    config = files.read_json(folder / "config.json")
+    if not isinstance(config, dict):
         raise Fault("is no JSON object", file=folder / "config.json")
+    _require_no_code(config, folder / "config.json", key)
     if not (own := weights(folder)):
-        raise UserError("holds no weights: no *.safetensors, no pytorch_model.bin", file=folder, key=key)
+        raise _no_weights(folder, key)
     if absent := [path.name for path in own if not path.is_file()]:
         problem = f"lacks {len(absent)} of the {len(own)} files of weights that its index names: "
         raise UserError(problem + ", ".join(absent[:3]), file=folder, key=key)
+
+
+def _require_no_code(config: Any, file: Path, key: str | None) -> None:
+    """Check that a config asks for no code but transformers' own, which some versions run whatever they are told.
+
+    A kernel of the hub is native code; a recipe may ask for one by its name, a model's folder may not.
+
+    Raises:
+        UserError: it asks for some.
+    """
+    for name, value in config.items() if isinstance(config, dict) else ():
+        is_kernel = "_implementation" in name and "/" in str(value)
+        if is_kernel or (name in ("trust_remote_code", "megatron_config") and value):  # the latter names a module
+            problem = f"{name}: {value} asks for code that is none of transformers'"
+            raise UserError(problem, file=file, key=key, hint="delete the line, if the model is to be trusted at all")
+        _require_no_code(value, file, key)
+
+
+def _no_weights(folder: Path, key: str | None) -> UserError:
+    """That a folder has no safetensors, and what to do where it has weights that are pickled."""
+    pickled = next((path for pattern in PICKLED for path in sorted(folder.glob(pattern))), None)
+    if pickled is None:
+        return UserError("holds no weights: it has no *.safetensors", file=folder, key=key)
+    problem = f"holds no safetensors, and {pickled.name} is a pickle, which can run code: it is not opened"
+    hint = "where you trust its maker, open it with transformers or PEFT, and `save_pretrained` a new folder"
+    return UserError(problem, file=folder, key=key, hint=hint)
 
 
 def _step(folder: Path) -> tuple[int, str]:
@@ -85,15 +115,31 @@ def _step(folder: Path) -> tuple[int, str]:
 
 
 def weights(folder: Path) -> list[Path]:
-    """A model's files of weights, in transformers' order: a single file, what an index names, `*.bin` last."""
-    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+    """A model's files of weights, in transformers' order: a single file, what an index names, others.
+
+    Raises:
+        UserError: an index names no file of the folder.
+    """
+    for pattern in ("model*.safetensors", "*.safetensors"):
         if (single := folder / pattern.replace("*", "")).is_file():
             return [single]
         for index in sorted(folder.glob(f"{pattern}.index.json")):
-            return [folder / name for name in sorted({*files.read_json(index)["weight_map"].values()})]
+            return [folder / name for name in _shards(index)]
         if found := sorted(folder.glob(pattern)):
             return found
     return []
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names."""
+    try:
+        names = sorted({files.inside(name) for name in files.read_json(index)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = str(error) if isinstance(error, ValueError) else "is no index of weights"
+        raise UserError(problem, file=index, key="weight_map") from error
+    if odd := [name for name in names if not name.endswith(".safetensors")]:
+        raise UserError(f"{odd[0]!r} is no safetensors", file=index, key="weight_map")
+    return names
 
 
 def require_undamaged(folder: Path, names: Iterable[str] | None = None) -> set[str]:
@@ -223,8 +269,9 @@ def require_adapter(folder: Path, base: Path, key: str | None = None) -> None:
         is_model = (folder / "config.json").is_file()
         what = "is a model, not an adapter" if is_model else f"is no adapter: it has no {ADAPTER_CONFIG}"
         raise UserError(what, file=folder, key=key)
-    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
-        raise UserError(f"holds no weights: it has no {ADAPTER_WEIGHTS[0]}", file=folder, key=key)
+    _require_no_code(files.read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG, key)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise _no_weights(folder, key)
     known = folder / ADAPTERS_BASE
     named = recorded_base(folder)
     recorded = files.read_json(known)["files"] if known.is_file() else weight_hashes(named) if named else None
@@ -287,7 +334,7 @@ def cost(
         folder = base_of(folder, base, key=key, base_key=base_key)
     require(folder, key)
     config = files.read_json(folder / "config.json")
-    shapes = [_shapes(path) for path in weights(folder) if path.suffix == ".safetensors"]
+    shapes = [_shapes(path) for path in weights(folder)]
     parameters = sum(math.prod(sizes) for file in shapes for sizes in file.values())
     named = {name: sizes for file in shapes for name, sizes in file.items()}
     return Cost(

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from cordee import peek, stage, yaml12
 from cordee.config import Config, Library, config_in, inputs, libraries
 from cordee.errors import UserError, nearest
+from cordee.shown import credential
 
 C = TypeVar("C", bound=Config)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -103,6 +104,7 @@ def set_value(place: Any, override: str) -> None:
 
 def check(document: dict[str, Any], file: Path) -> Recipe:
     """Turn a recipe's document into a `Recipe`."""
+    _require_no_credential(document, file, "")
     unknown = [key for key in document if key not in ("name", "seed", "stages")]
     if unknown:
         raise UserError(
@@ -243,6 +245,20 @@ def _needs(config: Config, stages: Mapping[str, Any], file: Path, key: str) -> I
                 f"{text} refers to no stage", file=file, key=f"{key}.{place}", hint=nearest(name, map(str, stages))
             )
         yield name
+
+
+def _require_no_credential(value: Any, file: Path, key: str) -> None:
+    """Refuse a token, a key or a password: a recipe is stored with its run, in manifests and in reports.
+
+    Raises:
+        UserError: there is one; it is not repeated.
+    """
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _require_no_credential(item, file, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, str) and credential(value):
+        hint = "leave it to the environment (HF_TOKEN, WANDB_API_KEY), where libraries look for it"
+        raise UserError("holds what looks like a token, a key or a password", file=file, key=key, hint=hint)
 
 
 def _in_order(stages: dict[str, RecipeStage], file: Path) -> Iterator[RecipeStage]:

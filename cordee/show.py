@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -43,7 +42,7 @@ def plan(out: Console, plan: Plan) -> None:
     """Print a plan: its table, the keys that changed, what is damaged, and what could not be checked."""
     out.print(_plan_table(plan, out.width))
     for line in _plan_notes(plan, out.width):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _plan_table(plan: Plan, width: int) -> Table:
@@ -165,7 +164,7 @@ def status(out: Console, plan: Plan) -> None:
     """Print how far each stage is, and what is damaged."""
     out.print(_status_table(plan))
     for line in damaged(plan):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _status_table(plan: Plan) -> Table:
@@ -221,10 +220,10 @@ def left_out(out: Console, proofs: Iterable[Proof]) -> None:
 def proof(out: Console, made: Artifact) -> None:
     """Print a certificate: its claim, and the value and limit of each check."""
     held = certificate.read(made.path)
-    out.print(f"{made.name}: {held.claim}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"{made.name}: {held.claim}", highlight=False, soft_wrap=True)
     for check in held.checks:
         line = f"  {check.name}: {certificate.shown(check.value)} (limit {check.limit})"
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def verify(out: Console, chosen: Iterable[Artifact | Damaged]) -> bool:
@@ -236,23 +235,23 @@ def verify(out: Console, chosen: Iterable[Artifact | Damaged]) -> bool:
         all_whole = all_whole and not lines
         out.print(f"{state:<8} {one.name}", highlight=False, soft_wrap=True)
         for line in lines:
-            out.print(f"         {line}", markup=False, highlight=False, soft_wrap=True)
+            out.print(f"         {line}", highlight=False, soft_wrap=True)
     return all_whole
 
 
 def stages(out: Console, found: Iterable[tuple[str, str]]) -> None:
     """Print stages, each with the first line of its docstring."""
     for uses, said in found:
-        out.print(f"{uses:<26} {said}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"{uses:<26} {said}", highlight=False, soft_wrap=True)
 
 
 def keys(out: Console, listed: Iterable[Key]) -> None:
     """Print keys as a recipe spells them, with type, default and meaning."""
     for key in listed:
-        out.print(f"[bold]{escape(key.name)}[/]: {escape(key.kind)}", highlight=False, soft_wrap=True)
+        out.print(Text(key.name, "bold") + f": {key.kind}", highlight=False, soft_wrap=True)
         indent = 4 * " "
         said = textwrap.fill(key.meaning, out.width, initial_indent=indent, subsequent_indent=indent)
-        out.print(said, markup=False, highlight=False)
+        out.print(said, highlight=False)
 
 
 def clean(out: Console, items: Iterable[Item]) -> None:
@@ -274,8 +273,8 @@ def reports(out: Console, made: Iterable[Artifact]) -> None:
     for item in made:
         if (item.path / "index.html").exists():
             for line in _figures(item.path / "report.json"):
-                out.print(line, markup=False, highlight=False, soft_wrap=True)
-            out.print(f"report: {item.path / 'index.html'}", markup=False, highlight=False, soft_wrap=True)
+                out.print(line, highlight=False, soft_wrap=True)
+            out.print(f"report: {item.path / 'index.html'}", highlight=False, soft_wrap=True)
 
 
 def _figures(file: Path) -> Iterator[str]:
@@ -305,11 +304,11 @@ def _worth(change: Mapping[str, Any] | None, higher_is_better: bool) -> str:
 def facts(out: Console, found: Iterable[tuple[str, str]]) -> None:
     """Print what is told, a line each."""
     for name, told in found:
-        out.print(f"{name:14} {told}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"{name:14} {told}", highlight=False, soft_wrap=True)
 
 
 def to_chat_with(out: Console, made: Iterable[Artifact]) -> None:
     """Print how to talk to the last model that was made."""
     models = [one for one in made if any((one.path / name).exists() for name in ("config.json", "adapter_config.json"))]
     if models:
-        out.print(f"chat: cordee chat {models[-1].name}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"chat: cordee chat {models[-1].name}", highlight=False, soft_wrap=True)

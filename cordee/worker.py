@@ -7,6 +7,7 @@ It is started in one of two ways:
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from cordee.config import Config
 from cordee.errors import CordeeError, Fault, from_system
 from cordee.launchers import RUNNER
 from cordee.machine import die_with_parent
+from cordee.shown import hidden
 from cordee.stage import Context
 
 Run = Callable[[Any, Context], dict[str, Any]]
@@ -37,6 +39,7 @@ def main(config_type: type[Config], run: Run) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     _offline()
+    sys.stdin = io.StringIO()  # no library may ask, such as whether to run a model's code
     try:
         if arguments.job:
             _die_with_runner()
@@ -76,17 +79,19 @@ def run_stage(config: Config, context: Context, run: Run) -> dict[str, Any]:
     except CordeeError:
         raise
     except OSError as error:
-        traceback.print_exc()
+        sys.stderr.write(hidden(traceback.format_exc()))
         raise from_system(error, context.out) from error
     except Exception as error:
-        traceback.print_exc()
+        sys.stderr.write(hidden(traceback.format_exc()))
         log = context.events.with_name("log.txt")
         hint = f"the details are in {log}" if log.exists() else "the details are above"
         raise Fault(f"{type(error).__name__}: {error}", file=context.out, hint=hint) from error
 
 
 def _offline() -> None:
-    """Keep libraries from using a network, whatever the environment says."""
+    """Keep libraries from using a network, whatever the environment says; the hub's token stays outside."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        os.environ.pop(name, None)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
 

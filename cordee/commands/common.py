@@ -10,6 +10,7 @@ import typer
 
 from cordee import __version__
 from cordee.errors import CordeeError, from_system
+from cordee.shown import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,6 +85,11 @@ def load(recipe_file: Path, overrides: list[str] | None, runs: Path) -> "Plan":
 
 def console() -> "Console":
     """Standard output, as wide as the terminal."""
-    from rich.console import Console
+    from cordee.display import screen
 
-    return Console()
+    return screen()
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    typer.echo(plain(text))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cordee.commands.common import RUNS, Overrides, RecipeFile, Runs, command, console, load
+from cordee.commands.common import RUNS, Overrides, RecipeFile, Runs, command, console, load, say
 
 
 @command
@@ -58,7 +58,7 @@ def fetch_(
     from cordee.artifact import Store
 
     loaded, kept = recipe.load(recipe_file, overrides or []), hashes.Kept(Store(runs).hashes)
-    failed = fetch.run(loaded, to, kept.of, typer.echo, update=update)
+    failed = fetch.run(loaded, to, kept.of, say, update=update)
     kept.save()
     for error in failed:
         sys.stderr.write(f"cordee: {error}\n")

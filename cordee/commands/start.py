@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cordee.commands.common import RUNS, Overrides, Runs, command, console, load
+from cordee.commands.common import RUNS, Overrides, Runs, command, console, load, say
 
 
 @command
@@ -67,7 +67,7 @@ def init_(
         for path in made:
             path.unlink()
         raise
-    typer.echo(f"wrote {out}: look at it, then\n  cordee plan {out}\n  cordee run {out}")
+    say(f"wrote {out}: look at it, then\n  cordee plan {out}\n  cordee run {out}")
 
 
 @command
@@ -86,5 +86,5 @@ def import_(
 
     draft = peers.read(file, processes)
     writing.write(draft, out)
-    typer.echo("\n".join(writing.told(draft)))
-    typer.echo(f"wrote {out}: look at it, then\n  cordee plan {out}\n  cordee run {out}")
+    say("\n".join(writing.told(draft)))
+    say(f"wrote {out}: look at it, then\n  cordee plan {out}\n  cordee run {out}")

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from cordee.commands.common import RUNS, Runs, command
+from cordee.commands.common import RUNS, Runs, command, say
+from cordee.shown import plain
 
 
 @command
@@ -31,7 +32,7 @@ def chat_(  # noqa: PLR0913, PLR0917 - each is an option of the command
         model_folder.require_adapter(on_top, folder, "--adapter")
     model_folder.require_served(folder, "MODEL")
     if sys.stderr.isatty():
-        typer.echo(f"opens {model} with {engine} …", err=True)
+        typer.echo(plain(f"opens {model} with {engine} …"), err=True)
     from cordee.compute import generators, talk, terminal
     from cordee.compute.adapter import placed_on
 
@@ -69,7 +70,7 @@ def serve_(
     name = folder.resolve().name if Path(model).exists() else model
     from cordee.compute import server
 
-    server.run(name, folder, adapters, port=port, max_length=max_length, dtype=dtype, say=typer.echo)
+    server.run(name, folder, adapters, port=port, max_length=max_length, dtype=dtype, say=say)
 
 
 @command
@@ -92,6 +93,6 @@ def export_(
 
     store = Store(runs)
     card = export.run(lineage.place(what, store), out, store, licence, base_model, gguf=gguf)
-    typer.echo(f"wrote {out}: {len(card.hashes)} files and a model card with {len(card.results)} figures")
+    say(f"wrote {out}: {len(card.hashes)} files and a model card with {len(card.results)} figures")
     for line in card.lacks():
-        typer.echo(f"the card lacks {line}")
+        say(f"the card lacks {line}")

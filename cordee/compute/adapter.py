@@ -6,14 +6,13 @@ vLLM reads only a few fields of `adapter_config.json` and takes no notice of the
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from cordee import files, model_folder
@@ -193,8 +192,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     model_folder.require_undamaged(folder)
     try:
-        found: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
+        found: dict[str, torch.Tensor] = load_file(folder / model_folder.ADAPTER_WEIGHTS)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise Fault(f"can't be opened as an adapter: {error}", file=folder) from error
     for name, tensor in found.items():
         if not compute.is_finite(tensor):

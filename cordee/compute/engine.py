@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from cordee import machine, model_folder
 from cordee.compute import adapter, probe
 from cordee.compute.device import default
 from cordee.compute.generating import Generated, special
 from cordee.compute.logprobs import Scores
+from cordee.compute.model import open_config
 from cordee.compute.probe import Probe
 from cordee.compute.tokenizer import open_tokenizer, tokenizer_folder
 from cordee.errors import Fault, UserError
@@ -139,7 +140,7 @@ def longest_request(folder: Path, asked: int | None) -> int:
     Raises:
         UserError: the model has fewer, or its config does not say how many.
     """
-    config = AutoConfig.from_pretrained(model_folder.served_base(folder), local_files_only=True)
+    config = open_config(model_folder.served_base(folder))
     positions = model_folder.shape(config.to_dict()).positions
     longest = asked or positions
     if longest is None:

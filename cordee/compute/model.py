@@ -4,19 +4,26 @@
 """
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cordee import files, model_folder
 from cordee.chat import spans
 from cordee.chat.source import Limits
 from cordee.compute import probe
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_remark
-from cordee.errors import Fault
+from cordee.errors import Fault, UserError
 
 GENERATION_CONFIG = "generation_config.json"
 TRAINERS_FIELDS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
@@ -38,17 +45,19 @@ def open_model(
     """
     model_folder.require(folder, key)
     model_folder.require_undamaged(folder)
+    attended = attention(folder)
     try:
         model, report = kind.from_pretrained(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
-            use_safetensors=model_folder.weights(folder)[0].suffix == ".safetensors",
+            use_safetensors=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, in one line with the names
             output_loading_info=True,
-            **{**attention(folder), **options},
+            **{**attended, **options},
         )
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise Fault(f"can't be opened as a model: {error}", file=folder) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(what):
@@ -66,6 +75,23 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
 
 
+def open_config(folder: Path) -> PreTrainedConfig:
+    """The config of the model in a folder, which never runs code of that folder.
+
+    Raises:
+        UserError: it needs such code.
+        Fault: it is damaged.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        told = files.read_json(folder / "config.json")
+        if "auto_map" in told and told.get("model_type") not in CONFIG_MAPPING:
+            problem = f"transformers has no model {told.get('model_type')!r}, and code in a model's folder is not run"
+            raise UserError(problem, file=folder) from error
+        raise Fault(f"can't be opened as a model: {error}", file=folder) from error
+
+
 def open_shapes(folder: Path) -> PreTrainedModel:
     """The causal language model in a folder without its weights, on torch's meta device: for its tables' sizes.
 
@@ -73,16 +99,16 @@ def open_shapes(folder: Path) -> PreTrainedModel:
         Fault: transformers can't make one of its config.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = open_config(folder)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **attention(folder))
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **attention(folder))
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise Fault(f"can't be opened as a model: {error}", file=folder) from error
 
 
 def attention(folder: Path) -> dict[str, str]:
     """What `from_pretrained` has to be told of a model's attention: transformers' sdpa leaves out Gemma 2's softcap."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = open_config(folder).get_text_config()
     return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safetensors import safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from cordee import model_folder
 from cordee.compute import adapter
 from cordee.compute.adapter import MERGE_FIRST
 from cordee.compute.engine import Engine, Settings, line, longest_request, prepare, probes
+from cordee.compute.model import open_config
 from cordee.compute.tokenizer import PROBE, open_tokenizer
 from cordee.errors import CordeeError, UserError
 
@@ -49,7 +50,7 @@ def groups(folders: Iterable[Path], settings: Settings) -> list[list[Path]]:
     found: dict[tuple[Any, ...], list[Path]] = {}
     for folder in folders:
         base = model_folder.served_base(folder)
-        config = AutoConfig.from_pretrained(base, local_files_only=True)
+        config = open_config(base)
         # `auto` takes the stored dtype, but bfloat16 for float32
         dtype = {"float32": "bfloat16"}.get(stored := stored_dtype(base), stored)
         apart = model_folder.is_adapter(folder) and not settings.enforce_eager
@@ -61,8 +62,8 @@ def groups(folders: Iterable[Path], settings: Settings) -> list[list[Path]]:
 
 def stored_dtype(folder: Path) -> Any:
     """The dtype that a model is stored in, which transformers opens it in: `float32` and so on."""
-    dtype, first = AutoConfig.from_pretrained(folder, local_files_only=True).dtype, model_folder.weights(folder)[0]
-    if dtype is None and first.suffix == ".safetensors":
+    dtype, first = open_config(folder).dtype, model_folder.weights(folder)[0]
+    if dtype is None:
         with safe_open(first, framework="pt") as stored:
             dtype = stored.get_tensor(min(stored.keys())).dtype
     return str(dtype or "float32").removeprefix("torch.")

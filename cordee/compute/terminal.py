@@ -8,13 +8,9 @@ from typing import Any
 
 from cordee.compute.talk import Chat
 from cordee.errors import UserError
+from cordee.shown import plain
 
 HELP = "/reset begins a new chat, /system TEXT sets the system prompt, /save FILE stores the chat, /quit or Ctrl-D ends"
-
-
-def plain(text: str) -> str:
-    """A text without the signs by which it could steer a terminal."""
-    return "".join(sign for sign in text if sign in "\n\t" or (sign.isprintable() or sign == "\u200d"))
 
 
 def run(chat: Chat, read: Callable[[str], str], write: Callable[[str], Any], prompt: str = "> ") -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cordee import files
 from cordee.errors import UserError
 
 STATE, INFO, DICT = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -19,10 +20,12 @@ def data_files(folder: Path) -> list[Path] | None:
         return None
     state = _read(folder / STATE)
     try:
-        names = [str(item["filename"]) for item in state["_data_files"]]
+        names = [files.inside(str(item["filename"])) for item in state["_data_files"]]
         indices = [str(item["filename"]) for item in state.get("_indices_data_files") or []]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError("names no data files", file=folder / STATE) from error
+    except ValueError as error:
+        raise UserError(str(error), file=folder / STATE, key="_data_files") from error
     if indices:
         problem = f"the rows are chosen and ordered by {indices[0]}, which is not read"
         hint = "load it with datasets, and save what flatten_indices() gives"

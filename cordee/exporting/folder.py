@@ -23,13 +23,10 @@ def contents(folder: Path) -> dict[str, Path]:
     """The files of a model or an adapter that are exported, by their names in the exported folder.
 
     Raises:
-        UserError: its weights are no safetensors, or it has no tokenizer.
+        UserError: it has no tokenizer.
     """
     is_adapter, tokenizer = model_folder.is_adapter(folder), model_folder.tokenizer_of(folder)
-    found = [folder / model_folder.ADAPTER_WEIGHTS[0]] if is_adapter else model_folder.weights(folder)
-    if not all(path.suffix == ".safetensors" and path.is_file() for path in found):
-        problem = "holds weights that are no safetensors, which are not exported"
-        raise UserError(problem, file=folder, hint="open it with transformers or PEFT and save it again")
+    found = [folder / model_folder.ADAPTER_WEIGHTS] if is_adapter else model_folder.weights(folder)
     found += [folder / (model_folder.ADAPTER_CONFIG if is_adapter else "config.json")]
     found += [path for pattern in ("*.safetensors.index.json", *_BESIDE) for path in sorted(folder.glob(pattern))]
     named = {path.name: path for path in found}

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -71,7 +70,7 @@ def require(folder: Path, key: str | None = None) -> None:
     if not is_reward_model(folder):
         hint = "posttrain.reward makes a reward model of one; as a `judge` it rates answers in words"
         raise UserError("is a language model without a head that gives a reward", file=folder, key=key, hint=hint)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = compute.open_config(folder)
     if config.num_labels != 1:
         raise UserError(f"gives {config.num_labels} numbers, and a reward is one", file=folder, key=key)
     _know(config, folder, key)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cordee import model_folder, peek
@@ -118,7 +118,7 @@ def _check_options(given: Any, base: Path, *, trains_adapter: bool) -> None:
         raise UserError(f"must be a mapping, not {given!r}", key=key)
     opener = PreTrainedModel.from_pretrained
     own = {*inspect.signature(opener).parameters, *re.findall(r'kwargs\.pop\("([a-z]\w+)"', inspect.getsource(opener))}
-    fields = AutoConfig.from_pretrained(base, local_files_only=True)
+    fields = compute.open_config(base)
     for name in given:
         if name in OWN_OPTIONS:
             instead = OWN_OPTIONS[name] and f", or write {OWN_OPTIONS[name]}"

@@ -328,3 +328,32 @@ def test_a_recipe_without_references_is_one_line(fetch):
     write(model="r.yaml")
     done = fetch()
     assert (done.returncode, lines(done)[0].partition(";")[0]) == (2, "cordee: r.yaml: refers to nothing on the hub")
+
+
+@pytest.mark.parametrize("name", ["../../../kept.json", "/kept.json", "a/../../kept.json"])
+@pytest.mark.parametrize("to", [None, "models"])
+def test_a_file_that_is_listed_outside_of_its_repository_is_not_fetched(hub, fetch, name, to):
+    """As a server in the place of the hub might: the names of files are checked before any is asked for."""
+    write(model="hub:org/model")
+    hub.outside = {name: b"{}"}
+    done = fetch(*(["--to", to] if to else []))
+    assert done.returncode == 1
+    assert f"the hub lists a file that is none: '{name}' leads out of its folder" in lines(done)[0]
+    assert hub.asked == []
+    assert not list(Path().parent.rglob("kept.json"))
+
+
+def test_a_lock_from_someone_else_can_not_have_files_deleted(hub, fetch, tmp_path):
+    """A newer commit removes the files of the one before: what a lock lists outside of it is not among them."""
+    write(model="hub:org/model")
+    assert fetch("--to", "models").returncode == 0
+    kept = tmp_path / "kept.json"
+    kept.write_text("{}")
+    told = lock()
+    (entry,) = told["references"].values()
+    entry["files"]["../../../../../kept.json"] = {"bytes": 2, "sha256": hub_references.files.sha256(kept)}
+    Path("r.lock.json").write_text(json.dumps(told))
+    hub.write("models/org/model", {"config.json": "{}"})
+    done = fetch("--update")
+    assert (done.returncode, kept.read_text()) == (1, "{}")
+    assert "leads out of its folder" in lines(done)[0]

@@ -88,14 +88,15 @@ def test_a_single_file_goes_before_an_older_index_as_in_transformers(folder):
     assert model_folder.weights(folder) == [folder / "model.safetensors"]
 
 
-def test_weights_of_torch_count_where_there_are_no_others(folder):
+def test_weights_of_torch_do_not_count(folder):
     (folder / "pytorch_model.bin").write_bytes(b"")
     assert [path.suffix for path in model_folder.weights(folder)] == [".safetensors"] * 2
+    model_folder.require(folder)
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    assert [path.name for path in model_folder.weights(folder)] == ["pytorch_model.bin"]
-    model_folder.require(folder)
-    assert model_folder.cost(folder, "model", {}) == Cost(parameters=None, vocab_size=512)
+    assert model_folder.weights(folder) == []
+    with pytest.raises(UserError, match=r"model: holds no safetensors, and pytorch_model\.bin is a pickle, .* trust"):
+        model_folder.require(folder, "model")
 
 
 def test_whole_weights_beside_an_adapter_config_are_refused(folder):

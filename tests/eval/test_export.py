@@ -247,7 +247,7 @@ REFUSED = [
     (None, "sft@1", {"base": "../base"}, UserError, "'../base' is no name of a model on the hub"),
     (None, "lora@1", {"gguf": True}, UserError, "is an adapter, which is not converted; merge it first"),
     (None, "sft@1", {"gguf": True}, UserError, "--gguf: llama.cpp's convert_hf_to_gguf.py is not on PATH; get it"),
-    (pickled, "sft@1", {}, UserError, "holds weights that are no safetensors, which are not exported"),
+    (pickled, "sft@1", {}, UserError, "holds no safetensors, and pytorch_model.bin is a pickle"),
     (bare, "sft@1", {}, UserError, "has no tokenizer"),
     (damaged, "sft@1", {}, Fault, "is damaged: its content differs from what was published"),
 ]

@@ -38,6 +38,8 @@ class Hub:
         """Files that never end."""
         self.sizes: dict[str, int] = {}
         """Files that are listed with another size."""
+        self.outside: dict[str, bytes] = {}
+        """Files that are listed beside those of a repository, by a path that no repository has."""
         self.asked: list[str] = []
         """The files that were sent, in part or whole."""
         self.released = threading.Event()
@@ -121,7 +123,7 @@ def _listing(hub: Hub, handler: BaseHTTPRequestHandler, kind: str, name: str, wh
     commit, held = found
     told: object = {"id": name, "sha": commit}
     if what == "tree":
-        told = [_listed(hub, path, content) for path, content in held.items()]
+        told = [_listed(hub, path, content) for path, content in {**held, **hub.outside}.items()]
     _send(handler, 200, json.dumps(told).encode(), {"Content-Type": "application/json"})
 
 
