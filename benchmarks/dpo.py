@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import datasets
-from processes import Process
+from processes import Process, step_s
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 16
@@ -108,12 +108,10 @@ def _cordee(asked: argparse.Namespace, place: Path, pairs: Path, name: str, numb
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     (manifest,) = store.glob(f"run{number}/*@1/manifest.json")
     loss = json.loads(manifest.read_text())["metrics"]["loss"]
-    steps = [row for row in rows if row.get("unit") == "steps" and row["done"] >= SKIPPED_STEPS]
-    step_s = (steps[-1]["time"] - steps[0]["time"]) / (steps[-1]["done"] - steps[0]["done"])
     scored = [row["time"] for row in rows if row.get("unit") == "answers scored by the reference"]
     began = next(row["time"] for row in rows if "prompt is computed" in row.get("text", ""))
     reference_s = scored[-1] - began if scored else 0.0
-    return _run(asked, step_s, reference_s, loss, own)
+    return _run(asked, step_s(rows, SKIPPED_STEPS), reference_s, loss, own)
 
 
 def _trl(asked: argparse.Namespace, place: Path, pairs: Path, name: str, number: int) -> Run:
@@ -134,9 +132,9 @@ def _trl(asked: argparse.Namespace, place: Path, pairs: Path, name: str, number:
         if "'loss'" in line:
             times.append(time.time())
             loss = float(line.split("'loss': ")[1].split(",")[0].strip("'"))
-    step_s = (times[-1] - times[SKIPPED_STEPS - 1]) / (len(times) - SKIPPED_STEPS)
+    each_s = (times[-1] - times[SKIPPED_STEPS - 1]) / (len(times) - SKIPPED_STEPS)
     reference_s = _reference_s(own.log.read_text()) if PEERS[name] else 0.0
-    return _run(asked, step_s, reference_s, loss, own)
+    return _run(asked, each_s, reference_s, loss, own)
 
 
 def _reference_s(log: str) -> float:
@@ -147,9 +145,9 @@ def _reference_s(log: str) -> float:
     return 60 * float(minutes or 0) + float(seconds)
 
 
-def _run(asked: argparse.Namespace, step_s: float, reference_s: float, loss: float, own: Process) -> Run:
+def _run(asked: argparse.Namespace, each_s: float, reference_s: float, loss: float, own: Process) -> Run:
     pairs = asked.steps * ROWS
-    return Run(ROWS / step_s, pairs / (step_s * asked.steps + reference_s), loss, own.peak_bytes)
+    return Run(ROWS / each_s, pairs / (each_s * asked.steps + reference_s), loss, own.peak_bytes)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from cordee import files
 from cordee.errors import CordeeError, Fault, Stopped, UserError
+from cordee.shown import hidden
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "start": {"time": int | float},
@@ -23,8 +24,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
 
 
 def append(path: Path, event: str, **fields: Any) -> None:
-    """Append one event."""
-    append_row(path, {"event": event, "time": time.time(), **fields})
+    """Append one event; its texts without tokens, keys and passwords."""
+    said = {name: hidden(value) if isinstance(value, str) else value for name, value in fields.items()}
+    append_row(path, {"event": event, "time": time.time(), **said})
 
 
 def append_row(path: Path, *rows: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ _CREDENTIAL = re.compile(
 )
 _VARIABLE = re.compile(r"(?:.*_)?(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)", re.IGNORECASE)
 """Names of variables in the environment that hold such things."""
-_VALUE = re.compile(r"(?=.*\d)[^\s/]{12,}")
-"""What their values look like; other values, such as the path of a key, are no secrets."""
+_VALUE = re.compile(r"(?=.*\d)(?!.*://)[^\s/~.]\S{11,}")
+"""What their values look like; others, such as the path or the address of a key, are no secrets."""
 
 
 def credential(text: str) -> bool:

@@ -15,7 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import evaluator, simple_evaluate
+from lm_eval import utils as lm_eval_utils
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.loggers.utils import add_env_info
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -29,6 +32,11 @@ from eval.measuring import code_eval
 from eval.measuring.batches import TASKS, Batch
 from eval.measuring.statistics import BITS_PER_BYTE, ratio_mean, score
 
+_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_TEMPLATES.filters.update(lm_eval_utils.env.filters)
+lm_eval_utils.env = (
+    _TEMPLATES  # lm-eval's own is the same without the sandbox: a template in a task's YAML could run code
+)
 MAX_GEN_TOKS = 256
 """Tokens of the longest answer where a task does not say, in both of lm-eval's backends."""
 BOOTSTRAP_ITERATIONS = 1000

@@ -92,3 +92,13 @@ def test_no_archive_is_unpacked_and_nothing_is_unpickled_by_our_own_code():
     words += ("trust_remote_code=True", "shell=True", "yaml.Loader", "unsafe_load", "yaml.FullLoader")
     found = [(path.name, word) for path in sources for word in words if word in path.read_text(encoding="utf-8")]
     assert found == []
+
+
+def test_nothing_of_ours_listens_but_the_server():
+    """Processes beside a trainer are asked through a pipe; `cordee serve` has one address, and no key for it."""
+    root = Path(__file__).resolve().parents[2]
+    sources = [path for name in ("cordee", "pretrain", "posttrain", "eval") for path in (root / name).rglob("*.py")]
+    words = ("0.0.0." + "0", "create_server", "HTTPServer", "import socketserver", "uvicorn.run", ".bind(", "Listener(")
+    found = [(path.name, word) for path in sources for word in words if word in path.read_text(encoding="utf-8")]
+    assert found == [("server.py", ".bind(")]
+    assert 'HOST = "127.0.0.1"' in (root / "cordee/compute/server.py").read_text(encoding="utf-8")

@@ -77,6 +77,30 @@ def test_it_says_what_it_serves_and_its_example_works(running):
     assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant"
 
 
+def listening(pid: int) -> set[tuple[str, int]]:
+    """The addresses, in hexadecimal, and ports at which a process and those below it listen."""
+    below, found = [pid], set()
+    for one in below:
+        for children in Path(f"/proc/{one}/task").glob("*/children"):
+            below += map(int, children.read_text().split())
+    links = [link.readlink().name for one in below for link in Path(f"/proc/{one}/fd").iterdir() if link.is_symlink()]
+    for line in (Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()).splitlines():
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in links:
+            address, _, port = fields[1].partition(":")
+            found.add((address, int(port, 16)))
+    return found
+
+
+@pytest.mark.long
+def test_it_listens_on_loopback_only(running):
+    """But for the store of torch.distributed in vLLM's own process, which torch lets listen everywhere."""
+    found = listening(running.process.pid)
+    assert {address for address, port in found if port == running.port} == {"0100007F"}
+    elsewhere = [address for address, _ in found if address not in ("0100007F", f"{'0' * 24}01000000")]
+    assert len(elsewhere) <= 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["first", "small", "large"])
 def test_a_chat_is_answered_as_cordee_chat_answers_it(name, running, checkpoints, adapters):

@@ -119,3 +119,29 @@ print(sorted({"lm_eval", "torch", "utils", "parts"} & set(sys.modules)))
 def test_a_plan_imports_neither_lm_eval_nor_what_a_task_names():
     done = subprocess.run([sys.executable, "-c", PLAN], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_tasks_template_reaches_nothing(tmp_path):
+    """lm-eval renders the templates of its YAML without a sandbox; here they are in one, with the same filters."""
+    from jinja2.exceptions import SecurityError, UndefinedError
+    from lm_eval import utils
+
+    from eval.measuring import harness
+
+    assert harness.lm_eval_utils is utils
+    mark = tmp_path / "it-ran"
+    for text in (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        f"{{{{ cycler.__init__.__globals__.os.mkdir('{mark}') }}}}",
+        "{{ text.__class__ }}",
+        "{{ ('{0.__class__}' | attr('format'))(text) }}",
+    ):
+        with pytest.raises((SecurityError, UndefinedError)):
+            utils.apply_template(text, {"text": "a"})
+    assert not mark.exists()
+    said = utils.apply_template(
+        "{{ text.strip() | regex_replace('a', 'b') }}{% set l = [] %}{{ l.append(1) }}\n", {"text": " a "}
+    )
+    assert said == "bNone\n"
+    with pytest.raises(UndefinedError):
+        utils.apply_template("{{ nothing }}", {})

@@ -165,3 +165,22 @@ def test_every_pinned_package_has_one_exact_version():
     lines = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.]+", line) for line in lines)
     assert len({line.partition("==")[0].lower() for line in lines}) == len(lines) > 100
+
+
+def test_each_line_of_security_names_its_test():
+    """The page of what is defended: each line of its tables links to a test, and what it names is there."""
+    lines = (ROOT / "docs/security.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "](../tests/" in line]
+    start, file, seen = lines.index("## Nothing from outside is unpickled"), "", 0
+    for line in lines[start : lines.index("## What is not defended")]:
+        if not line.startswith("| ") or line == "| defended | test |":
+            continue
+        links = re.findall(r"\]\(\.\./(tests/[\w/]+\.py)\)", line)
+        assert links or "the same file" in line, line
+        file = links[-1] if links else file
+        sources = [(ROOT / name).read_text(encoding="utf-8") for name in links or [file]]
+        for name in re.findall(r"`(test_\w+)`", line):
+            assert any(f"def {name}(" in source for source in sources), name
+        seen += 1
+    assert seen > 20
+    assert rows

@@ -19,6 +19,15 @@ RECIPE = "configs/recipes/tiny/quickstart.yaml"
 STAGES = ["corpus", "tokenizer", "tokens", "base", "chats", "sft", "dpo", "merged", "samples", "benchmarks", "report"]
 
 
+SECRETS = {
+    "HF_TOKEN": f"hf_{'Pl4nted' * 5}",
+    "WANDB_API_KEY": "pl4nted0123456789abcdef",
+    "OPENAI_API_KEY": f"sk-{'pl4nted' * 5}",
+    "AWS_SECRET_ACCESS_KEY": "pl4nted+and+never+shown",
+}
+"""Planted in the environment of every command."""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("pipeline") / "runs"
@@ -27,7 +36,7 @@ def runs(tmp_path_factory) -> Path:
 def guarded(runs: Path) -> dict[str, str]:
     """An environment in which every Python refuses, and notes, a connection to another machine."""
     path = os.pathsep.join([str(Path(__file__).parent / "guard"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "NETWORK_LOG": str(runs.parent / "network.log")}
+    return {**os.environ, **SECRETS, "PYTHONPATH": path, "NETWORK_LOG": str(runs.parent / "network.log")}
 
 
 def call(runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +58,13 @@ def test_the_pipeline_publishes_every_stage(published):
     for name in STAGES:
         assert (published / f"{name}@1" / "manifest.json").exists()
     assert call(published.parent, "verify").returncode == 0
+
+
+def test_no_secret_of_the_environment_is_in_any_file(published):
+    paths = [path for path in published.parent.parent.rglob("*") if path.is_file()]
+    assert len(paths) > 100
+    found = [(name, path) for path in paths for name, secret in SECRETS.items() if secret.encode() in path.read_bytes()]
+    assert found == []
 
 
 def test_every_damage_to_real_artifacts_is_noticed(published, monkeypatch):
