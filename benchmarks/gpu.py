@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--minutes 10] [--json gpu.json] [--only pretraining,resume]
 
 Makes a corpus of invented words and a model with random weights (a Llama of one billion parameters; with `--shape
-tiny`, which is taken where there is no GPU, a very small one), and runs the stages on them as `cordee run` does, each with a
-share of the time. A part that fails or is late is told as such, and the next one begins. Nothing is downloaded, and
-nothing is needed but what is installed. Speed is taken from the times at which steps are reported, without the first
-ones; the share of the peak (MFU) counts 6 FLOPs a parameter and token and those of attention, against the peak of
+tiny`, which is taken where there is no GPU, a very small one), and runs the stages on them as `cordee run` does, each
+with a share of the time. A part that fails or is late is told as such, and the next one begins. Nothing is downloaded,
+and nothing is needed but what is installed. Speed is taken from the times at which steps are reported, without the
+first ones; the share of the peak (MFU) counts 6 FLOPs a parameter and token and those of attention, against the peak of
 dense bfloat16 in the maker's data sheet.
 """
 
