@@ -140,7 +140,7 @@ def main() -> None:
 
 def parts(shape: Shape, place: Path) -> list[Part]:
     """What is measured, the most important first."""
-    tokens, model = {name: place / f"runs/{name}/tokens@1" for name in ("short", "long")}, str(place / "model")
+    tokens, model = {name: place / f"runs/data/{name}@1" for name in ("short", "long")}, str(place / "model")
     batch = {"global_batch_size": shape.rows, "per_device_train_batch_size": shape.at_once}
     fast = {"compile": "on", "deterministic": False, "logging_steps": 1, "resume_steps": 10_000, **batch}
     base = {
@@ -152,24 +152,26 @@ def parts(shape: Shape, place: Path) -> list[Part]:
     flash = {**tuned["trainer"], "model_init_kwargs": {"attn_implementation": "flash_attention_2", "dtype": "bfloat16"}}
     prompts = {"model": model, "data": [{"path": str(place / "prompts.jsonl")}], "lora": LORA}
     sampled = {"learning_rate": 1e-5, "max_steps": shape.steps // 2, "max_completion_length": shape.completion}
+    reward = {"function": "length_between", "most": 5 * shape.completion // 2, "unit": "characters"}
     small = {**base, "model": str(place / "small.yaml"), "deterministic": True, "compile": "off"}
     return [
-        Part("pretraining, compiled", "pretrain.train", base),
-        Part("pretraining, deterministic", "pretrain.train", {**base, "deterministic": True}),
-        Part("pretraining, FSDP2 on one process", "pretrain.train",
+        Part("pretraining: compiled", "pretrain.train", base),
+        Part("pretraining: deterministic", "pretrain.train", {**base, "deterministic": True}),
+        Part("pretraining: FSDP2 on one process", "pretrain.train",
              {**base, "launch": {"num_processes": 1, "config_file": str(place / "fsdp2.yaml")}}),
-        Part("SFT, packed", "posttrain.sft", {**tuned, **fast}),
-        Part("DPO, LoRA", "posttrain.dpo", {
+        Part("SFT: packed", "posttrain.sft", {**tuned, **fast}),
+        Part("DPO: LoRA", "posttrain.dpo", {
             **prompts, **fast, "data": [{"path": str(place / "pairs.jsonl")}], "trainer": trainer, "compile": "off",
         }, has_mfu=False),
-        Part("GRPO, LoRA, vLLM", "posttrain.grpo", {
-            **prompts, **fast, "trainer": sampled, "engine": "vllm", "rewards": [{"function": "length"}],
+        Part("GRPO: LoRA and vLLM", "posttrain.grpo", {
+            **prompts, **fast, "trainer": sampled, "engine": "vllm", "rewards": [reward],
             "compile": "off", "global_batch_size": 4 * shape.rows,
         }, share=0.2, has_mfu=False),
         Part("resume to the bit", "pretrain.train", small, proof="resume"),
-        Part("pretraining, one document a row", "pretrain.train", {**base, "data": [{"tokens": str(tokens["long"])}]}),
-        Part("pretraining, not compiled", "pretrain.train", {**base, "compile": "off"}),
-        Part("SFT, packed, flash attention 2", "posttrain.sft", {**tuned, **fast, "trainer": flash, "compile": "off"}),
+        Part("pretraining: one document a row", "pretrain.train", {**base, "data": [{"tokens": str(tokens["long"])}]}),
+        Part("pretraining: not compiled", "pretrain.train", {**base, "compile": "off"}),
+        Part("SFT: packed with flash attention 2", "posttrain.sft",
+             {**tuned, **fast, "trainer": flash, "compile": "off"}),
     ]  # fmt: skip
 
 
@@ -226,22 +228,21 @@ def make(shape: Shape, place: Path, limit_s: float) -> None:
     def text(number: int) -> str:
         return " ".join(drawn.choices(words, k=number))
 
-    stages = {}
+    stages: dict[str, dict[str, Any]] = {}
     for name, size in (("short", max(8, shape.length // 32)), ("long", shape.length)):
-        lines(place / f"{name}.jsonl", [{"text": text(size)} for _ in range(-(-wanted // (2 * size)))])
-        stages = {
-            "corpus": {"uses": "pretrain.corpus", "source": str(place / f"{name}.jsonl"), "holdout_fraction": 0.02},
-            "tokenizer": {"uses": "pretrain.tokenizer", "corpus": "$corpus", "vocab_size": shape.vocab_size},
-            "tokens": {"uses": "pretrain.tokens", "corpus": "$corpus", "tokenizer": "$tokenizer"},
-        }
-        if name == "long":
-            stages["tokens"]["tokenizer"] = "short/tokenizer@1"
-            del stages["tokenizer"]
-        (place / f"{name}.yaml").write_text(json.dumps({"name": name, "stages": stages}))
-        call(["run", str(place / f"{name}.yaml")], place, limit_s)
+        count = -(-wanted // (2 * size))
+        rows = [{"text": text(size), "part": "heldout" if at < 8 else "train"} for at in range(count)]
+        lines(place / f"{name}.jsonl", rows)
+        source, holdout = str(place / f"{name}.jsonl"), {"part": ["heldout"]}
+        stages[f"{name}-corpus"] = {"uses": "pretrain.corpus", "source": source, "holdout": holdout}
+    stages["tokenizer"] = {"uses": "pretrain.tokenizer", "corpus": "$short-corpus", "vocab_size": shape.vocab_size}
+    for name in ("short", "long"):
+        stages[name] = {"uses": "pretrain.tokens", "corpus": f"${name}-corpus", "tokenizer": "$tokenizer"}
+    (place / "data.yaml").write_text(json.dumps({"name": "data", "stages": stages}))
+    call(["run", str(place / "data.yaml")], place, limit_s)
     question, answer = max(4, shape.length // 32), max(6, shape.length // 16)
-    user, rows = "user", range(2 * shape.steps * shape.rows)
-    asked = [[{"role": user, "content": text(question)}] for _ in rows]
+    user, number = "user", 2 * shape.steps * shape.rows
+    asked = [[{"role": user, "content": text(question)}] for _ in range(number)]
     lines(place / "prompts.jsonl", [{"prompt": one} for one in asked])
 
     def said() -> list[dict[str, str]]:
@@ -264,7 +265,7 @@ def make_model(place: Path) -> None:
     import torch
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "runs/short/tokenizer@1")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "runs/data/tokenizer@1")
     fields = json.loads((place / "model.yaml").read_text()) | {"vocab_size": len(tokenizer)}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     fields.pop("model_type")

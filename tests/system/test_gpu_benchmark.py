@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_HERE = ("pretraining, FSDP2 on one process", "SFT, packed, flash attention 2")
+NOT_HERE = ("pretraining: FSDP2 on one process", "SFT: packed with flash attention 2")
 """What needs a GPU: it is told as failed, and the next part begins."""
 
 
