@@ -90,8 +90,9 @@ def _require_no_code(config: Any, file: Path, key: str | None) -> None:
     Raises:
         UserError: it asks for some.
     """
-    for name, value in config.items() if isinstance(config, dict) else ():
-        is_kernel = "_implementation" in name and "/" in str(value)
+    named = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for name, value in named:
+        is_kernel = "_implementation" in str(name) and "/" in str(value)
         if is_kernel or (name in ("trust_remote_code", "megatron_config") and value):  # the latter names a module
             problem = f"{name}: {value} asks for code that is none of transformers'"
             raise UserError(problem, file=file, key=key, hint="delete the line, if the model is to be trusted at all")
