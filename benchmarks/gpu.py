@@ -64,8 +64,8 @@ SHAPES = {
          "num_key_value_heads": 8}, vocab_size=8192, length=2048, rows=16, at_once=8, steps=20, completion=128,
     ),
     "tiny": Shape(
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2}, vocab_size=512, length=128, rows=4, at_once=2, steps=12, completion=16,
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1}, vocab_size=512, length=128, rows=4, at_once=2, steps=12, completion=16,
     ),
 }  # fmt: skip
 
