@@ -227,7 +227,7 @@ def test_no_pickle_in_a_resume_point_runs_code(base: Path, tmp_path: Path, mark:
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"} <= there
     shutil.copytree(whole.out, tmp_path / "kept")
     refused: dict[tuple[str, bool], str] = {}
-    for name in (*sorted(there - {"state.json"}), "pytorch_model.bin", "adapter_model.bin", "scaler.pt"):
+    for name in (*sorted(there - {"state.json"}), "pytorch_model.bin", "adapter_model.bin"):
         for fits in (False, True):
             shutil.rmtree(whole.out)
             shutil.copytree(tmp_path / "kept", whole.out)
@@ -244,6 +244,6 @@ def test_no_pickle_in_a_resume_point_runs_code(base: Path, tmp_path: Path, mark:
             except Exception as error:  # noqa: BLE001 - torch's restricted unpickler raises several
                 refused[name, fits] = str(error)
             assert not mark.exists(), name
-    assert {name for name, fits in refused if fits} >= {"optimizer.pt", "rng_state.pth", "scheduler.pt"}
-    assert {name for name, fits in refused if not fits} <= {"scaler.pt"}, "only what the point does not list is read"
-    assert all("weights_only" in said for said in refused.values())
+    opened = [("optimizer.pt", True), ("rng_state.pth", True), ("scheduler.pt", True)]
+    assert sorted(refused) == opened, "no other of them is read, and none whose hash is another"
+    assert all("Weights only load failed" in said for said in refused.values())
