@@ -61,7 +61,7 @@ def run(
             display.begin(planned.name, current.announce())
             metrics = _shown(current.work, display, lambda: _run_job(current.job, planned, run_stage))
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            display.end(f"published {current.publish(metrics, memory).name}")
+            display.end(planned.name, f"published {current.publish(metrics, memory).name}")
 
 
 def _recipe(uses: str, file: Path, overrides: Sequence[str]) -> recipe.Recipe:
@@ -119,7 +119,7 @@ def _shown(work: Work, display: Display, call: Callable[[], dict[str, Any]]) -> 
     def show() -> None:
         while not ended.wait(runner.POLL_S):
             for event in tail.read():
-                display.event(event)
+                display.event(work.stage, event)
             display.tick()
 
     thread = threading.Thread(target=show, daemon=True)

@@ -14,6 +14,7 @@ Marks carry the meaning that a plan needs:
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
@@ -58,12 +59,17 @@ T = TypeVar("T")
 Execution = Annotated[T, ExecutionMark()]
 
 
+PRECISION, ENGINE = "CORDEE_PRECISION", "CORDEE_ENGINE"
+"""In the environment: what `auto` means, where the machine that plans is not one of those that compute."""
+
+
 def _precision(asked: str) -> str:
-    return machine.fast_precision() if asked == "auto" else asked
+    return (os.environ.get(PRECISION) or machine.fast_precision()) if asked == "auto" else asked
 
 
 def _engine(asked: str) -> str:
-    return asked if asked != "auto" else "vllm" if peek.is_installed("vllm") else "transformers"
+    here = os.environ.get(ENGINE) or ("vllm" if peek.is_installed("vllm") else "transformers")
+    return asked if asked != "auto" else here
 
 
 Precision = Annotated[Literal["auto", "float32", "bfloat16"], AfterValidator(_precision), Field(validate_default=True)]
@@ -105,6 +111,10 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def num_gpus(self) -> int:
+        """How many GPUs a stage with these keys computes on, where there are any; 0: it computes without torch."""
+        return 0
 
 
 class Launch(Config):
@@ -166,6 +176,15 @@ class AccelerateConfig(Config):
     """False for a stage with the keys of a training that does not train itself, but starts trainings."""
     launch: Execution[Launch] = Launch()
     """Processes and devices; the result is the same, to tolerance, at any of them."""
+
+    @property
+    def processes(self) -> int:
+        """The processes that its launcher starts."""
+        return self.launch.num_processes if self.is_launched else 1
+
+    def num_gpus(self) -> int:
+        """One for each process, those of the trainings that it starts included."""
+        return self.launch.num_processes
 
 
 class TrainingConfig(AccelerateConfig):

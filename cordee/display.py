@@ -1,6 +1,7 @@
 """Progress of a run: live bars in a terminal, plain lines in a log."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
@@ -41,8 +42,21 @@ class _Plain:
         return Measurement.get(console, options, self.shown)
 
 
+@dataclass
+class _Shown:
+    """A stage that runs."""
+
+    bar: TaskID | None = None
+    at: float = 0.0
+    """When a line about it was last printed."""
+    first: dict[str, Any] | None = None
+    """Its first progress."""
+    waits: tuple[str, float] | None = None
+    """What it waits for, and since when."""
+
+
 class Display:
-    """Shows the stages of one run in turn."""
+    """Shows the stages of one run, one after the other or several at once."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -53,12 +67,7 @@ class Display:
             TextColumn("{task.fields[text]}", markup=False),
             console=console,
         )
-        self.bar: TaskID | None = None
-        self.stage = ""
-        self.shown_at = 0.0
-        self.first: dict[str, Any] | None = None
-        self.waits: tuple[str, float] | None = None
-        """What the stage waits for, and since when."""
+        self.stages: dict[str, _Shown] = {}
 
     def __enter__(self) -> "Display":
         """Start the live bars if there is a terminal."""
@@ -73,48 +82,51 @@ class Display:
 
     def begin(self, stage: str, text: str) -> None:
         """A stage starts."""
-        self.stage, self.shown_at, self.first = stage, time.monotonic(), None
-        self.waits = ("its first report", time.monotonic())
+        now = time.monotonic()
+        self.stages[stage] = _Shown(at=now, waits=("its first report", now))
         if self.live:
-            self.bar = self.bars.add_task(stage, total=None, text=plain(text))
+            self.stages[stage].bar = self.bars.add_task(stage, total=None, text=plain(text))
         else:
-            self.say(text)
+            self.say(stage, text)
 
-    def event(self, event: dict[str, Any]) -> None:
-        """Show an event of the stage: progress or a note."""
+    def event(self, stage: str, event: dict[str, Any]) -> None:
+        """Show an event of a stage: progress or a note."""
+        shown = self.stages[stage]
         if event["event"] in ("note", "resumed"):
-            self.say(event["text"])
+            self.say(stage, event["text"])
         elif event["event"] == "waits":
-            self.waits = (event["text"], time.monotonic())
+            shown.waits = (event["text"], time.monotonic())
         elif event["event"] == "progress":
-            self.first, self.waits = self.first or event, None
-            self._show(progress_line(event, self.first), event["done"], event["total"])
+            shown.first, shown.waits = shown.first or event, None
+            self._show(stage, progress_line(event, shown.first), event["done"], event["total"])
 
     def tick(self) -> None:
-        """Time has passed: show what the stage waits for, and for how long by now."""
-        if self.waits:
-            what, since = self.waits
-            if (waited := time.monotonic() - since) > WAITED_S:
-                self._show(f"waits for {what}, {waited:.0f} s")
+        """Time has passed: show what each stage waits for, and for how long by now."""
+        for stage, shown in self.stages.items():
+            if shown.waits:
+                what, since = shown.waits
+                if (waited := time.monotonic() - since) > WAITED_S:
+                    self._show(stage, f"waits for {what}, {waited:.0f} s")
 
-    def _show(self, text: str, done: float | None = None, total: float | None = None) -> None:
-        if self.live and self.bar is not None:
-            self.bars.update(self.bar, text=plain(text), completed=done, total=total)
-        elif not self.live and time.monotonic() - self.shown_at > LINE_EVERY_S:
-            self.shown_at = time.monotonic()
-            self.say(text)
+    def _show(self, stage: str, text: str, done: float | None = None, total: float | None = None) -> None:
+        shown = self.stages[stage]
+        if shown.bar is not None:
+            self.bars.update(shown.bar, text=plain(text), completed=done, total=total)
+        elif time.monotonic() - shown.at > LINE_EVERY_S:
+            shown.at = time.monotonic()
+            self.say(stage, text)
 
-    def end(self, text: str) -> None:
-        """The stage is published."""
-        self.waits = None
-        if self.live and self.bar is not None:
-            self.bars.update(self.bar, completed=1, total=1, text=plain(text))
+    def end(self, stage: str, text: str) -> None:
+        """A stage is published, or ended without."""
+        shown = self.stages.pop(stage)
+        if shown.bar is not None:
+            self.bars.update(shown.bar, completed=1, total=1, text=plain(text))
         else:
-            self.say(text)
+            self.say(stage, text)
 
-    def say(self, text: str) -> None:
-        """Print one plain line."""
-        self.console.print(f"{self.stage:<14} {text}", highlight=False, soft_wrap=True)
+    def say(self, stage: str, text: str) -> None:
+        """Print one plain line about a stage."""
+        self.console.print(f"{stage:<14} {text}", highlight=False, soft_wrap=True)
 
 
 def progress_line(event: dict[str, Any], first: dict[str, Any]) -> str:

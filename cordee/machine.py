@@ -43,6 +43,14 @@ def gpus() -> list[str]:
     return [name for path in sorted(GPUS.glob("*/information")) if (name := _value(path, "Model"))]
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    if not has_gpu():
+        return []
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in told.split(",")] if told else [str(index) for index in range(len(gpus()))]
+
+
 def instruction_sets() -> list[str]:
     """The vector and matrix instructions that make a CPU fast, as far as it has them."""
     flags = set(_value(CPUINFO, "flags").split())

@@ -13,11 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 from cordee import peek, stage, yaml12
 from cordee.config import Config, Library, config_in, inputs, libraries
 from cordee.errors import UserError, nearest
+from cordee.resources import Resources
 from cordee.shown import credential
 
 C = TypeVar("C", bound=Config)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 CERTIFICATES = "$certificates"
+OWN_KEYS = ("uses", "resources")
+"""The keys of a stage in a recipe that are not its module's."""
 WRITE_BOOL = "write true or false"
 SEEDS = 2**32
 """Seeds are less than this, as NumPy requires."""
@@ -32,6 +35,7 @@ class RecipeStage:
     config: Config
     needs: tuple[str, ...]
     """The stages of this recipe that it refers to."""
+    resources: Resources
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,14 @@ def _check_stage(name: str, value: Any, stages: Mapping[str, Any], file: Path) -
     if not isinstance(value, dict) or not isinstance(value.get("uses"), str):
         raise UserError("a stage needs `uses: package.module`", file=file, key=key)
     module = stage.load(value["uses"], file=file, key=f"{key}.uses")
-    config = validate(module.config, {k: v for k, v in value.items() if k != "uses"}, file, key)
-    return RecipeStage(name, module, config, tuple(_needs(config, stages, file, key)))
+    config = validate(module.config, {k: v for k, v in value.items() if k not in OWN_KEYS}, file, key)
+    resources = value.get("resources", {})
+    if not isinstance(resources, dict):
+        raise UserError(
+            "must be a mapping", file=file, key=f"{key}.resources", hint=nearest("", Resources.model_fields)
+        )
+    needed = validate(Resources, resources, file, f"{key}.resources")
+    return RecipeStage(name, module, config, tuple(_needs(config, stages, file, key)), needed)
 
 
 def validate(model: type[C], values: dict[str, Any], file: object, key: str) -> C:
@@ -165,7 +175,8 @@ def validate(model: type[C], values: dict[str, Any], file: object, key: str) -> 
         place = ".".join([key, *map(str, loc)]).lstrip(".")
         if first["type"] == "extra_forbidden":
             *above, name = first["loc"]
-            hint = _elsewhere(model, above, str(name)) or nearest(str(name), _fields_at(model, above))
+            known = [*_fields_at(model, above), *(OWN_KEYS if not above and key.count(".") == 1 else ())]
+            hint = _elsewhere(model, above, str(name)) or nearest(str(name), known)
             raise UserError("unknown key", file=file, key=place, hint=hint) from error
         if first["type"] == "value_error":  # what a validator of ours says is whole, and its input all the keys
             raise UserError(str(first["ctx"]["error"]), file=file, key=place) from error

@@ -1,135 +1,254 @@
-"""Runs a plan: each stage that is not done is started, watched and published."""
+"""Runs a plan: each stage that is not done is started, watched and published.
+
+Stages run one after the other, unless `jobs` says how many may run at once. A further stage then starts beside those
+that run where what it reads is published, the GPUs that it needs are free, and its memory, as planned, is available.
+"""
 
 import contextlib
 import datetime as dt
-import os
-import resource
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import yaml
 from rich.console import Console
 
-from cordee import attempt, events, files, hub, launchers, units
+from cordee import attempt, cluster, events, files, hub, launchers, machine, units
 from cordee.artifact import Artifact
+from cordee.attempt import Attempt
+from cordee.cluster import Cluster, Needs
 from cordee.display import Display
 from cordee.errors import CordeeError, Fault, Stopped, UserError
-from cordee.launchers import Job, command, local
-from cordee.lock import Held
+from cordee.launchers import Handle, Job, command, local
 from cordee.plan import Plan, Planned, in_recipe
-from cordee.work import Work
 
 POLL_S = 0.2
 STOP_GRACE_S = 90.0
 
 
-def run(plan: Plan, out: Console, only: set[str] | None = None, proves: str | None = None) -> dict[str, Artifact]:
-    """Run every stage that is not done, or those in `only`, in order.
+@dataclass(frozen=True)
+class Where:
+    """On what a plan runs."""
+
+    cluster: Cluster = cluster.HERE
+    start: Callable[[Job], Handle] = local.start
+    jobs: int = 1
+    """Stages that may run at once."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A stage that was started."""
+
+    planned: Planned
+    attempt: Attempt
+    handle: Handle
+    tail: events.Tail
+    end: contextlib.ExitStack
+    """Gives its lock back."""
+    gpus: tuple[str, ...]
+
+
+def run(
+    plan: Plan, out: Console, only: set[str] | None = None, proves: str | None = None, where: Where | None = None
+) -> dict[str, Artifact]:
+    """Run every stage that is not done, or those in `only`.
 
     Args:
         plan: what to run.
         out: where progress is shown.
         only: names of the stages to run; their inputs have to be done.
         proves: for a proof, which is the last stage, the fingerprint of the stage that it examines.
+        where: on what it runs; by default this machine, one stage after the other.
 
     Returns:
         The artifact of each stage that is done now.
 
     Raises:
-        CordeeError: a stage failed or was stopped; what came before it stays published.
+        CordeeError: a stage failed or was stopped. What else runs then is awaited and published; what was published
+            stays so.
     """
     keep_recipe(plan)
-    artifacts = {planned.name: planned.artifact for planned in plan.stages if planned.artifact}
-    with Display(out) as display:
-        for planned in plan.stages:
-            if planned.name in artifacts or (only is not None and planned.name not in only):
-                continue
-            label = proves if planned is plan.stages[-1] else None
-            artifacts[planned.name] = _run_stage(plan, planned, artifacts, display, label)
-    return artifacts
-
-
-def _run_stage(
-    plan: Plan, planned: Planned, artifacts: dict[str, Artifact], display: Display, proves: str | None
-) -> Artifact:
-    """Run one stage and publish it."""
-    with attempt.begin(plan, planned, artifacts, proves) as current:
-        if isinstance(current, Artifact):
-            return current
-        argv = command.of_stage(planned.item.stage.uses, planned.config, current.work.job.resolve())
-        display.begin(planned.name, current.announce())
+    with Display(out) as display, _signals():
+        made = _Run(plan, display, where or Where(), only, proves)
         try:
-            environment = launchers.environment() | launchers.caches(plan.store.root)
-            memory = _watch(Job(argv, environment, current.work.log), current.work, display, current.lock)
-        except Stopped:
-            raise
+            made.to_end()
+        finally:  # whatever ends this run (a broken pipe, a full disk), no stage may continue without it
+            made.kill()
+    return {planned.name: made.artifacts[planned.name] for planned in plan.stages if planned.name in made.artifacts}
+
+
+class _Run:
+    """The stages of a plan that wait, that run, and that are done."""
+
+    def __init__(self, plan: Plan, display: Display, where: Where, only: set[str] | None, proves: str | None) -> None:
+        self.plan, self.display, self.where, self.proves = plan, display, where, proves
+        self.artifacts = {planned.name: planned.artifact for planned in plan.stages if planned.artifact}
+        self.chosen = {planned.name for planned in plan.stages if only is None or planned.name in only}
+        undone = self.chosen - self.artifacts.keys()
+        self.waiting = [planned for planned in plan.stages if planned.name in undone]
+        self.available_bytes = machine.available_bytes()
+        self.running: list[_Running] = []
+        self.error: CordeeError | None = None
+        """What the first stage that failed ended with."""
+        self.stop_at: float | None = None
+        """Once they were asked to stop, when those that still run are killed."""
+
+    def to_end(self) -> None:
+        """Start, watch and publish until nothing runs and nothing more can be started.
+
+        Raises:
+            CordeeError: a stage failed or was stopped.
+        """
+        while True:
+            while self.error is None and self.stop_at is None and (planned := self._next()):
+                self.waiting.remove(planned)
+                try:
+                    self._start(planned)
+                except CordeeError as error:
+                    self._keep(planned, error)
+            if not self.running:
+                break
+            try:
+                self._watch()
+            except KeyboardInterrupt:
+                self._ask_to_stop()
+        if self.error:
+            raise self.error
+        if self.stop_at is not None and not self.chosen <= self.artifacts.keys():
+            raise Stopped("stopped; the next run continues from the last state that was saved")
+
+    def kill(self) -> None:
+        """End what still runs, at once."""
+        for one in self.running:
+            with one.end:
+                one.handle.kill()
+
+    def _next(self) -> Planned | None:
+        """A stage that can start now."""
+        coming = {planned.name for planned in [*self.waiting, *(one.planned for one in self.running)]}
+        ready = (planned for planned in self.waiting if coming.isdisjoint(planned.item.needs))
+        if not self.running:
+            return next(ready, None)
+        if len(self.running) >= self.where.jobs:
+            return None
+        free = self.available_bytes - sum(_memory(one.planned) for one in self.running)
+        return next((one for one in ready if self._free_gpus(one) is not None and _memory(one) <= free), None)
+
+    def _free_gpus(self, planned: Planned) -> tuple[str, ...] | None:
+        """GPUs for a stage that no other has; None where there are too few."""
+        taken = {gpu for one in self.running for gpu in one.gpus}
+        free = [gpu for gpu in machine.visible_gpus() if gpu not in taken]
+        asked = planned.item.resources.gpus
+        needed = planned.config.num_gpus() if asked is None else asked
+        return tuple(free[:needed]) if needed <= len(free) or not machine.visible_gpus() else None
+
+    def _start(self, planned: Planned) -> None:
+        """Begin an attempt at a stage and start its job, unless another run has published it."""
+        label = self.proves if planned is self.plan.stages[-1] else None
+        with contextlib.ExitStack() as end:
+            current = end.enter_context(attempt.begin(self.plan, planned, self.artifacts, label))
+            if isinstance(current, Artifact):
+                self.artifacts[planned.name] = current
+                return
+            needs = self._needs(planned)
+            gpus = self._free_gpus(planned) or () if self.where.jobs > 1 else ()
+            argv = command.of_stage(planned.item.stage.uses, planned.config, current.work.job.resolve(), needs.nodes)
+            environment = launchers.environment() | launchers.caches(self.plan.store.root)
+            environment |= _limits(planned, gpus)
+            job = Job(planned.name, argv, environment, current.work.log, current.work.stop, needs.nodes, needs.cores)
+            tail = events.Tail(current.work.events)
+            self.display.begin(planned.name, current.announce())
+            handle = self.where.start(job)
+            self.running.append(_Running(planned, current, handle, tail, end.pop_all(), gpus))
+
+    def _needs(self, planned: Planned) -> Needs:
+        place = (self.plan.recipe.file, f"stages.{planned.name}")
+        return self.where.cluster.needs(planned.config, planned.item.resources, place)
+
+    def _watch(self) -> None:
+        """Show what is new of the stages that run, and publish those that have ended."""
+        for one in list(self.running):
+            exit_code = one.handle.poll()
+            for event in one.tail.read():
+                self.display.event(one.planned.name, event)
+            if exit_code is not None:
+                self.running.remove(one)
+                with one.end:
+                    self._end(one, exit_code)
+            elif one.attempt.lock.lost.is_set():  # another run has taken it over
+                self.running.remove(one)
+                with one.end:
+                    one.handle.kill()
+                    self._end(one, 0)
+            elif self.stop_at and time.monotonic() > self.stop_at:
+                one.handle.kill()
+        self.display.tick()
+        time.sleep(POLL_S)
+
+    def _end(self, one: _Running, exit_code: int) -> None:
+        """Publish a stage that has ended, or keep its error."""
+        try:
+            _raise_for(exit_code, one, was_stopped=self.stop_at is not None)
         except CordeeError as error:
-            raise in_recipe(plan.recipe, planned.item, error) from error
-        published = current.publish(files.read_json(current.work.result), memory)
-        display.end(f"published {published.name} after {units.duration(published.manifest.seconds)}")
-        return published
-
-
-def _watch(job: Job, work: Work, display: Display, held: Held) -> int:
-    """Start a job and show its events until it ends; returns its peak memory in bytes.
-
-    Raises:
-        CordeeError: it failed or was stopped, or another run took the stage over.
-    """
-    tail = events.Tail(work.events)
-    with _signals():
-        process = local.start(job)
+            is_stopped = isinstance(error, Stopped)
+            self.display.end(one.planned.name, "stopped" if is_stopped else "failed")
+            self._keep(one.planned, error if is_stopped else in_recipe(self.plan.recipe, one.planned.item, error))
+            return
         try:
-            usage, was_stopped = _until_end(process, tail, work, display, held)
-        except BaseException:  # whatever ends this run (a broken pipe, a full disk), no stage may continue without it
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-    _raise_for(process.returncode, tail, work, was_stopped=was_stopped)
-    return usage.ru_maxrss * 1024
+            one.attempt.lock.require()
+            published = one.attempt.publish(files.read_json(one.attempt.work.result), one.handle.usage())
+        except CordeeError as error:
+            self.display.end(one.planned.name, "failed")
+            self._keep(one.planned, error)
+            return
+        self.artifacts[one.planned.name] = published
+        took = units.duration(published.manifest.seconds)
+        self.display.end(one.planned.name, f"published {published.name} after {took}")
+
+    def _keep(self, planned: Planned, error: CordeeError) -> None:
+        """Keep the first error, to be raised once the stages that run have ended too."""
+        if self.error is None:
+            self.error = error
+            if others := [one.planned.name for one in self.running]:
+                self.display.say(planned.name, f"{error}; awaits {', '.join(others)}, which runs on")
+
+    def _ask_to_stop(self) -> None:
+        """Ask what runs to save and end; a second time, end it at once."""
+        if self.stop_at is not None:
+            self.stop_at = time.monotonic()
+            return
+        self.stop_at = time.monotonic() + STOP_GRACE_S
+        said = f"stopping: its state is saved first, at most {STOP_GRACE_S:.0f} s (Ctrl-C again ends it at once)"
+        for one in self.running:
+            one.handle.stop()
+            self.display.say(one.planned.name, said)
 
 
-def _until_end(
-    process: subprocess.Popen[bytes], tail: events.Tail, work: Work, display: Display, held: Held
-) -> tuple[resource.struct_rusage, bool]:
-    """Show a job's events until it ends; returns what it used, and whether it was asked to stop."""
-    stop_at: float | None = None
-    while True:
-        try:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            for event in tail.read():
-                display.event(event)
-            display.tick()
-            if pid:
-                process.returncode = os.waitstatus_to_exitcode(status)
-                return usage, stop_at is not None
-            if held.lost.is_set():
-                held.require()
-            if stop_at and time.monotonic() > stop_at:
-                os.killpg(process.pid, signal.SIGKILL)
-            time.sleep(POLL_S)
-        except KeyboardInterrupt:
-            stop_at = _ask_to_stop(work, display, stop_at)
+def _memory(planned: Planned) -> float:
+    """The bytes of this machine's memory that a stage needs, as far as that is known."""
+    if planned.item.resources.memory_gb:
+        return planned.item.resources.memory_gb * 1e9
+    processes = getattr(planned.config, "processes", 1)
+    return 0.0 if machine.has_gpu() else (planned.cost.memory_bytes or 0.0) * processes
 
 
-def _ask_to_stop(work: Work, display: Display, stop_at: float | None) -> float:
-    """Ask a job to save and end; a second time, end it at once. Returns when it will be killed."""
-    if stop_at is not None:
-        return time.monotonic()
-    work.stop.touch()
-    display.say(f"stopping: its state is saved first, at most {STOP_GRACE_S:.0f} s (Ctrl-C again ends it at once)")
-    return time.monotonic() + STOP_GRACE_S
+def _limits(planned: Planned, gpus: tuple[str, ...]) -> dict[str, str]:
+    """The variables that keep a stage to the cores that it asks for, and to its GPUs beside other stages."""
+    found = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    if cores := planned.item.resources.cores:
+        found["OMP_NUM_THREADS"] = str(max(1, cores // getattr(planned.config, "processes", 1)))
+    return found
 
 
-def _raise_for(exit_code: int, tail: events.Tail, work: Work, *, was_stopped: bool) -> None:
+def _raise_for(exit_code: int, one: _Running, *, was_stopped: bool) -> None:
     """Raise the error that a job ended with, if it did."""
-    for event in tail.seen:
+    work = one.attempt.work
+    for event in one.tail.seen:
         if event["event"] == "error":
             raise events.error_of(event)
-    if was_stopped:
+    if exit_code != 0 and was_stopped:
         raise Stopped("stopped; the next run continues from the last state that was saved")
     if exit_code != 0:
         text = work.log.read_text(encoding="utf-8", errors="replace")
@@ -140,12 +259,15 @@ def _raise_for(exit_code: int, tail: events.Tail, work: Work, *, was_stopped: bo
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and the end of the terminal (SIGHUP) end a run as Ctrl-C does; under nohup(1) it continues."""
+    """SIGTERM, the end of the terminal (SIGHUP) and Slurm's warning (SIGUSR1) end a run as Ctrl-C does.
+
+    Under nohup(1) it continues.
+    """
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, interrupt)

@@ -16,7 +16,7 @@ from rich.tree import Tree
 from cordee import artifact, certificate, events, files, lineage, lock, provenance, units
 from cordee.artifact import Artifact, Damaged
 from cordee.clean import Item
-from cordee.config import AccelerateConfig, Config
+from cordee.config import AccelerateConfig
 from cordee.display import progress_line
 from cordee.keys import Key
 from cordee.lineage import Step
@@ -101,13 +101,6 @@ def _is_for_gpus(plan: Plan) -> bool:
     return bool(provenance.host().gpu) or any(one.config_file and one.devices().are_gpus for one in launches)
 
 
-def _gpus(config: Config) -> int:
-    """How many GPUs a stage computes on."""
-    if isinstance(config, AccelerateConfig):
-        return config.launch.num_processes
-    return int(getattr(config, "tensor_parallel_size", 1)) * int(getattr(config, "data_parallel_size", 1))
-
-
 def damaged(plan: Plan) -> Iterator[str]:
     """The damaged artifacts in the store that the stages of the plan do not name, those of one kind in one line."""
     named = {planned.name for planned in plan.stages if planned.state != "done"}
@@ -156,7 +149,7 @@ def _time(planned: Planned, measured: dict[str, _Measured], *, for_gpus: bool = 
         return f"~{units.duration(max(planned.cost.flops / known.flops * known.seconds, known.least_seconds))}"
     rough = ROUGH_CORE_FLOPS_PER_S * provenance.host().cores
     if for_gpus:
-        rough = ROUGH_GPU_FLOPS_PER_S * _gpus(planned.config)
+        rough = ROUGH_GPU_FLOPS_PER_S * max(1, planned.config.num_gpus())
     return f"≈{units.duration(planned.cost.flops / rough)}"
 
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -22,6 +23,8 @@ from cordee.errors import Stopped, UserError, nearest
 
 CACHE = "CORDEE_CACHE"
 """In the environment of a stage: a folder for what it can make again, kept from one start to the next."""
+DEADLINE = "CORDEE_DEADLINE"
+"""In the environment of a job with a time limit: when its stage saves and ends (seconds since 1970)."""
 STAGE_PACKAGES = ("pretrain", "posttrain", "eval")
 BY_STEP = ("metrics.jsonl", "completions.jsonl")
 """Files of an artifact to which a training appends lines, each of which names its `step`."""
@@ -101,8 +104,8 @@ class Context:
             events.append(self.events, "resumed", step=step, text=f"goes on from step {step}")
 
     def stop_requested(self) -> bool:
-        """Whether the run was asked to stop: the stage then saves its state and calls `stop`."""
-        return (self.events.parent / "stop").exists()
+        """Whether the run was asked to stop, or its time is over: the stage then saves its state and calls `stop`."""
+        return time.time() >= float(os.environ.get(DEADLINE, "inf")) or (self.events.parent / "stop").exists()
 
     def stop_if_asked(self, where: str) -> None:
         """End a stage that saves no state, if the run was asked to stop; `where` is its progress (`document 3 of 9`).

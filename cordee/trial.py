@@ -1,8 +1,5 @@
 """A short run of a stage for a proof: started by the product's own launcher, killed at a step or run to its end."""
 
-import os
-import signal
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +8,7 @@ from typing import Any
 from cordee import events, files, launchers
 from cordee.config import Config
 from cordee.errors import Fault
-from cordee.launchers import Job, command, local
+from cordee.launchers import Handle, Job, command, local
 from cordee.stage import Context
 from cordee.work import Work
 
@@ -22,7 +19,7 @@ POLL_S = 0.01
 class Trial:
     """A run that is not published."""
 
-    process: subprocess.Popen[bytes]
+    process: Handle
     work: Work
     context: Context
     """Of the proof, which may be asked to stop."""
@@ -39,9 +36,9 @@ class Trial:
             Fault: it failed.
             Stopped: the proof was asked to stop.
         """
-        while self.process.poll() is None:
+        while (exit_code := self.process.poll()) is None:
             self._wait()
-        if self.process.returncode != 0:
+        if exit_code != 0:
             raise Fault(f"the run for the proof failed: {self._error()}", file=self.work.log)
 
     def kill_after(self, step: int) -> None:
@@ -55,7 +52,7 @@ class Trial:
             if self.process.poll() is not None:
                 raise Fault(f"it ended before it could be killed: {self._error()}", file=self.work.log)
             self._wait()
-        self._kill()
+        self.process.kill()
         if self.work.result.exists():
             raise Fault("it ended before it could be killed", key="steps", hint="raise it")
 
@@ -66,17 +63,13 @@ class Trial:
 
     def _error(self) -> str:
         errors = [event["text"] for event in events.read(self.work.events) if event["event"] == "error"]
-        return errors[0] if errors else f"exit code {self.process.returncode}"
+        return errors[0] if errors else f"exit code {self.process.poll()}"
 
     def _wait(self) -> None:
         time.sleep(POLL_S)
         if self.context.stop_requested():
-            self._kill()
+            self.process.kill()
             self.context.stop_if_asked("a proof")
-
-    def _kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # workers in sessions of their own die with their parent
-        self.process.wait()
 
 
 def start(uses: str, config: Config, folder: Path, context: Context) -> Trial:
@@ -94,4 +87,5 @@ def start(uses: str, config: Config, folder: Path, context: Context) -> Trial:
     job = {"config": keys, "seed": context.seed, "out": str(work.out), "events": str(work.events)}
     files.write_json(work.job, job)
     argv = command.of_stage(uses, config, work.job)
-    return Trial(local.start(Job(argv, launchers.environment(), work.log)), work, context)
+    one = Job(uses, argv, launchers.environment(), work.log, work.stop)
+    return Trial(local.start(one), work, context)

@@ -38,6 +38,10 @@ class Config(ModelsConfig, TasksConfig):
     data_parallel_size: Execution[int] = Field(default=1, ge=1)
     """Processes that each hold the model, on `tensor_parallel_size` GPUs of their own, and answer a share."""
 
+    def num_gpus(self) -> int:
+        """Those of all its processes."""
+        return self.data_parallel_size * self.tensor_parallel_size
+
     @model_validator(mode="after")
     def _confirmed(self) -> Self:
         """Tasks that say of themselves that they run what models write are known before anything starts."""

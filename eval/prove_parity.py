@@ -49,6 +49,10 @@ class Config(Conditions):
     batch_size: Execution[int] = Field(default=8, ge=1)
     """Rows that transformers scores at once."""
 
+    def num_gpus(self) -> int:
+        """One, for one form after the other."""
+        return 1
+
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Encode and score the same chats in each form, and write `certificate.json`.

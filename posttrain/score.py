@@ -56,6 +56,10 @@ class Config(StageConfig):
     shown: int = Field(default=20, ge=1)
     """Prompts whose best and worst answer are kept for the report."""
 
+    def num_gpus(self) -> int:
+        """One, for the models that it asks."""
+        return 1
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         """Check what no key alone can tell."""

@@ -18,6 +18,7 @@ def run(
     frozen: Annotated[
         bool, typer.Option("--frozen", help="fail if a stage differs from its published artifact")
     ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="stages that may run at once on this machine")] = 1,
 ) -> None:
     """Run the missing stages of a recipe and resume interrupted ones."""
     from cordee import runner, show
@@ -26,7 +27,7 @@ def run(
     show.plan(out, plan)
     if frozen:
         runner.require_frozen(plan)
-    made = runner.run(plan, out).values()
+    made = runner.run(plan, out, where=runner.Where(jobs=jobs)).values()
     show.reports(out, made)
     show.to_chat_with(out, made)
 

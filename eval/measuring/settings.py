@@ -36,6 +36,10 @@ class ModelsConfig(Config):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share one model in vLLM, where it is too large for one; log-probabilities move a little."""
 
+    def num_gpus(self) -> int:
+        """Those that one model is divided among."""
+        return self.tensor_parallel_size
+
     def settings(self, context: Context) -> "Settings":
         """The engine's settings, once the models are known to be such as it can serve.
 

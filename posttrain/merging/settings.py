@@ -83,6 +83,10 @@ class MergeConfig(Combined):
     batch_size: Execution[int] = Field(default=8, ge=1)
     """Conversations that are scored at once."""
 
+    def num_gpus(self) -> int:
+        """One, for the model and its check."""
+        return 1
+
     @property
     def parts(self) -> list[Weighted]:
         """The adapters."""

@@ -23,13 +23,13 @@ def test_what_a_stage_waits_for_is_said_until_it_makes_progress(is_terminal):
         shown.begin("bench", "starts as mine/bench@1")
         shown.tick()
         assert "waits for its first report, 0 s" in look(shown, written)
-        shown.event({"event": "waits", "time": 0.0, "text": "vllm with models/a"})
+        shown.event("bench", {"event": "waits", "time": 0.0, "text": "vllm with models/a"})
         shown.tick()
         assert "waits for vllm with models/a, 0 s" in look(shown, written)
-        shown.event({"event": "progress", "time": 0.0, "done": 1, "total": 2, "unit": "models", "figures": {}})
+        shown.event("bench", {"event": "progress", "time": 0.0, "done": 1, "total": 2, "unit": "models", "figures": {}})
         shown.tick()
         assert look(shown, written).rstrip().endswith("models 1/2")
-        shown.end("published")
+        shown.end("bench", "published")
 
 
 def look(shown, written):
@@ -42,5 +42,5 @@ def test_a_short_wait_is_not_said():
     with Display(Console(file=written, width=100)) as shown:
         shown.begin("bench", "starts as mine/bench@1")
         shown.tick()
-        shown.end("published")
+        shown.end("bench", "published")
     assert "waits" not in written.getvalue()

@@ -1,5 +1,6 @@
 """The real command line with real processes: what fails, stops or is killed leaves every artifact whole."""
 
+import io
 import json
 import os
 import signal
@@ -10,12 +11,10 @@ import time
 import pytest
 from rich.console import Console
 
-from cordee import events, lock, plan, recipe, runner
+from cordee import display, lock, plan, recipe, runner
 from cordee.artifact import Store
-from cordee.display import Display
 from cordee.errors import Fault
-from cordee.launchers import RUNNER, Job
-from cordee.work import Work
+from cordee.launchers import RUNNER, local
 
 MAIN = "from cordee.cli import main; main()"
 
@@ -148,23 +147,90 @@ def test_when_the_run_is_killed_what_accelerate_started_dies_too(tmp_path, write
     _await(lambda: not any(_lives(pid) for pid in singers), seconds=10)
 
 
-def test_what_ends_the_run_ends_its_stage(tmp_path):
-    work = Work(tmp_path / "out", tmp_path / "logs")
-    work.logs.mkdir()
-    events.append(work.events, "start")
-    note = json.dumps({"event": "note", "time": 0, "text": "x"})
-    code = f"""
-import os, time
-open("pid", "w").write(str(os.getpid()))
-open({str(work.logs / "events.jsonl")!r}, "a").write({note!r} + chr(10))
-time.sleep(60)
+class Screen(io.StringIO):
+    """A screen that is closed once a stage has shown its progress."""
+
+    def write(self, text):
+        if "step" in text:
+            raise ValueError("closed file")
+        return super().write(text)
+
+
+def test_what_ends_the_run_ends_its_stage(brook, tmp_path, monkeypatch):
+    monkeypatch.setattr(display, "LINE_EVERY_S", -1.0)
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    def start(job):
+        started.append(local.start(job))
+        return started[-1]
+
+    planned = plan.make(recipe.load(brook, ["spring.trouble=wait"]), Store(tmp_path / "runs"))
+    with pytest.raises(ValueError, match="closed file"):
+        runner.run(planned, Console(file=Screen()), where=runner.Where(start=start))
+    assert [one.poll() for one in started] == [-signal.SIGKILL]
+
+
+TWO = """
+name: two
+stages:
+  left:  {uses: toys.spring, text: left}
+  right: {uses: toys.spring, text: right}
+  both:  {uses: toys.spring, source: $left/line.txt}
 """
-    job = Job((sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{code}"), {}, work.logs / "log.txt")
-    closed = (tmp_path / "screen").open("w")
-    closed.close()
-    with lock.hold(tmp_path / "lock") as held, pytest.raises(ValueError, match="closed file"):
-        runner._watch(job, work, Display(Console(file=closed)), held)
-    assert not _lives(int((tmp_path / "pid").read_text()))
+
+
+def test_stages_that_need_nothing_of_each_other_run_at_once(cordee, write, tmp_path):
+    """Each waits for the other's first line; alone, neither would end."""
+    write(
+        "two.yaml",
+        TWO.replace("text: left", "text: left, trouble: meet").replace("text: right", "text: right, trouble: meet"),
+    )
+    done = cordee("run", "two.yaml", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in (tmp_path / "runs/two").glob("*@1")} == {"left@1", "right@1", "both@1"}
+    assert (tmp_path / "runs/two/both@1/line.txt").read_text() == "left\nwater\n"
+
+
+def test_what_runs_beside_a_stage_that_fails_is_awaited_and_nothing_else_starts(cordee, write, tmp_path):
+    write("two.yaml", TWO.replace("text: right", "text: right, trouble: meet"))
+    failed = cordee("run", "two.yaml", "left.trouble=user", "--jobs", "2")
+    assert failed.returncode == 2
+    assert failed.stderr == "cordee: two.yaml: stages.left: spring.txt: text: is dry; did you mean 'wine'?\n"
+    assert {path.name for path in (tmp_path / "runs/two").glob("*@1")} == {"right@1"}
+
+
+def test_a_stage_waits_for_memory_that_another_has(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write("two.yaml", TWO.replace("text: right", "text: right, resources: {memory_gb: 1e6}"))
+    told = io.StringIO()
+    planned = plan.make(recipe.load(file), Store(tmp_path / "runs"))
+    runner.run(planned, Console(file=told), where=runner.Where(jobs=2))
+    lines = told.getvalue().splitlines()
+    told = [tuple(line.split()[:2]) for line in lines if line.split()[1] in ("starts", "published")]
+    assert told == [(name, did) for name in ("left", "right", "both") for did in ("starts", "published")]
+
+
+def test_ctrl_c_stops_all_that_run(tmp_path, write, cordee):
+    write("two.yaml", TWO)
+    waits = ("left.trouble=wait", "right.trouble=wait", "--jobs", "2")
+    command = [sys.executable, "-c", MAIN, "run", "two.yaml", *waits]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    _await(lambda: all("progress" in _events(tmp_path, f"two/logs/{name}@1") for name in ("left", "right")))
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, b"stopped at step" in error) == (130, True)
+    assert cordee("status", "two.yaml").stdout.count("stopped at step") == 2
+    assert cordee("run", "two.yaml").returncode == 0
+
+
+def test_a_stage_ends_at_its_deadline(monkeypatch, cordee, write):
+    write("brook.yaml", BROOK)
+    monkeypatch.setenv("CORDEE_DEADLINE", str(time.time() + 6))
+    done = cordee("run", "brook.yaml", "spring.trouble=wait")
+    assert (done.returncode, "stopped at step" in done.stderr) == (130, True)
+    monkeypatch.delenv("CORDEE_DEADLINE")
+    assert cordee("run", "brook.yaml").returncode == 0
 
 
 @pytest.mark.parametrize("trouble", ["wait", "none"])
@@ -174,9 +240,9 @@ def test_a_run_whose_lock_was_taken_over_ends_its_stage_and_publishes_nothing(br
     monkeypatch.chdir(tmp_path)
     begin = runner.command.of_stage
 
-    def taken(uses, config, job):
+    def taken(uses, config, job, nodes):
         (tmp_path / "runs/brook/.spring.lock").write_text("someone else's")
-        return begin(uses, config, job)
+        return begin(uses, config, job, nodes)
 
     monkeypatch.setattr(runner.command, "of_stage", taken)
     planned = plan.make(recipe.load(brook, [f"spring.trouble={trouble}"]), Store(tmp_path / "runs"))

@@ -15,6 +15,12 @@ from cordee.cost import Cost
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 
+ERRORS = {
+    "user": UserError("is dry", file="spring.txt", key="text", hint="did you mean 'wine'?"),
+    "key": UserError("1 litre can't be divided by 0 buckets", key="number"),
+    "fault": Fault("the pipe burst", file="pipe"),
+}
+
 
 class Config(Base):
     """What the spring is told."""
@@ -26,7 +32,8 @@ class Config(Base):
     number: float = Field(default=1.0, gt=0)
     """A number."""
     trouble: Execution[str] = ""
-    """How to fail: user, key, fault, crash, kill, wait, full; an execution key, so that a fixed run goes on."""
+    """How to fail: user, key, fault, crash, kill, wait, full, meet (wait for another); an execution key, so that a
+    fixed run goes on."""
 
 
 def cost(config: Config, given: dict[str, Cost]) -> Cost:
@@ -38,12 +45,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Write the line."""
     (context.out / "first.txt").write_text(config.text)
     context.log(1, loss=2.0)
-    if config.trouble == "user":
-        raise UserError("is dry", file="spring.txt", key="text", hint="did you mean 'wine'?")
-    if config.trouble == "key":
-        raise UserError("1 litre can't be divided by 0 buckets", key="number")
-    if config.trouble == "fault":
-        raise Fault("the pipe burst", file="pipe")
+    while config.trouble == "meet" and len(list(context.out.parent.glob("*/first.txt"))) < 2:
+        time.sleep(0.05)
+    if config.trouble in ERRORS:
+        raise ERRORS[config.trouble]
     if config.trouble == "crash":
         raise ZeroDivisionError("by nothing")
     if config.trouble == "kill":
