@@ -57,7 +57,7 @@ class Attempt:
 
 @contextlib.contextmanager
 def begin(
-    plan: Plan, planned: Planned, artifacts: Mapping[str, Artifact], proves: str | None = None
+    plan: Plan, planned: Planned, artifacts: Mapping[str, Artifact], proves: str | None = None, *, waits: bool = False
 ) -> Iterator[Attempt | Artifact]:
     """Lock a stage and prepare its job; an attempt that was interrupted under the same fingerprint is continued.
 
@@ -66,6 +66,7 @@ def begin(
         planned: the stage.
         artifacts: those of the stages that are done now, by stage.
         proves: for a proof, the fingerprint of the stage that it examines.
+        waits: whether it waits where another run holds the stage, until that one would be known to be gone.
 
     Yields:
         The attempt, or the artifact where another run has published it since the plan was made.
@@ -74,7 +75,8 @@ def begin(
         UserError: an input is not made yet, or has no such place.
         Fault: another run holds the stage, or an input is not what was published or planned.
     """
-    with lock.hold(plan.store.lock_file(plan.recipe.name, planned.name)) as held:
+    wait_s = lock.DEAD_AFTER_S + 2 * lock.BEAT_S if waits else 0.0
+    with lock.hold(plan.store.lock_file(plan.recipe.name, planned.name), wait_s) as held:
         found = plan.store.scan(plan.recipe.name)
         for other in found:
             if isinstance(other, Artifact) and other.fingerprint == planned.fingerprint:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, field_validator
 from cordee import config, recipe, yaml12
 from cordee.config import AccelerateConfig, Config
 from cordee.errors import UserError, nearest
-from cordee.resources import Resources, require_time
+from cordee.resources import Resources, require_time, seconds
 
 FOLDER = Path("configs/clusters")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
@@ -175,11 +175,16 @@ class Cluster(Config):
             raise UserError(problem, file=file, key=f"{key}.launch.num_processes", hint=hint)
         asked = told.gpus if told.gpus is not None else stage.num_gpus() if self.gpus_per_node else 0
         gpus = math.ceil(asked / nodes)
-        self._require(gpus, told, file, key)
-        share = gpus / self.gpus_per_node if gpus else 1.0
+        if self.kind == "slurm":
+            self._require(gpus, told, file, key)
+        time = told.time or self.time_limit
+        if self.kind == "slurm" and seconds(time) <= self.save_before_s:
+            hint = f"more than save_before_s of the cluster file, {self.save_before_s} s"
+            raise UserError(f"{time} is no time to work in", file=file, key=f"{key}.resources.time", hint=hint)
+        share = gpus / self.gpus_per_node if gpus and self.gpus_per_node else 1.0
         cores = told.cores or (self.cores_per_node and max(1, math.floor(self.cores_per_node * share)))
         memory = told.memory_gb or (self.memory_gb_per_node and self.memory_gb_per_node * share)
-        return Needs(nodes, gpus, cores, memory, told.time or self.time_limit)
+        return Needs(nodes, gpus, cores, memory, time)
 
     def _require(self, gpus: int, told: Resources, file: object, key: str) -> None:
         """Check that a node has what a stage asks of each."""

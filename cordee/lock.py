@@ -43,15 +43,23 @@ class Held:
 
 
 @contextlib.contextmanager
-def hold(path: Path) -> Iterator[Held]:
+def hold(path: Path, wait_s: float = 0.0) -> Iterator[Held]:
     """Hold a lock for the duration of a `with` block.
 
     Raises:
-        Fault: a live process holds it.
+        Fault: a live process holds it, and still did after `wait_s` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = Held(path, json.dumps(owner(os.getpid())), threading.Event())
-    _create(path, held.text)
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            _create(path, held.text)
+            break
+        except Fault:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(1.0)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, ended), daemon=True)
     heart.start()

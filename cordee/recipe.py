@@ -186,12 +186,12 @@ def validate(model: type[C], values: dict[str, Any], file: object, key: str) -> 
     for field, mark in libraries(model):
         package = mark.dataclass_name.partition(".")[0]
         if peek.is_installed(package) and (given := getattr(config, field)) is not None:
-            known = peek.dataclass_fields(mark.dataclass_name)
+            names = peek.dataclass_fields(mark.dataclass_name)
             for name, value in given.items():
-                if name not in known and name in model.model_fields:
+                if name not in names and name in model.model_fields:
                     hint = f"write {name} beside {field}"
                     raise UserError("unknown key", file=file, key=f"{key}.{field}.{name}", hint=hint)
-                _check_library_key(name, value, known, mark.owned, (file, f"{key}.{field}.{name}"))
+                _check_library_key(name, value, names, mark.owned, (file, f"{key}.{field}.{name}"))
     return config
 
 

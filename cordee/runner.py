@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from rich.console import Console
@@ -35,6 +36,8 @@ class Where:
     start: Callable[[Job], Handle] = local.start
     jobs: int = 1
     """Stages that may run at once."""
+    waits: bool = False
+    """Whether it waits for a run that holds a stage: one whose node has died is seen to be gone after minutes."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,9 @@ class _Run:
         """Begin an attempt at a stage and start its job, unless another run has published it."""
         label = self.proves if planned is self.plan.stages[-1] else None
         with contextlib.ExitStack() as end:
-            current = end.enter_context(attempt.begin(self.plan, planned, self.artifacts, label))
+            current = end.enter_context(
+                attempt.begin(self.plan, planned, self.artifacts, label, waits=self.where.waits)
+            )
             if isinstance(current, Artifact):
                 self.artifacts[planned.name] = current
                 return
@@ -278,14 +283,18 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def keep_recipe(plan: Plan) -> None:
-    """Store the resolved recipe with the run, and its lock, if it refers to the hub."""
+def keep_recipe(plan: Plan) -> Path:
+    """Store the resolved recipe with the run, and its lock, if it refers to the hub; a job's is stored already."""
+    folder = plan.store.root / plan.recipe.name / "logs"
+    if plan.recipe.file.absolute().parent == folder.absolute():
+        return plan.recipe.file
     now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
-    path = plan.store.root / plan.recipe.name / "logs" / f"{now}.recipe.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{now}.recipe.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
     if (lock := hub.lock_file(plan.recipe.file)).is_file():
         files.write_text(hub.lock_file(path), lock.read_text(encoding="utf-8"))
     files.write_text(path, yaml.safe_dump(plan.recipe.document, sort_keys=False, allow_unicode=True))
+    return path
 
 
 def require_frozen(plan: Plan) -> None:

@@ -13,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cordee import artifact, certificate, events, files, lineage, lock, provenance, units
+from cordee import artifact, certificate, events, files, jobs, lineage, lock, provenance, units
 from cordee.artifact import Artifact, Damaged
+from cordee.batch import Written
 from cordee.clean import Item
 from cordee.config import AccelerateConfig
 from cordee.display import progress_line
+from cordee.jobs import Queued
 from cordee.keys import Key
 from cordee.lineage import Step
 from cordee.plan import Plan, Planned, measured
@@ -35,6 +37,7 @@ STYLES = {
     "running": "bold cyan",
     "failed": "red",
     "stopped": "yellow",
+    "waiting": "cyan",
 }
 
 
@@ -153,22 +156,62 @@ def _time(planned: Planned, measured: dict[str, _Measured], *, for_gpus: bool = 
     return f"≈{units.duration(planned.cost.flops / rough)}"
 
 
-def status(out: Console, plan: Plan) -> None:
-    """Print how far each stage is, and what is damaged."""
-    out.print(_status_table(plan))
+def status(out: Console, plan: Plan, known: tuple[Mapping[str, str], Mapping[str, Queued]] | None = None) -> None:
+    """Print how far each stage is, and what is damaged.
+
+    Args:
+        out: where it is printed.
+        plan: the recipe's.
+        known: the number of each stage's last job, and the jobs that wait or run, by their keys.
+    """
+    out.print(_status_table(plan, known or ({}, {})))
     for line in damaged(plan):
         out.print(line, highlight=False, soft_wrap=True)
 
 
-def _status_table(plan: Plan) -> Table:
+def _status_table(plan: Plan, known: tuple[Mapping[str, str], Mapping[str, Queued]]) -> Table:
     """A row per stage: its state and its last message."""
     table = Table(title=plan.recipe.name, title_justify="left")
     for name in ("stage", "state", "last message"):
         table.add_column(name, overflow="fold")
     for planned in plan.stages:
-        state, said = _status(plan, planned)
+        state, said = _with_job(plan, planned, _status(plan, planned), known)
         table.add_row(planned.name, Text(state, STYLES[state]), Text(said))
     return table
+
+
+def _with_job(
+    plan: Plan,
+    planned: Planned,
+    seen: tuple[str, str],
+    known: tuple[Mapping[str, str], Mapping[str, Queued]],
+) -> tuple[str, str]:
+    """The state of a stage and its last message, with what Slurm says of its job."""
+    numbers, queue = known
+    (state, said), number = seen, numbers.get(planned.name)
+    job = queue.get(jobs.key_of(plan.store, planned))
+    if state == "done":
+        return seen
+    so_far = f"; {said}" if said and state in ("stopped", "failed", "running") else ""
+    if job and job.state != "RUNNING":
+        return "waiting", f"job {job.number}: {jobs.why_it_waits(plan, planned, job)}{so_far}"
+    if job:
+        return "running", f"job {job.number}: {said if state == 'running' else 'starts'}"
+    if number and state != "running":
+        return ("failed" if state == "ready" else state), f"job {number}: {jobs.end_of(number)}{so_far}"
+    return seen
+
+
+def submitted(out: Console, plan: Plan, made: Iterable[Written]) -> None:
+    """Print the jobs that were submitted, or the scripts that were written."""
+    listed = list(made)
+    for one in listed:
+        after = f", after {', '.join(one.after)}" if one.after else ""
+        what = f"job {one.number}{after}" if one.number else f"{one.script}{after}"
+        out.print(f"{one.stage:<14} {what}", markup=False, highlight=False, soft_wrap=True)
+    if not listed:
+        undone = [planned.name for planned in plan.stages if not planned.artifact]
+        out.print(f"nothing to submit: {', '.join(undone) + ' waits or runs' if undone else 'all is done'}")
 
 
 def _status(plan: Plan, planned: Planned) -> tuple[str, str]:

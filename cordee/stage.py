@@ -25,6 +25,7 @@ CACHE = "CORDEE_CACHE"
 """In the environment of a stage: a folder for what it can make again, kept from one start to the next."""
 DEADLINE = "CORDEE_DEADLINE"
 """In the environment of a job with a time limit: when its stage saves and ends (seconds since 1970)."""
+BEGINS_AGAIN = "the next run begins this stage again"
 STAGE_PACKAGES = ("pretrain", "posttrain", "eval")
 BY_STEP = ("metrics.jsonl", "completions.jsonl")
 """Files of an artifact to which a training appends lines, each of which names its `step`."""
@@ -114,7 +115,7 @@ class Context:
             Stopped: it was.
         """
         if self.stop_requested():
-            raise Stopped(f"stopped at {where}; the next run begins this stage again")
+            raise Stopped(f"stopped at {where}; {BEGINS_AGAIN}")
 
     def stop(self, where: str) -> None:
         """End the stage after its state was saved; `where` is its progress (`step 120 of 900`).

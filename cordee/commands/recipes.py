@@ -1,4 +1,4 @@
-"""Commands about a recipe: plan, run, and what came of it."""
+"""Commands about what a recipe reads, and what came of it."""
 
 import os
 import sys
@@ -8,36 +8,6 @@ from typing import Annotated
 import typer
 
 from cordee.commands.common import RUNS, Overrides, RecipeFile, Runs, command, console, load, say
-
-
-@command
-def run(
-    recipe_file: RecipeFile,
-    overrides: Overrides = None,
-    runs: Runs = RUNS,
-    frozen: Annotated[
-        bool, typer.Option("--frozen", help="fail if a stage differs from its published artifact")
-    ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="stages that may run at once on this machine")] = 1,
-) -> None:
-    """Run the missing stages of a recipe and resume interrupted ones."""
-    from cordee import runner, show
-
-    plan, out = load(recipe_file, overrides, runs), console()
-    show.plan(out, plan)
-    if frozen:
-        runner.require_frozen(plan)
-    made = runner.run(plan, out, where=runner.Where(jobs=jobs)).values()
-    show.reports(out, made)
-    show.to_chat_with(out, made)
-
-
-@command
-def plan_(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
-    """Show what `run` would do and what it would cost."""
-    from cordee import show
-
-    show.plan(console(), load(recipe_file, overrides, runs))
 
 
 @command
@@ -65,24 +35,6 @@ def fetch_(
         sys.stderr.write(f"cordee: {error}\n")
     if failed:
         raise typer.Exit(failed[0].exit_code)
-
-
-@command
-def status(recipe_file: RecipeFile, overrides: Overrides = None, runs: Runs = RUNS) -> None:
-    """Show the state of each stage of a recipe: done, running, stopped, failed, stale or ready."""
-    from cordee import show
-
-    show.status(console(), load(recipe_file, overrides, runs))
-
-
-@command
-def stage_(recipe_file: RecipeFile, name: str, overrides: Overrides = None, runs: Runs = RUNS) -> None:
-    """Run one stage of a recipe, for instance as a batch job; its inputs have to be published."""
-    from cordee import runner, show
-
-    plan, out = load(recipe_file, overrides, runs), console()
-    plan.stage(name)
-    show.reports(out, [runner.run(plan, out, only={name})[name]])
 
 
 @command

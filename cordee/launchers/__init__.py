@@ -15,6 +15,8 @@ from cordee import lock
 from cordee.artifact import Store
 from cordee.stage import CACHE, DEADLINE
 
+REQUEUE = 75
+"""The exit code of a job whose time is over and whose stage has saved its state (EX_TEMPFAIL of sysexits.h)."""
 RUNNER = "CORDEE_RUNNER"
 """The variable that tells a stage's processes which process runs them (JSON, as `lock.owner` has it)."""
 

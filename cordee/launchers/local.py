@@ -41,9 +41,13 @@ class Process:
     def kill(self) -> None:
         """End its session at once, and wait for that; what it started in other sessions dies with its parent."""
         if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             self._collect(0)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to its session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def usage(self) -> int:
         """Peak memory of its largest process, in bytes, once it has ended."""

@@ -1,0 +1,165 @@
+"""Commands that plan and run a recipe, here or on a cluster, and tell how far it is."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cordee.commands.common import RUNS, Overrides, RecipeFile, command, console, load
+
+if TYPE_CHECKING:
+    from cordee.cluster import Cluster
+    from cordee.plan import Plan
+
+OnCluster = Annotated[
+    str | None, typer.Option("--cluster", metavar="NAME", help="configs/clusters/NAME.yaml, or a path to such a file")
+]
+RunsOr = Annotated[
+    Path | None, typer.Option("--runs", help="the folder that holds the artifacts (default: the cluster's, or runs)")
+]
+
+
+def _load(
+    recipe_file: Path, overrides: list[str] | None, runs: Path | None, name: str | None
+) -> "tuple[Plan, Cluster]":
+    """The plan of a recipe on a cluster, and the cluster; its variables are set first: they decide what `auto` is."""
+    from cordee import cluster
+
+    on = cluster.load(name) if name else cluster.HERE
+    os.environ.update(on.variables())
+    root = runs or (cluster.expanded(on.runs) if on.runs else RUNS)
+    return load(recipe_file, overrides, root), on
+
+
+@command
+def run(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    runs: RunsOr = None,
+    frozen: Annotated[
+        bool, typer.Option("--frozen", help="fail if a stage differs from its published artifact")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="stages that may run at once on this machine")] = 1,
+    on: OnCluster = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="write the job scripts, and submit nothing")] = False,
+) -> None:
+    """Run the missing stages of a recipe and resume interrupted ones; on a Slurm cluster, submit them as jobs."""
+    from cordee import runner, show
+    from cordee.errors import UserError
+
+    (plan, where), out = _load(recipe_file, overrides, runs, on), console()
+    show.plan(out, plan)
+    if frozen:
+        runner.require_frozen(plan)
+    if where.kind == "slurm":
+        from cordee import batch
+
+        show.submitted(out, plan, batch.submit(plan, where, dry_run=dry_run))
+        return
+    if dry_run:
+        raise UserError("is for Slurm clusters", key="--dry-run", hint="`cordee plan` shows what a run would do")
+    made = runner.run(plan, out, where=runner.Where(where, jobs=jobs)).values()
+    show.reports(out, made)
+    show.to_chat_with(out, made)
+
+
+@command
+def plan_(recipe_file: RecipeFile, overrides: Overrides = None, runs: RunsOr = None, on: OnCluster = None) -> None:
+    """Show what `run` would do and what it would cost."""
+    from cordee import show
+
+    show.plan(console(), _load(recipe_file, overrides, runs, on)[0])
+
+
+@command
+def stage_(
+    recipe_file: RecipeFile, name: str, overrides: Overrides = None, runs: RunsOr = None, on: OnCluster = None
+) -> None:
+    """Run one stage of a recipe, as a batch job does; its inputs have to be published."""
+    from cordee import launchers, runner, show
+    from cordee.errors import Fault, Stopped
+    from cordee.launchers import slurm
+    from cordee.stage import BEGINS_AGAIN
+
+    (plan, cluster), out = _load(recipe_file, overrides, runs, on), console()
+    plan.stage(name)
+    is_job = cluster.kind == "slurm"
+    where = runner.Where(cluster, slurm.start_on(cluster), waits=True) if is_job else runner.Where(cluster)
+    try:
+        show.reports(out, [runner.run(plan, out, only={name}, where=where)[name]])
+    except Stopped as error:
+        if not launchers.is_due():
+            raise
+        if BEGINS_AGAIN in error.problem:
+            hint = "give it more: resources.time, or the cluster file's time_limit"
+            problem = f"its time is over, and it keeps no state to continue from ({error})"
+            raise Fault(problem, file=plan.recipe.file, key=f"stages.{name}", hint=hint) from error
+        sys.stderr.write(f"cordee: {error}\n")
+        raise typer.Exit(launchers.REQUEUE) from error
+
+
+@command
+def status(recipe_file: RecipeFile, overrides: Overrides = None, runs: RunsOr = None, on: OnCluster = None) -> None:
+    """Show the state of each stage of a recipe: done, running, waiting, stopped, failed, stale or ready."""
+    from cordee import jobs, show
+    from cordee.errors import CordeeError
+
+    plan, out = _load(recipe_file, overrides, runs, on)[0], console()
+    numbers, queue, lacks = jobs.submitted(plan), {}, ""
+    if numbers:
+        try:
+            queue = jobs.queued()
+        except CordeeError as error:  # the artifacts and events still say how far it is
+            lacks = f"nothing is known of its jobs: {error}"
+    show.status(out, plan, None if lacks else (numbers, queue))
+    if lacks:
+        out.print(lacks, markup=False, highlight=False, soft_wrap=True)
+
+
+@command
+def logs(
+    recipe_file: RecipeFile,
+    name: str,
+    overrides: Overrides = None,
+    runs: RunsOr = None,
+    on: OnCluster = None,
+    lines: Annotated[int, typer.Option(min=1, help="how many of the last ones of each file")] = 40,
+) -> None:
+    """Show the end of a stage's log, and of its last job's output."""
+    from cordee import jobs
+    from cordee.errors import UserError
+
+    plan = _load(recipe_file, overrides, runs, on)[0]
+    planned = plan.stage(name)
+    made = planned.artifact
+    if made:
+        log = made.path.parent / "logs" / made.path.name / "log.txt"
+    else:
+        log = plan.store.work_folders(plan.recipe.name, name, planned.fingerprint).log
+    found = [path for path in (jobs.output(plan, name), log) if path and path.exists()]
+    if not found:
+        raise UserError("was not started yet", file=plan.recipe.file, key=f"stages.{name}")
+    for path in found:
+        typer.echo(f"==> {path}")
+        typer.echo("\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
+
+
+@command
+def cancel(
+    recipe_file: RecipeFile,
+    name: Annotated[str | None, typer.Argument(metavar="[STAGE]")] = None,
+    runs: RunsOr = None,
+    on: OnCluster = None,
+) -> None:
+    """Cancel the Slurm jobs of a recipe or of one stage; they save first, and the next run continues from there."""
+    from cordee import jobs
+
+    overrides = [name] if name and "=" in name else None
+    plan = _load(recipe_file, overrides, runs, on)[0]
+    ended = jobs.cancel(plan, None if overrides else name)
+    for stage, number in ended.items():
+        typer.echo(f"{stage:<14} job {number} is cancelled")
+    if not ended:
+        typer.echo("no job waits or runs")
