@@ -26,6 +26,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     voices, count = context.out / "voices", int(os.environ.get("WORLD_SIZE", "1"))
     voices.mkdir(exist_ok=True)
     (voices / os.environ.get("RANK", "0")).write_text(str(os.getpid()))
+    nodes = context.out / "nodes"
+    nodes.mkdir(exist_ok=True)
+    (nodes / os.environ.get("RANK", "0")).write_text(os.environ.get("SLURMD_NODENAME", ""))
     while context.is_main and len(list(voices.iterdir())) < count:
         time.sleep(0.05)
     for step in range(600 if config.trouble == "wait" else 0):
