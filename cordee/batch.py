@@ -102,7 +102,7 @@ def _options(name: str, key: str, cluster: Cluster, needs: Needs, output: str) -
     given = {
         "job-name": name.replace("/", "-"),
         "comment": key,
-        "output": shlex.quote(output),
+        "output": output,
         "open-mode": "append",
         "account": cluster.account,
         "partition": cluster.partition,
@@ -115,7 +115,7 @@ def _options(name: str, key: str, cluster: Cluster, needs: Needs, output: str) -
         "time": needs.time,
         "signal": f"B:USR1@{max(1, cluster.save_before_s // 2)}",
     }
-    told = [f"--{option}={value}" for option, value in given.items() if value is not None]
+    told = [f"--{option}={shlex.quote(str(value))}" for option, value in given.items() if value is not None]
     return [*told, "--requeue", "--kill-on-invalid-dep=yes", *cluster.options]
 
 

@@ -29,7 +29,7 @@ def _one_line(text: str) -> str:
 
 
 def _option(text: str) -> str:
-    """What stands in an #SBATCH line or on srun's command line, where no shell expands a variable."""
+    """What stands where no shell expands a variable: in an #SBATCH line, on srun's command line, in quotes."""
     if "$" in _one_line(text) or "`" in text:
         raise ValueError(f"{text!r} holds a shell variable, which nothing would expand")
     return text
@@ -112,8 +112,9 @@ class Cluster(Config):
     """What processes run in; left out: none."""
     python: Option | None = None
     """The Python that has Cordée, outside a container; left out: the one that submits."""
-    environment: dict[str, Line] = Field(default_factory=dict)
-    """Variables of a job and its processes, as they stand: NCCL's, libfabric's."""
+    environment: dict[str, Option] = Field(default_factory=dict)
+    """Variables of a job and its processes, as they stand: NCCL's, libfabric's. One that a shell has to work out is
+    for `setup`, as `export NAME=…`."""
     runs: Line | None = None
     """The folder of the artifacts, where `--runs` says no other; variables of the shell that submits are expanded."""
     cache: Line | None = None
