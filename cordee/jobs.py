@@ -98,15 +98,19 @@ def end_of(number: str) -> str:
 def cancel(plan: Plan, stage: str | None = None) -> Mapping[str, str]:
     """Cancel the jobs of a recipe or of one stage; what waits for one of them is cancelled by Slurm.
 
+    Those that run are told by their script to save and end, which may take longer than Slurm's own KillWait.
+
     Returns:
         The number of each job that was cancelled, by its stage.
     """
     chosen = [plan.stage(stage)] if stage else plan.stages
     queue = queued()
-    found = {one.name: queue[key].number for one in chosen if (key := key_of(plan.store, one)) in queue}
-    if found:
-        told("scancel", *found.values())
-    return found
+    found = {one.name: queue[key] for one in chosen if (key := key_of(plan.store, one)) in queue}
+    if waiting := [job.number for job in found.values() if job.state != "RUNNING"]:
+        told("scancel", *waiting)
+    if running := [job.number for job in found.values() if job.state == "RUNNING"]:
+        told("scancel", "--batch", "--signal=TERM", *running)
+    return {stage: job.number for stage, job in found.items()}
 
 
 def output(plan: Plan, stage: str) -> Path | None:

@@ -6,6 +6,7 @@ that run where what it reads is published, the GPUs that it needs are free, and 
 
 import contextlib
 import datetime as dt
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from cordee.display import Display
 from cordee.errors import CordeeError, Fault, Stopped, UserError
 from cordee.launchers import Handle, Job, command, local
 from cordee.plan import Plan, Planned, in_recipe
+from cordee.stage import DEADLINE
 
 POLL_S = 0.2
 STOP_GRACE_S = 90.0
@@ -248,11 +250,20 @@ def _limits(planned: Planned, gpus: tuple[str, ...]) -> dict[str, str]:
 
 
 def _raise_for(exit_code: int, one: _Running, *, was_stopped: bool) -> None:
-    """Raise the error that a job ended with, if it did."""
+    """Raise the error that a job ended with, if it did.
+
+    A job that was asked to stop and failed counts as stopped: what it consists of may have been ended before it. One
+    that stopped and was not asked to has failed: accelerate's launcher ends the others where one process dies.
+    """
     work = one.attempt.work
+    was_asked = was_stopped or launchers.is_due() or work.stop.exists()
     for event in one.tail.seen:
         if event["event"] == "error":
-            raise events.error_of(event)
+            error = events.error_of(event)
+            if was_stopped and not isinstance(error, Stopped):
+                raise Stopped(f"stopped; the next run continues from the last state that was saved ({error})")
+            if was_asked or not isinstance(error, Stopped):
+                raise error
     if exit_code != 0 and was_stopped:
         raise Stopped("stopped; the next run continues from the last state that was saved")
     if exit_code != 0:
@@ -264,12 +275,14 @@ def _raise_for(exit_code: int, one: _Running, *, was_stopped: bool) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM, the end of the terminal (SIGHUP) and Slurm's warning (SIGUSR1) end a run as Ctrl-C does.
+    """SIGTERM and the end of the terminal (SIGHUP) end a run as Ctrl-C does; under nohup(1) it continues.
 
-    Under nohup(1) it continues.
+    So does SIGUSR1, by which Slurm tells a job that its time is over.
     """
 
-    def interrupt(_number: int, _frame: object) -> None:
+    def interrupt(number: int, _frame: object) -> None:
+        if number == signal.SIGUSR1:
+            os.environ[DEADLINE] = "0"
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}

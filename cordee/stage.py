@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ CACHE = "CORDEE_CACHE"
 """In the environment of a stage: a folder for what it can make again, kept from one start to the next."""
 DEADLINE = "CORDEE_DEADLINE"
 """In the environment of a job with a time limit: when its stage saves and ends (seconds since 1970)."""
+ASKED = threading.Event()
+"""Set where this process was asked to stop by a signal, as Slurm sends it to all processes of a job."""
 BEGINS_AGAIN = "the next run begins this stage again"
 STAGE_PACKAGES = ("pretrain", "posttrain", "eval")
 BY_STEP = ("metrics.jsonl", "completions.jsonl")
@@ -106,7 +109,8 @@ class Context:
 
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop, or its time is over: the stage then saves its state and calls `stop`."""
-        return time.time() >= float(os.environ.get(DEADLINE, "inf")) or (self.events.parent / "stop").exists()
+        is_due = time.time() >= float(os.environ.get(DEADLINE, "inf"))
+        return is_due or ASKED.is_set() or (self.events.parent / "stop").exists()
 
     def stop_if_asked(self, where: str) -> None:
         """End a stage that saves no state, if the run was asked to stop; `where` is its progress (`document 3 of 9`).

@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from cordee.errors import CordeeError, Fault, from_system
 from cordee.launchers import RUNNER
 from cordee.machine import die_with_parent
 from cordee.shown import hidden
-from cordee.stage import Context
+from cordee.stage import ASKED, Context
 
 Run = Callable[[Any, Context], dict[str, Any]]
 
@@ -43,6 +44,7 @@ def main(config_type: type[Config], run: Run) -> None:
     try:
         if arguments.job:
             _die_with_runner()
+            signal.signal(signal.SIGTERM, lambda *_: ASKED.set())
             _run_job(arguments.job, config_type, run)
         else:
             alone.run(uses, arguments.config, arguments.overrides, arguments.runs, lambda c, k: run_stage(c, k, run))

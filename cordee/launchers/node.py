@@ -6,6 +6,7 @@ by where the processes meet.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,12 @@ def peak_file(log: Path, number: int) -> Path:
     return log.with_name(f"peak.{number}")
 
 
+def _begin() -> None:
+    """What the new process does before its command: it may be ended by a signal again, and dies with this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m cordee.launchers.node", allow_abbrev=False)
@@ -40,9 +47,10 @@ def main() -> None:
     parser.add_argument("command", nargs="+")
     told = parser.parse_args()
     number = int(os.environ["SLURM_NODEID"])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all; the processes save, and are awaited
     process = subprocess.Popen(  # noqa: S603 - the argument vector is our own
         completed(told.command, number, told.address, told.port),
-        preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, which waits for no other thread
+        preexec_fn=_begin,  # noqa: PLW1509 - two system calls, which wait for no other thread
     )
     _, status, usage = os.wait4(process.pid, 0)
     exit_code = process.returncode = os.waitstatus_to_exitcode(status)

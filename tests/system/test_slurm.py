@@ -44,7 +44,7 @@ def work(tmp_path, monkeypatch):
     (folder / "count.yaml").write_text(COUNT)
     (folder / "choir.yaml").write_text(CHOIR)
     (folder / "three.yaml").write_text(CLUSTER)
-    (folder / "short.yaml").write_text(CLUSTER.replace("00:10:00", "00:01:00"))
+    (folder / "short.yaml").write_text(CLUSTER.replace("00:10:00", "00:02:00").replace("30", "60"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return folder
 
@@ -158,7 +158,7 @@ def peak_memory(artifact: Path) -> int:
 
 @pytest.mark.long
 def test_before_its_time_limit_a_stage_saves_and_its_job_is_requeued_and_ends_in_the_same(slurm, call, work):
-    found = jobs(call("run", "count.yaml", "one.pace_s=0.15", cluster="short.yaml"))
+    found = jobs(call("run", "count.yaml", "one.pace_s=0.4", cluster="short.yaml"))
     assert slurm.reaches(found["two"], "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=600) == "COMPLETED"
     told = seen(work, "count/logs/one@1")
     assert sum(event["event"] == "resumed" for event in told) >= 1
