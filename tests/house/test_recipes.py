@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from cordee import recipe
+from cordee import cluster, recipe
 from cordee.config import Launch
 from cordee.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").rglob("*.yaml"))
 MODELS, LAUNCHES = (sorted((ROOT / "configs" / name).rglob("*.yaml")) for name in ("models", "accelerate"))
+CLUSTERS = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
 PEERS = sorted((ROOT / "tests" / "cordee" / "importing").rglob("*.yaml"))
 TASKS = sorted([*ROOT.glob("eval/tasks/*.yaml"), *ROOT.glob("examples/*/tasks/*.yaml")])
@@ -19,8 +20,16 @@ TASKS = sorted([*ROOT.glob("eval/tasks/*.yaml"), *ROOT.glob("examples/*/tasks/*.
 
 def test_all_yaml_files_are_found():
     shipped = {path for package in ROOT.iterdir() if package.name[0] != "." for path in package.rglob("*.y*ml")}
-    assert shipped - set((ROOT / "runs").rglob("*")) == {*RECIPES, *MODELS, *LAUNCHES, *TASKS, *SUITES, *PEERS}
-    assert [len(found) for found in (RECIPES, MODELS, LAUNCHES, TASKS)] == [18, 3, 5, 4]
+    assert shipped - set((ROOT / "runs").rglob("*")) == {
+        *RECIPES,
+        *MODELS,
+        *LAUNCHES,
+        *CLUSTERS,
+        *TASKS,
+        *SUITES,
+        *PEERS,
+    }
+    assert [len(found) for found in (RECIPES, MODELS, LAUNCHES, CLUSTERS, TASKS)] == [18, 3, 5, 6, 4]
 
 
 def read_shape(path, folder):
@@ -56,6 +65,12 @@ def test_a_shipped_task_says_what_it_asks_and_reads_data_that_a_recipe_names(pat
     assert name == path.stem
     assert told["metadata"].keys() >= {"version", "chat", "chance", "description"}
     assert set(told["dataset_kwargs"]["data_files"].values()) < {"language", "documents", "gsm8k"}
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_a_shipped_cluster_is_one(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cluster.load(path.stem).kind in ("local", "slurm")
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
