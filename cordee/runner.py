@@ -277,13 +277,17 @@ def _raise_for(exit_code: int, one: _Running, *, was_stopped: bool) -> None:
 def _signals() -> Iterator[None]:
     """SIGTERM and the end of the terminal (SIGHUP) end a run as Ctrl-C does; under nohup(1) it continues.
 
-    So does SIGUSR1, by which Slurm tells a job that its time is over.
+    So does SIGUSR1, by which Slurm tells a job that its time is over. Further ones count for nothing: Slurm and the job's
+    script send SIGTERM both, and only who presses Ctrl-C again wants it to end at once.
     """
+    seen: list[int] = []
 
     def interrupt(number: int, _frame: object) -> None:
         if number == signal.SIGUSR1:
             os.environ[DEADLINE] = "0"
-        raise KeyboardInterrupt
+        seen.append(number)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     for number, handler in before.items():
