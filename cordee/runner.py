@@ -6,17 +6,15 @@ that run where what it reads is published, the GPUs that it needs are free, and 
 
 import contextlib
 import datetime as dt
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 
-from cordee import attempt, cluster, events, files, hub, launchers, machine, units
+from cordee import attempt, cluster, events, files, hub, launchers, machine, signals, units
 from cordee.artifact import Artifact
 from cordee.attempt import Attempt
 from cordee.cluster import Cluster, Needs
@@ -24,7 +22,6 @@ from cordee.display import Display
 from cordee.errors import CordeeError, Fault, Stopped, UserError
 from cordee.launchers import Handle, Job, command, local
 from cordee.plan import Plan, Planned, in_recipe
-from cordee.stage import DEADLINE
 
 POLL_S = 0.2
 STOP_GRACE_S = 90.0
@@ -75,7 +72,7 @@ def run(
             stays so.
     """
     keep_recipe(plan)
-    with Display(out) as display, _signals():
+    with Display(out) as display, signals.as_interrupts():
         made = _Run(plan, display, where or Where(), only, proves)
         try:
             made.to_end()
@@ -271,33 +268,6 @@ def _raise_for(exit_code: int, one: _Running, *, was_stopped: bool) -> None:
         lines = [line for line in text.splitlines() if line.strip()]
         said = lines[-1] if lines else "its log is empty"
         raise Fault(f"the stage ended with exit code {exit_code}: {said}", file=work.log)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and the end of the terminal (SIGHUP) end a run as Ctrl-C does; under nohup(1) it continues.
-
-    So does SIGUSR1, by which Slurm tells a job that its time is over. Further ones count for nothing: Slurm and the job's
-    script send SIGTERM both, and only who presses Ctrl-C again wants it to end at once.
-    """
-    seen: list[int] = []
-
-    def interrupt(number: int, _frame: object) -> None:
-        if number == signal.SIGUSR1:
-            os.environ[DEADLINE] = "0"
-        seen.append(number)
-        if len(seen) == 1:
-            raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def keep_recipe(plan: Plan) -> Path:
