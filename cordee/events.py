@@ -18,6 +18,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "waits": {"time": int | float, "text": str},
     "note": {"time": int | float, "text": str},
     "resumed": {"time": int | float, "step": int, "text": str},
+    "saved": {"time": int | float, "step": int, "blocked_s": int | float, "seconds": int | float},
     "progress": {"time": int | float, "done": int | float, "total": int | float, "unit": str, "figures": dict},
     "error": {"time": int | float, "exit_code": int, "text": str},
 }

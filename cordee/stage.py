@@ -107,6 +107,11 @@ class Context:
         if self.is_main:
             events.append(self.events, "resumed", step=step, text=f"goes on from step {step}")
 
+    def saved(self, step: int, blocked_s: float, seconds: float) -> None:
+        """Report that the resume point of `step` is written: how long training waited for it, and how long it took."""
+        if self.is_main:
+            events.append(self.events, "saved", step=step, blocked_s=blocked_s, seconds=seconds)
+
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop, or its time is over: the stage then saves its state and calls `stop`."""
         is_due = time.time() >= float(os.environ.get(DEADLINE, "inf"))

@@ -42,13 +42,13 @@ class Trial:
             raise Fault(f"the run for the proof failed: {self._error()}", file=self.work.log)
 
     def kill_after(self, step: int) -> None:
-        """Kill it with SIGKILL as soon as it has logged `step`.
+        """Kill it with SIGKILL as soon as it has logged `step` and written a resume point.
 
         Raises:
             Fault: it ended before.
             Stopped: the proof was asked to stop.
         """
-        while max((row["step"] for row in self.metrics), default=0) < step:
+        while max((row["step"] for row in self.metrics), default=0) < step or not self._has_saved():
             if self.process.poll() is not None:
                 raise Fault(f"it ended before it could be killed: {self._error()}", file=self.work.log)
             self._wait()
@@ -60,6 +60,9 @@ class Trial:
         """The step from which its last attempt continued; 0 where none did."""
         steps = [event["step"] for event in events.read(self.work.events) if event["event"] == "resumed"]
         return int(steps[-1]) if steps else 0
+
+    def _has_saved(self) -> bool:
+        return any(event["event"] == "saved" for event in events.read(self.work.events))
 
     def _error(self) -> str:
         errors = [event["text"] for event in events.read(self.work.events) if event["event"] == "error"]

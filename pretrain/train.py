@@ -118,12 +118,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         folders, weights = [source.tokens for source in config.data], [source.weight for source in config.data]
         data = assembly.Data(folders, weights, config.long_documents)
         training = assembly.assemble(config, context, config.model, data)
-        state = assembly.restore(training)
-        assembly.dry_run(training)
-        loop.resume_measuring(training, state)
-        loop.train(training, state)
-        found = loop.measure_heldout(training, state)
-        checkpoint.save(training.objective.model, context, ".", training.tokenizer)
+        with training.saver:
+            state = assembly.restore(training)
+            assembly.dry_run(training)
+            loop.resume_measuring(training, state)
+            loop.train(training, state)
+            found = loop.measure_heldout(training, state)
+            checkpoint.save(training.objective.model, context, ".", training.tokenizer)
         metrics = assembly.metrics(training, state) | {"heldout_bits_per_byte": found["bits_per_byte"]}
         if context.is_main:
             files.write_json(context.out / "heldout.json", {**found, "precision": metrics["precision"]})

@@ -15,7 +15,7 @@ from cordee import files
 from cordee.compute import device, resume
 from cordee.compute.model import remarks
 from cordee.cost import training_flops
-from cordee.errors import Fault, UserError
+from cordee.errors import UserError
 from cordee.stage import Context
 from pretrain.data.loader import open_split, require_ids_below
 from pretrain.data.mixture import Mixture
@@ -68,7 +68,10 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     files_from = model if model.is_dir() else tokens / "tokenizer"
     for remark in remarks(files_from):
         context.note(remark)
-    training = Training(settings, context, accelerator, wrapped, objective, optimizer, mixture, heldout, files_from)
+    saver = resume.Saver(context, objective, optimizer)
+    training = Training(
+        settings, context, accelerator, wrapped, objective, optimizer, saver, mixture, heldout, files_from
+    )
     compiled, why = resolve_compile(settings, objective.model, accelerator.device)
     if compiled:
         device.compile_module(objective, dynamic=False)
@@ -99,17 +102,15 @@ def _open_data(data: Data, sequence_length: int, seed: int) -> tuple[Mixture, An
 
 def restore(training: Training) -> State:
     """Restore the newest complete resume point, or begin at step 0; returns the state."""
-    context, main = training.context, training.context.is_main
-    point, problems = resume.newest(context.out / "resume") if main else (None, [])
+    context, folder = training.context, training.context.out / "resume"
+    found, problems = resume.newest(folder) if context.is_main else (None, [])
     for problem in problems:
         context.note(problem)
-    step = broadcast_object_list([point.step if point else None])[0]
+    step = broadcast_object_list([found.step if found else None])[0]
     if step is None:
         context.rewind(-1)
         return State(source_tokens=[0] * len(training.mixture.splits))
-    point, _ = resume.newest(context.out / "resume")
-    if point is None or point.step != step:
-        raise Fault(f"not every process sees the state at step {step}", file=context.out / "resume")
+    point = found or resume.at(folder, step)
     resume.restore(point, training.objective, training.optimizer)
     context.rewind(step)
     context.resumed(step)

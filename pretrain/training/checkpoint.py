@@ -4,19 +4,24 @@ import shutil
 from pathlib import Path
 
 from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from cordee.compute.model import save_model
-from cordee.compute.resume import full
 from cordee.stage import Context
 
 
 def save(model: PreTrainedModel, context: Context, place: str, tokenizer: Path) -> None:
     """Write the model to `<out>/<place>`, with its tokenizer's files; every process has to call this.
 
-    What a killed attempt left there is replaced.
+    What a killed attempt left there is replaced. Weights in shards are gathered one by one, and the main process alone
+    keeps them, in host memory.
     """
-    weights = {name: full(tensor) for name, tensor in model.state_dict().items()}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if context.is_main:
+            weights[name] = whole.detach().cpu().contiguous()
     if context.is_main:
         folder = context.out / place
         if folder != context.out:

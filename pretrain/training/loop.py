@@ -72,6 +72,7 @@ class Training:
     objective: Objective
     """The same, without DDP."""
     optimizer: torch.optim.Optimizer
+    saver: resume.Saver
     mixture: Mixture
     heldout: Heldout
     tokenizer: Path
@@ -114,7 +115,7 @@ def train(training: Training, state: State) -> None:
         if settings.saves_at(state.step):
             checkpoint.save(training.objective.model, context, f"checkpoints/{state.step}", training.tokenizer)
         if last or state.step % settings.resume_steps == 0:
-            save_state(training, state)
+            training.saver.save(dataclasses.asdict(state))
         if settings.eval_steps and state.step % settings.eval_steps == 0 and not last:
             measure_heldout(training, state)
         if stopping(training):
@@ -250,19 +251,6 @@ def _is_measured(context: Context, step: int) -> bool:
     return any(row["step"] == step and "heldout_bits_per_byte" in row for row in rows)
 
 
-def save_state(training: Training, state: State) -> None:
-    """Write a resume point; every process has to call this."""
-    training.context.flush()
-    resume.save(
-        training.context.out / "resume",
-        dataclasses.asdict(state),
-        training.objective,
-        training.optimizer,
-        writes=training.context.is_main,
-    )
-    training.accelerator.wait_for_everyone()
-
-
 def stopping(training: Training) -> bool:
     """Whether a stop was asked for: the main process decides for all, since they must stop at the same step."""
     asked = torch.tensor(int(training.context.is_main and training.context.stop_requested()))
@@ -275,7 +263,8 @@ def stop(training: Training, state: State) -> NoReturn:
     Raises:
         Stopped: always.
     """
-    save_state(training, state)
+    training.saver.save(dataclasses.asdict(state))
+    training.saver.wait()
     training.context.stop(f"step {state.step} of {training.settings.max_steps}")
     raise AssertionError  # `Context.stop` raised
 

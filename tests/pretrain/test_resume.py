@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from cordee.compute import resume
+from cordee.compute import resume, shards
 from pretrain.training import checkpoint, loop
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARD = "shard-0-of-1.safetensors"
 KEYS = {"max_steps": 9, "save_steps": [3, 6], "eval_steps": 3, "resume_steps": 2}
 
 
@@ -53,8 +54,8 @@ def test_killed_with_sigkill_and_continued_it_leaves_the_same_files(trained, job
     folder = job("killed", **KEYS)
     for step in (3, 7):  # twice: the second kill hits a run that went on itself
         process = start(folder)
-        metrics = folder / "out" / "metrics.jsonl"
-        while not metrics.exists() or f'"step": {step}' not in metrics.read_text():
+        metrics, point = folder / "out" / "metrics.jsonl", folder / "out" / "resume" / f"{step - 1}"
+        while not (point.exists() and f'"step": {step}' in metrics.read_text()):
             assert process.poll() is None
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -67,14 +68,15 @@ def test_killed_with_sigkill_and_continued_it_leaves_the_same_files(trained, job
 
 
 PLACES = [
-    *[(resume, "save_file", call) for call in (1, 4)],
+    *[(shards.Memory, "fill", call) for call in (1, 3)],
+    *[(shards.Memory, "write", call) for call in (1, 3)],
     *[(checkpoint, "save_model", call) for call in (1, 2, 3)],
     *[(loop, "measure_heldout", call) for call in (2, 3)],
     (resume.files, "write_json", 2),
-    (resume.files, "sync_tree", 5),
+    (resume.files, "sync_folder", 5),
     (resume.shutil, "rmtree", 3),
     (loop, "_log", 5),
-    (loop, "save_state", 2),
+    (resume.Saver, "save", 2),
 ]
 
 
@@ -116,7 +118,7 @@ def stopped_at_five(trained, monkeypatch):
     monkeypatch.setattr(loop, "_log", real)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", [SHARD, "state.json"])
 def test_a_damaged_state_is_noticed_and_the_one_before_it_is_used(trained, monkeypatch, tmp_path, name):
     whole, _ = trained("whole", **KEYS)
     stopped_at_five(trained, monkeypatch)
@@ -135,11 +137,11 @@ def test_the_state_holds_weights_and_moments_and_nothing_pickled_and_two_are_kep
     stopped_at_five(trained, monkeypatch)
     folder = tmp_path / "a" / "out" / "resume"
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
-        f"{step}/{name}" for step in (2, 4) for name in ("weights.safetensors", "optimizer.safetensors", "state.json")
+        f"{step}/{name}" for step in (2, 4) for name in (SHARD, "state.json")
     }
-    moments = load_file(folder / "4" / "optimizer.safetensors")
-    assert {name.rpartition("/")[2] for name in moments} == {"exp_avg", "exp_avg_sq", "step"}
-    assert float(moments["model.lm_head.weight/step"]) == 4.0
+    held = load_file(folder / "4" / SHARD)
+    assert {name.rpartition("/")[2] for name in held if "/" in name} == {"exp_avg", "exp_avg_sq", "step"}
+    assert float(held["model.lm_head.weight/step"]) == 4.0
 
 
 def test_dropout_does_not_break_the_same_bits(trained, monkeypatch, tmp_path):
@@ -161,8 +163,9 @@ def test_the_state_of_every_optimizer_is_continued_to_the_same_bits(trained, mon
         monkeypatch.setitem(KEYS, name, value)
     whole, _ = trained("whole", **KEYS)
     stopped_at_five(trained, monkeypatch)
-    moments = load_file(tmp_path / "a" / "out" / "resume" / "4" / "optimizer.safetensors")
-    assert {name.rpartition("/")[2] for name in moments} == {"exp_avg", "exp_avg_slow", "exp_avg_sq", "step"}
+    held = load_file(tmp_path / "a" / "out" / "resume" / "4" / SHARD)
+    moments = {name.rpartition("/")[2] for name in held if "/" in name}
+    assert moments == {"exp_avg", "exp_avg_slow", "exp_avg_sq", "step"}
     out, _ = trained("a", **KEYS)
     assert files_of(out) == files_of(whole)
 
