@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 
-from cordee import files
-from cordee.compute import device, resume
+from cordee import files, model_folder
+from cordee.compute import device, meta, resume
 from cordee.compute.model import remarks
 from cordee.cost import training_flops
 from cordee.errors import UserError
@@ -22,7 +25,7 @@ from pretrain.data.mixture import Mixture
 from pretrain.training import loop, optimizers
 from pretrain.training.heldout import open_heldout
 from pretrain.training.loop import State, Training
-from pretrain.training.model import Objective, build, require_documents_apart
+from pretrain.training.model import Objective, blueprint, build, fill, require_documents_apart
 from pretrain.training.settings import Settings
 
 
@@ -46,24 +49,15 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     context.waits("the model and the data")
-    launch, tokens = settings.launch, data.folders[0]
-    accelerator = device.open_accelerator(
-        launch,
-        deterministic=settings.deterministic,
-    )
+    tokens = data.folders[0]
+    accelerator = device.open_accelerator(settings.launch, deterministic=settings.deterministic)
     mixture, heldout = _open_data(data, settings.sequence_length, context.seed)
-    built = build(model, tokens, settings.sequence_length, context.seed)
-    rows = built.get_input_embeddings().weight.shape[0]
+    wrapped, objective = _open_objective(settings, context, model, tokens, accelerator)
+    rows = objective.model.get_input_embeddings().weight.shape[0]
     for index, folder in enumerate(data.folders):
         for split in (mixture.splits[index], heldout.splits[index]):
             require_ids_below(rows, split, folder, f"data.{index}.tokens")
-    if accelerator.is_main_process:
-        require_documents_apart(built)
-    objective = Objective(built, settings)
     optimizer = getattr(optimizers, settings.optimizer)(objective, settings)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    device.require_wrapped(wrapped, accelerator.num_processes, launch)
-    objective = accelerator.unwrap_model(wrapped)
     # the folder whose tokenizer, and generation settings if it is a model, are published with each checkpoint
     files_from = model if model.is_dir() else tokens / "tokenizer"
     for remark in remarks(files_from):
@@ -78,6 +72,34 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     context.note(f"computes in {settings.precision}; {'compiled' if compiled else 'not compiled'}: {why}")
     device.open_trackers(accelerator, settings.report_to, context.out / "logs", "pretrain")
     return training
+
+
+def _open_objective(
+    settings: Settings, context: Context, source: Path, tokens: Path, accelerator: Accelerator
+) -> tuple[nn.Module, Objective]:
+    """The model with its loss, as the processes run it and without DDP; where they shard it, none ever holds all."""
+    given = (source, tokens, settings.sequence_length)
+    if not accelerator.is_fsdp2:
+        objective = Objective(build(*given, context.seed), settings)
+        if accelerator.is_main_process:
+            require_documents_apart(objective, torch.device("cpu"))
+        wrapped = accelerator.prepare(objective)
+        device.require_wrapped(wrapped, accelerator.num_processes, settings.launch)
+        return wrapped, accelerator.unwrap_model(wrapped)
+    if source.is_dir() and accelerator.is_main_process:
+        model_folder.require_undamaged(source)
+    objective = Objective(meta.shapes(blueprint(*given)).train(), settings)
+    plugin = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False  # it sends a whole model from the main process
+    no_optimizer = torch.optim.SGD([*objective.parameters()][:1])  # accelerate shards no model without one
+    objective, _ = accelerator.prepare(objective, no_optimizer)
+    device.require_wrapped(objective, accelerator.num_processes, settings.launch)
+    offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    objective.to_empty(device=torch.device("cpu") if offloads else accelerator.device)
+    if not fill(objective.model, *given, context.seed):
+        context.note("this architecture is not filled module by module: each process held the whole model at its start")
+    require_documents_apart(objective, accelerator.device)
+    return objective, objective
 
 
 def resolve_compile(settings: Settings, model: PreTrainedModel, where: torch.device) -> tuple[bool, str]:

@@ -1,6 +1,7 @@
 """The model to train: built from a YAML or opened from a folder, and wrapped with its loss."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,8 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cordee import files, yaml12
-from cordee.compute.model import open_model
+from cordee import files, model_folder, yaml12
+from cordee.compute import meta, shards
+from cordee.compute.model import attention, open_model
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_folder, tokenizer_remark
 from cordee.errors import Fault, UserError, nearest
 from pretrain.data.loader import IGNORED
@@ -32,13 +34,16 @@ class Objective(nn.Module):
         self._no_split_modules = model._no_split_modules  # noqa: SLF001 - accelerate shards the class named here
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What each label costs by the loss, whether it counts, and its plain nats.
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What each label costs by the loss, whether it counts, and its plain nats; without labels, float32's logits.
 
         Each `[rows, sequence_length]`; the costs and nats in float32, 0 where there is no label. Only the costs have a
         gradient.
         """
+        if labels is None:
+            logits: torch.Tensor = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            return logits
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         logits = logits.float()
@@ -77,24 +82,70 @@ def build(source: Path, tokens: Path, sequence_length: int, seed: int) -> PreTra
     Raises:
         UserError: a field is unknown, or the model does not fit the tokens.
     """
-    tokenizer = tokens / "tokenizer"
     if source.is_dir():
         model = open_model(source, dtype=torch.float32, key="model")
+        _require_fit(model.config, source, tokens, sequence_length)
+        return model.train()
+    make = blueprint(source, tokens, sequence_length)
+    torch.manual_seed(seed)
+    return make().train()
+
+
+def blueprint(source: Path, tokens: Path, sequence_length: int) -> Callable[[], PreTrainedModel]:
+    """What makes the model that `build` gives, with weights that are drawn anew; the arguments are those of `build`.
+
+    Raises:
+        UserError: a field is unknown, or the model does not fit the tokens.
+    """
+    if source.is_dir():
+        model_folder.require(source, "model")
+        config, options = AutoConfig.from_pretrained(source, local_files_only=True), attention(source)
+    else:
+        config, options = _read_config(source, tokens), {}
+        special = open_tokenizer(tokens / "tokenizer", key="data.0.tokens")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(special, name))
+    _require_fit(config, source, tokens, sequence_length)
+    return lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+
+
+def fill(model: PreTrainedModel, source: Path, tokens: Path, sequence_length: int, seed: int) -> bool:
+    """Give a model, each of whose weights may lie in shards, the values that `build` gives, with the same arguments.
+
+    Returns:
+        Whether each process held no more than a module of the model at once.
+    """
+    make = blueprint(source, tokens, sequence_length)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def put(name: str, whole: torch.Tensor) -> None:
+        if name in tensors:  # a head that is the embedding has no name of its own
+            shards.put(whole, tensors[name])
+
+    try:
+        if source.is_dir():
+            meta.read(make, source, tensors)
+        else:
+            meta.draw(make, seed, put)
+    except meta.NotByModule:
+        whole = build(source, tokens, sequence_length, seed)
+        for name, value in (*whole.named_parameters(), *whole.named_buffers()):
+            put(name, value.detach())
+        return False
+    return True
+
+
+def _require_fit(config: PreTrainedConfig, source: Path, tokens: Path, sequence_length: int) -> None:
+    """See that a model fits the tokens that it will be trained on, and this training."""
+    tokenizer = tokens / "tokenizer"
+    if source.is_dir():
         open_tokenizer(source, key="model")
         if files.sha256(source / "tokenizer.json") != files.sha256(tokenizer / "tokenizer.json"):
             raise UserError(f"its tokenizer is not that of {tokens}", file=source / "tokenizer.json", key="model")
-        _require_positions(model.config, source, sequence_length)
-        _require_no_loss_of_its_own(model.config, source)
-        return model.train()
-    config = _read_config(source, tokens)
-    special = open_tokenizer(tokenizer, key="data.0.tokens")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(special, name))
+    else:
+        _require_opens_beside(config, source, tokenizer)
     _require_positions(config, source, sequence_length)
     _require_no_loss_of_its_own(config, source)
-    _require_opens_beside(config, source, tokenizer)
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
 
 def shape(source: Path, tokens: Path) -> PreTrainedModel:
@@ -162,24 +213,23 @@ def _read_config(source: Path, tokens: Path) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def require_documents_apart(model: PreTrainedModel) -> None:
-    """Check on two short documents in one row that neither attends to the other.
+def require_documents_apart(objective: Objective, where: torch.device) -> None:
+    """Check on two short documents in one row that neither attends to the other; in shards, all processes call this.
 
     Raises:
         Fault: the architecture does not take documents packed by their positions.
     """
-    model.eval()  # no dropout
-    first, second = torch.arange(5, 12), torch.arange(3, 14)  # any ids: what is seen of the other is what matters
-    vocab_size = model.config.get_text_config().vocab_size
+    objective.eval()  # no dropout
+    first, second = torch.arange(5, 12, device=where), torch.arange(3, 14, device=where)
+    vocab_size = objective.model.config.get_text_config().vocab_size  # any ids do: what is seen of the other matters
     documents = [ids.remainder(vocab_size).unsqueeze(0) for ids in (first, second)]
-    positions = [torch.arange(ids.shape[1]).unsqueeze(0) for ids in documents]
-    apart = [
-        model(input_ids=ids, position_ids=at, use_cache=False).logits
-        for ids, at in zip(documents, positions, strict=True)
-    ]
-    packed = model(input_ids=torch.cat(documents, 1), position_ids=torch.cat(positions, 1), use_cache=False).logits
-    difference = (packed - torch.cat(apart, 1)).abs().max() / packed.abs().max()
+    positions = [torch.arange(ids.shape[1], device=where).unsqueeze(0) for ids in documents]
+    apart = torch.cat([objective(ids, at) for ids, at in zip(documents, positions, strict=True)], 1)
+    packed = objective(torch.cat(documents, 1), torch.cat(positions, 1))
+    shards.reshard(objective)
+    difference = (packed - apart).abs().max() / packed.abs().max()
     if not difference <= LEAK:
-        problem = f"{type(model).__name__} lets documents of one row see each other: logits differ by {difference:.1e}"
+        kind = type(objective.model).__name__
+        problem = f"{kind} lets documents of one row see each other: logits differ by {difference:.1e}"
         raise Fault(problem, key="model")
-    model.train()
+    objective.train()

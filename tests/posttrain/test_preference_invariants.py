@@ -20,7 +20,8 @@ from cordee import files
 from cordee.stage import Context
 
 Trained = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
-FSDP = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
+ROOT = Path(__file__).parents[2]
+FSDP = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
     "one by one": {"per_device_train_batch_size": 1},
     "two batches": {"per_device_train_batch_size": 4},
@@ -86,7 +87,7 @@ def start(stage: str, keys: dict[str, Any], work: Path) -> "subprocess.Popen[byt
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     if asked["config_file"]:
         given = ["--config_file", asked["config_file"], "--num_processes", str(processes), "--main_process_port", "0"]
-        launch = ["-m", "accelerate.commands.launch", *given, str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+        launch = ["-m", "accelerate.commands.launch", *given, str(ROOT / "tests" / "stages" / "fsdp_on_cpu.py")]
         environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
     elif processes > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -88,15 +88,15 @@ def test_a_model_that_ignores_where_documents_begin_is_found(tokens):
     class Leaking(nn.Module):
         def __init__(self, model):
             super().__init__()
-            self.model, self.config = model, model.config
+            self.model, self.config, self._no_split_modules = model, model.config, None
 
         def forward(self, input_ids, position_ids, use_cache):  # noqa: ARG002 - ignoring one is the fault
             return self.model(input_ids=input_ids, use_cache=use_cache)
 
     model = build(MICRO, tokens, 64, seed=3)
-    require_documents_apart(model)
+    require_documents_apart(Objective(model, SETTINGS), torch.device("cpu"))
     with pytest.raises(Fault, match="lets documents of one row see each other"):
-        require_documents_apart(Leaking(model))
+        require_documents_apart(Objective(Leaking(model), SETTINGS), torch.device("cpu"))
 
 
 def test_a_new_model_has_the_tokens_vocabulary_and_special_tokens_and_follows_from_the_seed(tokens):
