@@ -81,9 +81,9 @@ def test_no_note_of_a_stage_steers_the_bars():
     def show(console):
         with Display(console) as display:
             display.begin("sft", f"[red]{STEERING}")
-            display.event({"event": "note", "time": 0.0, "text": f"[bold]note {STEERING}"})
-            display.event({"event": "waits", "time": 0.0, "text": STEERING})
-            display.end(f"[blink]{STEERING}")
+            display.event("sft", {"event": "note", "time": 0.0, "text": f"[bold]note {STEERING}"})
+            display.event("sft", {"event": "waits", "time": 0.0, "text": STEERING})
+            display.end("sft", f"[blink]{STEERING}")
 
     text = written(show)
     assert "[bold]note" in text

@@ -53,7 +53,7 @@ def adapter_of_transformers_4(folder: Path, base: Path, targets: list[str]) -> d
             made |= {f"base_model.model.{layer}.lora_{side}.weight": part for side, part in (("A", down), ("B", up))}
             added[name] = 4 / 2 * up @ down
     folder.mkdir()
-    save_file(made, folder / ADAPTER_WEIGHTS[0])
+    save_file(made, folder / ADAPTER_WEIGHTS)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": targets}
     files.write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": str(base)})
     return added
@@ -93,9 +93,9 @@ def test_an_adapter_of_transformers_4_is_merged_and_trained_on(
     else:
         with pytest.raises(UserError, match="sets target_parameters, and the sum of such an adapter"):
             sft.run(sft.Config.model_validate(keys), new_context("sum"))
-    stored = load_file(old / ADAPTER_WEIGHTS[0])
+    stored = load_file(old / ADAPTER_WEIGHTS)
     for lacking in (f"{targets[0]}.lora_B", next(key for key in stored if targets[-1] in key)):
-        save_file({key: part for key, part in stored.items() if lacking not in key}, old / ADAPTER_WEIGHTS[0])
+        save_file({key: part for key, part in stored.items() if lacking not in key}, old / ADAPTER_WEIGHTS)
         with pytest.raises(UserError, match="does not fit"):
             adapter.open_served(old)
 
@@ -116,7 +116,7 @@ def test_names_of_transformers_4_reach_the_experts_and_a_note_says_what_is_cover
     keys = sft_keys(make(tmp_path / "base", name), chats(tmp_path), lora={"r": 2, "target_modules": targets})
     sft.run(sft.Config.model_validate(keys), context)
     assert f"lora covers {note}" in context.events.read_text()
-    stored = load_file(context.out / ADAPTER_WEIGHTS[0])
+    stored = load_file(context.out / ADAPTER_WEIGHTS)
     assert any("mlp.experts" in key and part.any() for key, part in stored.items()) == (name == "qwen3_moe")
     config = files.read_json(context.out / "adapter_config.json")
     assert (config["target_parameters"] or []) == sorted(config["target_parameters"] or [])

@@ -10,6 +10,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.fsdp import fully_shard
 
 from cordee.compute import resume
+from cordee.stage import Context
 from pretrain.training import optimizers
 from pretrain.training.model import build
 from pretrain.training.settings import Settings
@@ -117,7 +118,7 @@ def sharded_process(rank, folder):
     optimizer = optimizers.ademamix(model, settings(optimizer="ademamix"))
     resume.restore(resume.newest(folder / "resume")[0], model, optimizer)
     take_step(model, optimizer, 2)
-    weights = {name: resume.full(tensor) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
     if rank == 0:
         torch.save(weights, folder / "sharded.pt")
     distributed.destroy_process_group()
@@ -140,7 +141,8 @@ def take_step(model, optimizer, seed):
 def test_ademamix_trains_in_shards_what_one_process_trains_and_goes_on_from_its_state(tmp_path):
     model, optimizer = made(0)
     take_step(model, optimizer, 1)
-    resume.save(tmp_path / "resume", {"step": 1}, model, optimizer, writes=True)
+    with resume.Saver(Context(out=tmp_path, seed=0, events=tmp_path / "events.jsonl"), model, optimizer) as saver:
+        saver.save({"step": 1})
     take_step(model, optimizer, 2)
     multiprocessing.spawn(sharded_process, (tmp_path,), nprocs=2)
     sharded = torch.load(tmp_path / "sharded.pt")
