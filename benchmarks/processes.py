@@ -59,6 +59,16 @@ class Process:
 
 
 def step_s(events: Sequence[dict[str, Any]], skipped: int) -> float:
-    """Seconds a step, by the times at which a stage's events report its steps, from step `skipped` on."""
-    steps = [row for row in events if row.get("unit") == "steps" and row["done"] >= skipped]
+    """Seconds a step, by the times at which a stage's events report its steps, from step `skipped` on.
+
+    Where steps are so short that no two of these are reported (at most one a second is), from the first one on.
+
+    Raises:
+        ValueError: fewer than two steps are reported at all.
+    """
+    reported = [row for row in events if row.get("unit") == "steps" and row["done"]]
+    late = [row for row in reported if row["done"] >= skipped]
+    steps = late if len(late) > 1 else reported
+    if len(steps) < 2:
+        raise ValueError(f"{len(steps)} steps are reported: too few to tell how long one takes")
     return float((steps[-1]["time"] - steps[0]["time"]) / (steps[-1]["done"] - steps[0]["done"]))

@@ -34,6 +34,19 @@ def test_every_part_that_needs_no_gpu_is_measured(tmp_path):
     assert "same weights, bit for bit" in done.stdout
 
 
+def test_a_step_is_timed_by_what_a_stage_reports(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from processes import step_s
+
+    def reported(*steps):
+        return [{"unit": "rows", "done": 5, "time": 1.0}, *({"unit": "steps", "done": n, "time": t} for n, t in steps)]
+
+    assert step_s(reported((0, 0.0), (1, 9.0), (4, 10.0), (8, 14.0), (12, 18.0)), 4) == 1.0
+    assert step_s(reported((0, 0.0), (1, 1.0), (12, 1.55)), 4) == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="1 steps are reported"):
+        step_s(reported((0, 0.0), (12, 1.0)), 4)
+
+
 def test_a_part_that_is_late_or_fails_does_not_end_the_others(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
