@@ -90,10 +90,11 @@ def test_a_recipe_is_a_chain_of_jobs_and_what_is_done_is_not_submitted_again(slu
 
 
 def test_a_second_run_joins_the_first_and_status_says_how_far_it_is(slurm, call, work):
-    found = jobs(call("run", "count.yaml", SLOWLY))
+    slowly = "one.pace_s=2"
+    found = jobs(call("run", "count.yaml", slowly))
     slurm.wait_for(lambda: steps(work) > 5)
-    assert "nothing to submit: one, two waits or runs" in call("run", "count.yaml", SLOWLY)
-    told = call("status", "count.yaml", SLOWLY)
+    assert "nothing to submit: one, two waits or runs" in call("run", "count.yaml", slowly)
+    told = call("status", "count.yaml", slowly)
     assert re.search(rf"one .* running .* job {found['one']}: steps \d+/300", told), told
     assert re.search(rf"two .* waiting .* job {found['two']}: it needs one", told), told
     cancelled = call("cancel", "count.yaml")
