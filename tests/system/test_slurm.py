@@ -1,6 +1,8 @@
 """Recipes as jobs of a real Slurm of three nodes: what is submitted, what fails, what is killed, and what continues."""
 
 import hashlib
+import importlib.util
+import json
 import os
 import re
 import signal
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cordee import events
+from cordee import events, manifest
 
+ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = """
 kind: slurm
 partition: all
@@ -152,9 +155,50 @@ def test_processes_on_two_nodes_are_one_training_and_one_that_dies_ends_them_all
 
 
 def peak_memory(artifact: Path) -> int:
-    from cordee import manifest
-
     return manifest.read(artifact).peak_memory_bytes
+
+
+def weights(artifact: Path) -> dict[str, str]:
+    """The hashes of a model's weights, as its manifest has them."""
+    found = {one.path: one.sha256 for one in manifest.read(artifact).files if one.path.endswith(".safetensors")}
+    assert found
+    return found
+
+
+@pytest.mark.long
+def test_a_training_on_two_nodes_ends_in_the_weights_of_one_node(slurm, call, cordee, work):
+    """With as many processes; requeued, it has saved on all nodes, and continues to the same weights."""
+    spec = importlib.util.spec_from_file_location("pretrain_conftest", ROOT / "tests" / "pretrain" / "conftest.py")
+    samples = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(samples)
+    tokens = samples.write_tokens(work / "tokens", [40, 55, 31, 60] * 30)
+    training = {
+        "uses": "pretrain.train",
+        "model": str(ROOT / "configs/models/apertus-micro.yaml"),
+        "data": [{"tokens": str(tokens)}],
+        "max_steps": 200,
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "sequence_length": 64,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "decay_steps": 2,
+        "precision": "float32",
+        "compile": "off",
+        "logging_steps": 1,
+        "resume_steps": 1000,  # it continues from what it saves when it is asked to end
+        "launch": {"num_processes": 2},
+    }
+    (work / "train.yaml").write_text(json.dumps({"name": "train", "seed": 17, "stages": {"base": training}}))
+    done = cordee("run", "train.yaml", "--runs", "here", cwd=work, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = jobs(call("run", "train.yaml"))
+    slurm.wait_for(lambda: steps(work, "train/logs/base@1") >= 10, seconds=600)
+    slurm("scontrol", "requeue", found["base"])
+    assert slurm.reaches(found["base"], "COMPLETED", "FAILED", seconds=900) == "COMPLETED"
+    assert any(event["event"] == "resumed" for event in seen(work, "train/logs/base@1"))
+    assert weights(work / "runs/train/base@1") == weights(work / "here/train/base@1")
+    assert manifest.read(work / "runs/train/base@1").metrics["num_processes"] == 2
 
 
 @pytest.mark.long
