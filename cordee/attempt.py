@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cordee import artifact, config, events, files, hashes, identity, lock, manifest, provenance
+from cordee import (
+    artifact,
+    config,
+    events,
+    files,
+    goodput,
+    hashes,
+    heartbeat,
+    identity,
+    lock,
+    manifest,
+    provenance,
+)
 from cordee.artifact import Artifact, Damaged
 from cordee.errors import Fault, UserError
 from cordee.lock import Held
@@ -50,8 +62,10 @@ class Attempt:
             Fault: another run took the stage over.
         """
         self.lock.require()
+        goodput.close(self.work, "finished")
         seconds = round(events.worked_s(self.work.events), 3)
-        found = {"metrics": metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes}
+        spent = goodput.account(events.read(self.work.events))
+        found = {"metrics": metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes, "goodput": spent}
         return artifact.publish(self.work, self.draft.model_copy(update=found))
 
 
@@ -121,10 +135,10 @@ def _verified(plan: Plan, planned: Planned, artifacts: Mapping[str, Artifact]) -
 
 
 def _write_job(plan: Plan, planned: Planned, work: Work, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Write the job and the attempt's first event; an earlier attempt's stop flag and result are removed."""
+    """Write the job and the attempt's first event; an earlier attempt's flags and result are removed."""
     work.logs.mkdir(parents=True, exist_ok=True)
-    work.stop.unlink(missing_ok=True)
-    work.result.unlink(missing_ok=True)
+    for path in (work.stop, work.save, work.result):
+        path.unlink(missing_ok=True)
     job = {
         "uses": planned.item.stage.uses,
         "config": config.resolved(planned.config, inputs),
@@ -135,6 +149,8 @@ def _write_job(plan: Plan, planned: Planned, work: Work, inputs: Mapping[str, st
         "hashes": hashes.known(inputs.values()),
     }
     files.write_json(work.job, job)
+    goodput.close(work, "killed", goodput.GONE)
+    heartbeat.clear(work.logs)
     events.append(work.events, "start")
     return job
 

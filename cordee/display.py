@@ -92,7 +92,7 @@ class Display:
     def event(self, stage: str, event: dict[str, Any]) -> None:
         """Show an event of a stage: progress or a note."""
         shown = self.stages[stage]
-        if event["event"] in ("note", "resumed"):
+        if event["event"] in ("note", "resumed", "incident"):
             self.say(stage, event["text"])
         elif event["event"] == "waits":
             shown.waits = (event["text"], time.monotonic())

@@ -21,6 +21,16 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "saved": {"time": int | float, "step": int, "blocked_s": int | float, "seconds": int | float},
     "progress": {"time": int | float, "done": int | float, "total": int | float, "unit": str, "figures": dict},
     "error": {"time": int | float, "exit_code": int, "text": str},
+    "incident": {"time": int | float, "kind": str, "step": int, "text": str},
+    "ended": {
+        "time": int | float,
+        "cause": str,
+        "step": int,
+        "taken": int,
+        "silent_s": int | float,
+        "spent": dict,
+        "text": str,
+    },
 }
 
 

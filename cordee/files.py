@@ -35,6 +35,21 @@ def write_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def can_write(folder: Path) -> bool:
+    """Whether a folder's storage takes a file of 1 MB, and gives it back."""
+    beside, content = folder / f".probe.{os.getpid()}", os.urandom(2**20)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        is_whole = beside.read_bytes() == content
+        beside.unlink()
+    except OSError:
+        return False
+    return is_whole
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON in the same way; NaN is refused, because it is no JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cordee import machine
 from cordee.errors import Fault
 
 BEAT_S = 15.0
@@ -74,12 +75,12 @@ def hold(path: Path, wait_s: float = 0.0) -> Iterator[Held]:
 
 def owner(pid: int) -> dict[str, Any]:
     """A process: host, pid and start time, so that a reused pid is told apart."""
-    return {"host": platform.node(), "pid": pid, "started": _started(pid)}
+    return {"host": platform.node(), "pid": pid, "started": machine.started(pid)}
 
 
 def is_gone(process: dict[str, Any]) -> bool:
     """Whether a process of this host has ended; False for a process of another host."""
-    return bool(process["host"] == platform.node() and _started(process["pid"]) != process["started"])
+    return bool(process["host"] == platform.node() and machine.started(process["pid"]) != process["started"])
 
 
 def is_held(path: Path) -> bool:
@@ -161,15 +162,6 @@ def _held(path: Path) -> Fault:
     except (OSError, json.JSONDecodeError):
         who = ""
     return Fault("another run holds this stage", file=path, hint=f"{who}wait for it, or stop it")
-
-
-def _started(pid: int) -> str | None:
-    """Start time of a process of this host (clock ticks since boot); None if it does not run."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state in "ZX" else fields[18]  # a zombie has ended
 
 
 def _beat(held: Held, ended: threading.Event) -> None:

@@ -98,6 +98,42 @@ def fast_precision() -> str:
     return "bfloat16" if is_fast else "float32"
 
 
+def started(pid: int) -> str | None:
+    """Start time of a process of this machine (clock ticks since boot); None if it does not run."""
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] not in "ZX" else None  # a zombie has ended
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, as SIGSTOP does it."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] == "T"
+
+
+def age_s(pid: int) -> float:
+    """Seconds since a process was started; 0 where it does not run."""
+    fields = _stat(pid)
+    if not fields:
+        return 0.0
+    up_s = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    return max(0.0, up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+
+
+def oom_kills() -> int:
+    """Processes of this machine that the kernel has killed for memory, those over a cgroup's limit included."""
+    told = Path("/proc/vmstat")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third, its state, on; none if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def _value(path: Path, name: str) -> str:
     """The value of the first line `name: value` of a file in /proc; empty where there is none."""
     if not path.exists():

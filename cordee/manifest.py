@@ -71,6 +71,37 @@ class Git(_Part):
     dirty: bool
 
 
+class Incident(_Part):
+    """Something that went wrong while a stage ran, and what it cost."""
+
+    kind: str
+    """Its cause, as `cordee.causes` names it, or `straggler`."""
+    text: str
+    """Which process, where, and what was seen of it."""
+    step: int
+    """The last step that was taken before."""
+    time: float
+    """Seconds since 1970."""
+    lost_s: float
+    """Seconds until the stage was as far again."""
+
+
+class Goodput(_Part):
+    """What the time of a stage went to."""
+
+    wall_s: float
+    """Of all attempts, and of the waits between them where the same run restarted it."""
+    seconds: dict[str, float]
+    """`productive`, `start`, `data`, `compile`, `checkpoint`, `lost work`, `hang`, `restart`; they add up."""
+    attempts: int
+    incidents: tuple[Incident, ...]
+
+    @property
+    def share(self) -> float:
+        """Productive time as a share of all."""
+        return self.seconds["productive"] / self.wall_s if self.wall_s else 1.0
+
+
 class Manifest(_Part):
     """What an artifact consists of, and what it was made from and with."""
 
@@ -101,6 +132,8 @@ class Manifest(_Part):
     peak_memory_bytes: int
     """Of the largest process of the last attempt."""
     files: tuple[File, ...]
+    goodput: Goodput | None = None
+    """None in artifacts that were made before it was measured."""
 
     @property
     def name(self) -> str:

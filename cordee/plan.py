@@ -4,7 +4,8 @@ A stage is *done* when an artifact with its fingerprint exists, *stale* when thi
 identity (the plan says which keys differ), and *ready* otherwise. What is not done will run.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class Planned:
     """What changed, key by key; whether an interrupted attempt will be continued; which artifacts are damaged."""
     artifact: Artifact | None
     cost: Cost
+    estimate: Callable[[dict[str, Any]], Cost] | None = field(default=None, compare=False, repr=False)
+    """The cost with some keys changed; None where the stage's module can't say."""
 
     @property
     def name(self) -> str:
@@ -154,10 +157,10 @@ def _planned(
     ]
     if store.work_folders(recipe.name, item.name, fingerprint).fingerprint == fingerprint:
         why.append("continues where it was stopped")
-    cost, damage = _cost(recipe, item, config, targets, before)
-    return Planned(
-        item, config, targets, now, fingerprint, "stale" if earlier else "ready", (*why, *damage), None, cost
-    )
+    estimate = _estimate(item, config, targets, before) if item.stage.cost else None
+    cost, damage = _cost(recipe, item, targets, estimate) if estimate else (Cost(), [])
+    state = "stale" if earlier else "ready"
+    return Planned(item, config, targets, now, fingerprint, state, (*why, *damage), None, cost, estimate)
 
 
 def _reasons(earlier: Artifact, now: dict[str, Any], targets: dict[str, Target]) -> list[str]:
@@ -170,27 +173,36 @@ def _reasons(earlier: Artifact, now: dict[str, Any], targets: dict[str, Target])
     return lines
 
 
-def _cost(
-    recipe: Recipe, item: RecipeStage, config: Config, targets: dict[str, Target], before: dict[str, Planned]
-) -> tuple[Cost, list[str]]:
-    """What a stage will cost, as far as its module can say; unknown where an artifact that it reads is damaged.
-
-    Raises:
-        CordeeError: one of its inputs can't be used.
-    """
-    if item.stage.cost is None:
-        return Cost(), []
-    # An input that exists is given as its path, so that its files can be read; any other stays a reference.
-    paths = {key: str(targets[key].path or value) for key, value in inputs(config)}
-    config = type(config).model_validate(resolved(config, paths))
+def _estimate(
+    item: RecipeStage, config: Config, targets: dict[str, Target], before: dict[str, Planned]
+) -> Callable[[dict[str, Any]], Cost]:
+    """A function that says what a stage would cost with some of its keys changed."""
     given = {}
     for key, target in targets.items():
         if target.stage:
             given[key] = before[target.stage].cost
         elif target.artifact:
             given[key] = measured(target.artifact)
+
+    def estimate(changes: dict[str, Any]) -> Cost:
+        # An input that exists is given as its path, so that its files can be read; any other stays a reference.
+        paths = {key: str(targets[key].path or value) for key, value in inputs(config)}
+        told = type(config).model_validate({**resolved(config, paths), **changes})
+        return item.stage.cost(told, given) if item.stage.cost else Cost()
+
+    return estimate
+
+
+def _cost(
+    recipe: Recipe, item: RecipeStage, targets: dict[str, Target], estimate: Callable[[dict[str, Any]], Cost]
+) -> tuple[Cost, list[str]]:
+    """What a stage will cost, as far as its module can say; unknown where an artifact that it reads is damaged.
+
+    Raises:
+        CordeeError: one of its inputs can't be used.
+    """
     try:
-        return item.stage.cost(config, given), []
+        return estimate({}), []
     except Exception as error:
         read = [(key, target.artifact, target.place) for key, target in targets.items() if target.artifact]
         damage = [f"{key}: {line}" for key, of, place in read for line in artifact.verify(of, place)]

@@ -14,7 +14,20 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from cordee import attempt, cluster, events, files, hub, launchers, machine, signals, units
+from cordee import (
+    advice,
+    attempt,
+    cluster,
+    events,
+    files,
+    goodput,
+    hub,
+    launchers,
+    machine,
+    signals,
+    supervisor,
+    units,
+)
 from cordee.artifact import Artifact
 from cordee.attempt import Attempt
 from cordee.cluster import Cluster, Needs
@@ -22,6 +35,7 @@ from cordee.display import Display
 from cordee.errors import CordeeError, Fault, Stopped, UserError
 from cordee.launchers import Handle, Job, command, local
 from cordee.plan import Plan, Planned, in_recipe
+from cordee.supervisor import Supervised
 
 POLL_S = 0.2
 STOP_GRACE_S = 90.0
@@ -37,6 +51,8 @@ class Where:
     """Stages that may run at once."""
     waits: bool = False
     """Whether it waits for a run that holds a stage: one whose node has died is seen to be gone after minutes."""
+    restarts: int = supervisor.RESTARTS
+    """How often a stage that failed without a fault of its own is started again before it is a step further."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class _Running:
 
     planned: Planned
     attempt: Attempt
-    handle: Handle
+    handle: Supervised
     tail: events.Tail
     end: contextlib.ExitStack
     """Gives its lock back."""
@@ -164,7 +180,7 @@ class _Run:
             job = Job(planned.name, argv, environment, current.work.log, current.work.stop, needs.nodes, needs.cores)
             tail = events.Tail(current.work.events)
             self.display.begin(planned.name, current.announce())
-            handle = self.where.start(job)
+            handle = Supervised(self.where.start, job, current.work, self.where.restarts)
             self.running.append(_Running(planned, current, handle, tail, end.pop_all(), gpus))
 
     def _needs(self, planned: Planned) -> Needs:
@@ -180,22 +196,20 @@ class _Run:
             if exit_code is not None:
                 self.running.remove(one)
                 with one.end:
-                    self._end(one, exit_code)
+                    self._end(one)
             elif one.attempt.lock.lost.is_set():  # another run has taken it over
                 self.running.remove(one)
                 with one.end:
                     one.handle.kill()
-                    self._end(one, 0)
+                    self._end(one)
             elif self.stop_at and time.monotonic() > self.stop_at:
                 one.handle.kill()
         self.display.tick()
         time.sleep(POLL_S)
 
-    def _end(self, one: _Running, exit_code: int) -> None:
+    def _end(self, one: _Running) -> None:
         """Publish a stage that has ended, or keep its error."""
-        try:
-            _raise_for(exit_code, one, was_stopped=self.stop_at is not None)
-        except CordeeError as error:
+        if error := _error(one, was_stopped=self.stop_at is not None):
             is_stopped = isinstance(error, Stopped)
             self.display.end(one.planned.name, "stopped" if is_stopped else "failed")
             self._keep(one.planned, error if is_stopped else in_recipe(self.plan.recipe, one.planned.item, error))
@@ -208,8 +222,9 @@ class _Run:
             self._keep(one.planned, error)
             return
         self.artifacts[one.planned.name] = published
-        took = units.duration(published.manifest.seconds)
-        self.display.end(one.planned.name, f"published {published.name} after {took}")
+        took, spent = units.duration(published.manifest.seconds), published.manifest.goodput
+        said = f"; {goodput.told(spent)}" if spent else ""
+        self.display.end(one.planned.name, f"published {published.name} after {took}{said}")
 
     def _keep(self, planned: Planned, error: CordeeError) -> None:
         """Keep the first error, to be raised once the stages that run have ended too."""
@@ -246,28 +261,26 @@ def _limits(planned: Planned, gpus: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _raise_for(exit_code: int, one: _Running, *, was_stopped: bool) -> None:
-    """Raise the error that a job ended with, if it did.
+def _error(one: _Running, *, was_stopped: bool) -> CordeeError | None:
+    """The error that a job ended with, if it did, and what to do about it.
 
-    A job that was asked to stop and failed counts as stopped: what it consists of may have been ended before it. One
-    that stopped and was not asked to has failed: accelerate's launcher ends the others where one process dies.
+    A job that was asked to stop and failed counts as stopped: what it consists of may have been ended before it.
     """
-    work = one.attempt.work
-    was_asked = was_stopped or launchers.is_due() or work.stop.exists()
-    for event in one.tail.seen:
-        if event["event"] == "error":
-            error = events.error_of(event)
-            if was_stopped and not isinstance(error, Stopped):
-                raise Stopped(f"stopped; the next run continues from the last state that was saved ({error})")
-            if was_asked or not isinstance(error, Stopped):
-                raise error
-    if exit_code != 0 and was_stopped:
-        raise Stopped("stopped; the next run continues from the last state that was saved")
-    if exit_code != 0:
-        text = work.log.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        said = lines[-1] if lines else "its log is empty"
-        raise Fault(f"the stage ended with exit code {exit_code}: {said}", file=work.log)
+    cause, planned = one.handle.cause, one.planned
+    stopped = "stopped; the next run continues from the last state that was saved"
+    hints = [one.handle.advice, cause.hint]
+    if cause.kind == "out of memory":
+        hints = [advice.on_memory(planned.config, planned.cost, planned.estimate)]
+    if error := next(iter(one.handle.errors), None):
+        if was_stopped and not isinstance(error, Stopped):
+            return Stopped(f"{stopped} ({error})")
+        hints = [error.hint, *(hint for hint in hints if hint not in error.hint)]
+        return type(error)(error.problem, file=error.file, key=error.key, hint="; ".join(filter(None, hints)))
+    if cause.kind == "finished":
+        return None
+    if was_stopped or cause.kind == "stopped":
+        return Stopped(stopped)
+    return Fault(f"{cause.kind}: {cause.text}", file=one.attempt.work.log, hint="; ".join(filter(None, hints)))
 
 
 def keep_recipe(plan: Plan) -> Path:

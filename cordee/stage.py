@@ -5,6 +5,7 @@ that is raised when its results change (1 if there is none), and `cost(config, g
 """
 
 import ast
+import functools
 import importlib
 import importlib.util
 import os
@@ -21,6 +22,7 @@ from cordee import events, files
 from cordee.config import Config
 from cordee.cost import Cost
 from cordee.errors import Stopped, UserError, nearest
+from cordee.heartbeat import Heart
 
 CACHE = "CORDEE_CACHE"
 """In the environment of a stage: a folder for what it can make again, kept from one start to the next."""
@@ -46,6 +48,16 @@ class Context:
     seed: int
     events: Path
     """`events.jsonl`: progress and notes, for the display; no part of the artifact."""
+
+    @functools.cached_property
+    def heart(self) -> Heart:
+        """Says what this process does, for what watches it; a stage that trains calls it."""
+        return Heart(self.events.parent)
+
+    def ends(self) -> None:
+        """The stage has ended in this process."""
+        if "heart" in self.__dict__:
+            self.heart.enter("end")
 
     @property
     def is_main(self) -> bool:
@@ -116,6 +128,15 @@ class Context:
         """Whether the run was asked to stop, or its time is over: the stage then saves its state and calls `stop`."""
         is_due = time.time() >= float(os.environ.get(DEADLINE, "inf"))
         return is_due or ASKED.is_set() or (self.events.parent / "stop").exists()
+
+    def save_requested(self) -> bool:
+        """Whether a resume point was asked for, by a file `save` beside the events; see `drop_save_request`."""
+        return (self.events.parent / "save").exists()
+
+    def drop_save_request(self) -> None:
+        """The resume point that was asked for is written."""
+        if self.is_main:
+            (self.events.parent / "save").unlink(missing_ok=True)
 
     def stop_if_asked(self, where: str) -> None:
         """End a stage that saves no state, if the run was asked to stop; `where` is its progress (`document 3 of 9`).

@@ -37,6 +37,11 @@ class Work:
         return self.logs / "stop"
 
     @property
+    def save(self) -> Path:
+        """Exists when the stage was asked for a resume point; the stage removes it once there is one."""
+        return self.logs / "save"
+
+    @property
     def result(self) -> Path:
         """What the stage returned."""
         return self.logs / "result.json"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cordee import alone, events, files, hashes, lock
+from cordee import alone, events, files, hashes, heartbeat, lock
 from cordee.config import Config
 from cordee.errors import CordeeError, Fault, from_system
 from cordee.launchers import RUNNER
@@ -41,6 +41,7 @@ def main(config_type: type[Config], run: Run) -> None:
     arguments = parser.parse_args()
     _offline()
     sys.stdin = io.StringIO()  # no library may ask, such as whether to run a model's code
+    heartbeat.register()
     try:
         if arguments.job:
             _die_with_runner()
@@ -88,6 +89,8 @@ def run_stage(config: Config, context: Context, run: Run) -> dict[str, Any]:
         log = context.events.with_name("log.txt")
         hint = f"the details are in {log}" if log.exists() else "the details are above"
         raise Fault(f"{type(error).__name__}: {error}", file=context.out, hint=hint) from error
+    finally:
+        context.ends()
 
 
 def _offline() -> None:

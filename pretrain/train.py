@@ -124,6 +124,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             loop.resume_measuring(training, state)
             loop.train(training, state)
             found = loop.measure_heldout(training, state)
+            context.heart.enter("publish")
             checkpoint.save(training.objective.model, context, ".", training.tokenizer)
         metrics = assembly.metrics(training, state) | {"heldout_bits_per_byte": found["bits_per_byte"]}
         if context.is_main:

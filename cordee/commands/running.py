@@ -1,5 +1,6 @@
 """Commands that plan and run a recipe, here or on a cluster, and tell how far it is."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from cordee.cluster import Cluster
     from cordee.plan import Plan
 
+Restarts = Annotated[
+    int, typer.Option(min=0, help="restarts of a stage that was killed or hangs, before it is a step further (0: none)")
+]
 OnCluster = Annotated[
     str | None, typer.Option("--cluster", metavar="NAME", help="configs/clusters/NAME.yaml, or a path to such a file")
 ]
@@ -42,6 +46,7 @@ def run(
         bool, typer.Option("--frozen", help="fail if a stage differs from its published artifact")
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="stages that may run at once on this machine")] = 1,
+    restarts: Restarts = 3,
     on: OnCluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="write the job scripts, and submit nothing")] = False,
 ) -> None:
@@ -60,7 +65,7 @@ def run(
         return
     if dry_run:
         raise UserError("is for Slurm clusters", key="--dry-run", hint="`cordee plan` shows what a run would do")
-    made = runner.run(plan, out, where=runner.Where(where, jobs=jobs)).values()
+    made = runner.run(plan, out, where=runner.Where(where, jobs=jobs, restarts=restarts)).values()
     show.reports(out, made)
     show.to_chat_with(out, made)
 
@@ -75,7 +80,12 @@ def plan_(recipe_file: RecipeFile, overrides: Overrides = None, runs: RunsOr = N
 
 @command
 def stage_(
-    recipe_file: RecipeFile, name: str, overrides: Overrides = None, runs: RunsOr = None, on: OnCluster = None
+    recipe_file: RecipeFile,
+    name: str,
+    overrides: Overrides = None,
+    runs: RunsOr = None,
+    on: OnCluster = None,
+    restarts: Restarts = 3,
 ) -> None:
     """Run one stage of a recipe, as a batch job does; its inputs have to be published."""
     from cordee import launchers, runner, show
@@ -87,6 +97,7 @@ def stage_(
     plan.stage(name)
     is_job = cluster.kind == "slurm"
     where = runner.Where(cluster, slurm.start_on(cluster), waits=True) if is_job else runner.Where(cluster)
+    where = dataclasses.replace(where, restarts=restarts)
     try:
         show.reports(out, [runner.run(plan, out, only={name}, where=where)[name]])
     except Stopped as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch._inductor.config as inductor
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import filter_trackers
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
@@ -94,6 +94,8 @@ def open_accelerator(
     accelerator = Accelerator(
         cpu=_asked(launch).cpu,
         mixed_precision="no",
+        # a model's buffers are constants; each step would wait for the main process
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     require_launched(launch, accelerator.num_processes, accelerator.device)
     return accelerator

@@ -58,6 +58,7 @@ def arguments(
     settings = {
         "gradient_checkpointing": False,
         "ddp_find_unused_parameters": _has_other_parts(config),  # a search through the graph each step
+        "ddp_broadcast_buffers": False,  # they are constants; each step would wait for the main process
         **(defaults or {}),
         **given,
         "bf16": bool(given.get("bf16")) or config.computes_in == "bfloat16",  # TRL takes None for true
@@ -186,6 +187,7 @@ def fit(
     """
     finished = context.out / "training.json"
     if not finished.exists():
+        context.heart.enter("data")
         found = _train(*build(config, context), config, context, save or publish)
         if context.is_main:
             files.write_json(finished, found)
@@ -225,15 +227,7 @@ def _train(
     watch = Watch(trainer, config, context, begin, lambda folder: save(trainer, config, folder), measure, epoch_rows)
     if point:
         watch.totals.update(point.state["totals"])
-    take_step, means = trainer.training_step, metrics.Means(trainer, data.weigh)
-
-    def counted(model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        loss = cast("torch.Tensor", take_step(model, inputs, *rest))
-        watch.count(data.count(inputs))
-        means.add(inputs)
-        return loss
-
-    trainer.training_step = counted
+    _observe(trainer, watch, data)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=str(point.folder) if point else None)
@@ -241,8 +235,27 @@ def _train(
         tracker.finish()
     if watch.stopping:
         context.stop(f"step {trainer.state.global_step} of {trainer.state.max_steps}")
+    context.heart.enter("publish")
     save(trainer, config, context.out)
     return metrics.of_training(trainer, data, config, context, watch) | {"trainable_parameters": trainable}
+
+
+def _observe(trainer: Trainer, watch: Watch, data: TrainingData) -> None:
+    """Have each batch counted, its means kept, and told when a step's work without the other processes is done."""
+    take_step, give_loss, means = trainer.training_step, trainer.compute_loss, metrics.Means(trainer, data.weigh)
+
+    def counted(model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        loss = cast("torch.Tensor", take_step(model, inputs, *rest))
+        watch.count(data.count(inputs))
+        means.add(inputs)
+        return loss
+
+    def timed(*given: Any, **named: Any) -> Any:
+        found = give_loss(*given, **named)
+        watch.context.heart.alone()  # the last call of a step counts: its backward pass waits for the others
+        return found
+
+    trainer.training_step, trainer.compute_loss = counted, timed
 
 
 def _trainable_parameters(trainer: Trainer, data: TrainingData, config: TrlConfig, context: Context) -> int:

@@ -54,6 +54,8 @@ class Watch(TrainerCallback):
         self._began: tuple[float, int] | None = None
         """When this attempt's first step had ended, and the tokens up to there."""
         self._told_s = 0.0
+        self._saves = 0
+        """How many processes saw that a resume point is asked for."""
         self._figures: dict[str, float] = {}
 
     def epochs(self, step: int) -> float:
@@ -71,12 +73,15 @@ class Watch(TrainerCallback):
         state.save_steps = self.config.resume_steps  # a resume point holds those that it was started with
         wrapped = getattr(self.trainer.model_wrapped, "_orig_mod", self.trainer.model_wrapped)
         device.require_wrapped(wrapped, self.trainer.accelerator.num_processes, self.config.launch)
+        self.context.heart.begin("compile", state.global_step)
         self.begin(state.max_steps)
         if not state.global_step:
             self._measure(0)
+        self.context.heart.enter("data")
 
     def _measure(self, step: int) -> None:
         """Measure the rows that are held out, and tell the figures."""
+        self.context.heart.enter("evaluation")
         self.heldout = self.measure()
         if self.heldout:
             self.context.log(step, **self.heldout)
@@ -84,14 +89,21 @@ class Watch(TrainerCallback):
             shown = ("heldout_loss", "heldout_reward")
             self._figures |= {name: self.heldout[name] for name in shown if name in self.heldout}
 
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """The rows of a step are there."""
+        self.context.heart.enter("step")
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the step, publish its checkpoint, report progress at most once a second, and stop where asked to."""
-        names = list(self._since_step)
-        asked, *counted = _summed([self.context.stop_requested(), *self._since_step.values()], args.device)
+        names, context = list(self._since_step), self.context
+        context.heart.stepped(state.global_step)
+        flags = [context.stop_requested(), context.save_requested()]
+        asked, self._saves, *counted = _summed([*flags, *self._since_step.values()], args.device)
         self.totals.update(dict(zip(names, counted, strict=True)))
         self._since_step = {}
         if self.config.saves_at(state.global_step):
-            self.publish(self.context.out / "checkpoints" / str(state.global_step))
+            context.heart.enter("checkpoint")
+            self.publish(context.out / "checkpoints" / str(state.global_step))
         is_last, every = state.global_step >= state.max_steps, self.config.eval_steps
         if is_last or (every and state.global_step % every == 0):
             self._measure(state.global_step)
@@ -100,6 +112,9 @@ class Watch(TrainerCallback):
             control.should_save = False  # resumed from its last step, `Trainer` would take one more
         elif asked:
             self.stopping = control.should_save = control.should_training_stop = True
+        elif self._saves:
+            control.should_save = True
+        context.heart.enter("checkpoint" if control.should_save else "data")
 
     def _report(self, state: TrainerState) -> None:
         now, tokens = time.monotonic(), self.totals["tokens"]
@@ -147,6 +162,9 @@ class Watch(TrainerCallback):
             resume.mark(folder, {"step": state.global_step, "totals": dict(self.totals)})
             files.sync_folder(folder.parent)
         processes.wait_for_everyone()
+        if self._saves:
+            self.context.drop_save_request()
+        self.context.heart.enter("data")
 
 
 def _summed(values: list[Any], where: torch.device) -> list[int]:

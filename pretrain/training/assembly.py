@@ -48,6 +48,7 @@ def assemble(settings: Settings, context: Context, model: Path, data: Data) -> T
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    context.heart.enter("data")
     context.waits("the model and the data")
     tokens = data.folders[0]
     accelerator = device.open_accelerator(settings.launch, deterministic=settings.deterministic)
@@ -146,6 +147,7 @@ def dry_run(training: Training) -> None:
         Fault: it does not fit into the device's memory, or can't be compiled.
     """
     began = time.perf_counter()
+    training.context.heart.enter("compile")
     training.context.waits(f"the first step{', which is compiled' if training.objective.is_compiled else ''}")
     with device.first_pass():
         loop.first_batch(training)

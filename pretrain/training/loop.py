@@ -95,30 +95,42 @@ def train(training: Training, state: State) -> None:
     settings, context = training.settings, training.context
     model, optimizer, accelerator = training.model, training.optimizer, training.accelerator
     while state.step < settings.max_steps:
+        context.heart.begin("data", state.step)
         began = time.perf_counter()
         samples = _samples(training, state.step)
+        batches = _batches(training, samples)
+        context.heart.enter("step")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, state.step)
         # random numbers follow from seed, step and process: a resume needs no generator's state
         torch.manual_seed(_seed(context.seed, state.step, accelerator.process_index))
-        sums = _accumulate(training, samples)
+        sums = _accumulate(training, samples, batches)
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
         _require_finite(sums["loss"], grad_norm, state.step + 1, training)
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
+        context.heart.stepped(state.step)
         _count(training, state, samples, sums, time.perf_counter() - began)
 
         last = state.step == settings.max_steps
         if last or state.step % settings.logging_steps == 0:
             _log(training, state, grad_norm)
         if settings.saves_at(state.step):
+            context.heart.enter("checkpoint")
             checkpoint.save(training.objective.model, context, f"checkpoints/{state.step}", training.tokenizer)
         if last or state.step % settings.resume_steps == 0:
+            context.heart.enter("checkpoint")
             training.saver.save(dataclasses.asdict(state))
         if settings.eval_steps and state.step % settings.eval_steps == 0 and not last:
             measure_heldout(training, state)
-        if stopping(training):
+        stop_asked, save_asked = _asked(training)
+        if save_asked:
+            context.heart.enter("checkpoint")
+            training.saver.save(dataclasses.asdict(state))
+            training.saver.wait()
+            context.drop_save_request()
+        if stop_asked:
             stop(training, state)
 
 
@@ -141,11 +153,10 @@ def _batches(training: Training, samples: Sequence[Sample]) -> list[Batch]:
     ]
 
 
-def _accumulate(training: Training, samples: Sequence[Sample]) -> dict[str, Any]:
+def _accumulate(training: Training, samples: Sequence[Sample], batches: Sequence[Batch]) -> dict[str, Any]:
     """Leave in `.grad` the gradient of the global batch's mean loss per label that counts; returns sums over it."""
     accelerator, model = training.accelerator, training.model
     labels = training.mixture.labels(samples)
-    batches = _batches(training, samples)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     num_counted = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     for index, batch in enumerate(batches):
@@ -153,6 +164,8 @@ def _accumulate(training: Training, samples: Sequence[Sample]) -> dict[str, Any]
         with contextlib.nullcontext() if synchronize else accelerator.no_sync(model):
             losses, counts, _ = model(*batch.to(accelerator.device))
             loss = losses.sum()
+            if synchronize:
+                training.context.heart.alone()
             # DDP and FSDP take the mean over processes: their number undoes it
             accelerator.backward(loss * (accelerator.num_processes / labels))
         loss_sum += loss.detach()
@@ -227,6 +240,7 @@ def measure_heldout(training: Training, state: State) -> dict[str, Any]:
     Raises:
         Stopped: a stop was asked for; the state is saved.
     """
+    training.context.heart.enter("evaluation")
     found = heldout.measure(
         training.heldout, training.objective, training.accelerator, training.batch_shape, lambda: stopping(training)
     )
@@ -252,9 +266,17 @@ def _is_measured(context: Context, step: int) -> bool:
 
 
 def stopping(training: Training) -> bool:
-    """Whether a stop was asked for: the main process decides for all, since they must stop at the same step."""
-    asked = torch.tensor(int(training.context.is_main and training.context.stop_requested()))
-    return bool(training.accelerator.reduce(asked.to(training.accelerator.device), "sum"))
+    """Whether a stop was asked for, in all processes alike."""
+    return _asked(training)[0]
+
+
+def _asked(training: Training) -> tuple[bool, bool]:
+    """Whether a stop, or a resume point, was asked for: the main process decides for all at the same step."""
+    context = training.context
+    asked = [context.stop_requested(), context.save_requested()] if context.is_main else [False, False]
+    told = torch.tensor(asked, dtype=torch.int64, device=training.accelerator.device)
+    stop_asked, save_asked = training.accelerator.reduce(told, "sum").tolist()
+    return bool(stop_asked), bool(save_asked)
 
 
 def stop(training: Training, state: State) -> NoReturn:
@@ -271,4 +293,5 @@ def stop(training: Training, state: State) -> NoReturn:
 
 def first_batch(training: Training) -> None:
     """One forward and backward pass over the first rows; its gradients are not used."""
-    _accumulate(training, _samples(training, 0)[: training.batch_shape[0] * training.accelerator.num_processes])
+    samples = _samples(training, 0)[: training.batch_shape[0] * training.accelerator.num_processes]
+    _accumulate(training, samples, _batches(training, samples))
