@@ -1,0 +1,95 @@
+"""Takes steps as a training does, with heartbeats and resume points, and can be told to fail in many ways at a step."""
+
+import ctypes
+import hashlib
+import os
+import resource
+import signal
+import time
+from typing import Any
+
+from cordee import files, worker
+from cordee.config import Config as Base
+from cordee.config import Execution
+from cordee.errors import Fault
+from cordee.stage import Context
+
+
+class Config(Base):
+    """How far it goes."""
+
+    to: int = 60
+    """The last step."""
+    pace_s: Execution[float] = 0.02
+    """Seconds of a step."""
+    trouble: Execution[str] = ""
+    """How it fails: kill, term, stop, gil, segv, nan, oom, full, reset, io, leak."""
+    at: Execution[int] = 35
+    """The step in which it does."""
+    times: Execution[int] = 1
+    """How often."""
+
+
+def fail(trouble: str, context: Context, step: int) -> None:
+    """Fail in one of the ways."""
+    if trouble in ("kill", "term", "stop", "segv"):
+        os.kill(os.getpid(), getattr(signal, f"SIG{trouble.upper()}"))
+    elif trouble == "gil":
+        ctypes.PyDLL(None).sleep(3600)  # a call that does not let go of the GIL
+    elif trouble == "nan":
+        raise Fault(f"step {step}: the loss is nan and the gradient's norm nan", file=context.out)
+    elif trouble == "oom":
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+        bytearray(2**31)
+    elif trouble == "leak":
+        held = []
+        while True:
+            held.append(os.urandom(2**20) * 8)
+    elif trouble == "full":
+        (context.out / "large.bin").write_bytes(bytes(2**26))
+    elif trouble == "reset":
+        raise ConnectionResetError(104, "Connection reset by peer")
+    elif trouble == "io":
+        raise OSError(5, "Input/output error")
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Step, and keep a digest of all steps."""
+    heart, file, failed = context.heart, context.out / "state.json", context.events.with_name("failed")
+    state = files.read_json(file) if file.exists() else {"step": 0, "digest": ""}
+    if state["step"]:
+        context.resumed(state["step"])
+    while state["step"] < config.to:
+        step = state["step"] + 1
+        heart.begin("data", state["step"])
+        heart.enter("step")
+        time.sleep(config.pace_s)
+        count = int(failed.read_text()) if failed.exists() else 0
+        if step == config.at and config.trouble and count < config.times:
+            failed.write_text(str(count + 1))
+            fail(config.trouble, context, step)
+        state = {"step": step, "digest": hashlib.sha256(f"{state['digest']} {step}".encode()).hexdigest()}
+        heart.stepped(step)
+        context.progress(step, config.to, "steps")
+        asked = context.save_requested()
+        if step % 10 == 0 or asked or context.stop_requested():
+            heart.enter("checkpoint")
+            files.write_json(file, state)
+            if asked:
+                context.note(f"saved at step {step}")
+                context.saved()
+        if context.stop_requested():
+            context.stop(f"step {step} of {config.to}")
+    heart.enter("publish")
+    file.unlink()
+    (context.out / "digest.txt").write_text(state["digest"])
+    return {"steps": config.to}
+
+
+def main() -> None:
+    """Entry point."""
+    worker.main(Config, run)
+
+
+if __name__ == "__main__":
+    main()

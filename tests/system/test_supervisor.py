@@ -1,0 +1,365 @@
+"""What fails while a stage runs, planted in real processes: noticed, named, and restarted where that helps."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cordee import events, lock
+from cordee.artifact import Store
+
+MAIN = "from cordee.cli import main; main()"
+STEPS = 60
+
+
+def _digest():
+    digest = ""
+    for step in range(1, STEPS + 1):
+        digest = hashlib.sha256(f"{digest} {step}".encode()).hexdigest()
+    return digest
+
+
+@pytest.fixture
+def march(write, cordee, tmp_path):
+    """Runs the toy: the process that has ended, and the folder of its logs."""
+    write("march.yaml", "name: march\nstages: {one: {uses: toys.marcher}}")
+
+    def call(*arguments):
+        keys = [f"one.{one}" if one[0] != "-" and not one.isdecimal() else one for one in arguments]
+        return cordee("run", "march.yaml", *keys, timeout=600), tmp_path / "runs/march/logs/one@1"
+
+    return call
+
+
+def _ends(logs):
+    return [event for event in events.read(logs / "events.jsonl") if event["event"] == "ended"]
+
+
+def _made(tmp_path):
+    """The artifact, whose steps are those of a run that nothing disturbed."""
+    assert (tmp_path / "runs/march/one@1/digest.txt").read_text() == _digest()
+    (made,) = Store(tmp_path / "runs").scan("march")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "says"),
+    [
+        ("kill", "killed", "the job's process was ended by SIGKILL from outside"),
+        ("term", "killed", "the job's process was ended by SIGTERM from outside"),
+        ("reset", "communication", "Connection reset by peer"),
+        ("io", "storage", "Input/output error"),
+    ],
+)
+def test_what_passes_is_restarted_from_the_last_resume_point_and_told(march, tmp_path, trouble, kind, says):
+    done, logs = march(f"trouble={trouble}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [end["cause"] for end in _ends(logs)] == [kind, "finished"]
+    spent = _made(tmp_path).manifest.goodput
+    (incident,) = spent.incidents
+    assert (incident.kind, says in incident.text, incident.step) == (kind, True, 34)
+    assert spent.attempts == 2
+    assert spent.wall_s == pytest.approx(sum(spent.seconds.values()), abs=0.05)
+    assert spent.seconds["lost work"] > 3 * 0.02
+    assert spent.seconds["restart"] > 0.9
+    assert incident.lost_s > spent.seconds["lost work"] + 0.9
+    assert f"{kind}: " in done.stdout
+    assert "; is restarted " in done.stdout
+    assert re.search(r"published march/one@1 after .*; goodput \d+%, .*; 1 incident, .* lost", done.stdout)
+
+
+@pytest.mark.parametrize(("trouble", "where"), [("stop", "in fail"), ("gil", "in fail")])
+def test_a_hang_is_seen_within_ten_seconds_and_its_stacks_are_kept(march, tmp_path, trouble, where):
+    done, logs = march(f"trouble={trouble}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    hang, finished = _ends(logs)
+    assert (hang["cause"], hang["step"], finished["cause"]) == ("hang", 34, "finished")
+    assert hang["silent_s"] < 10 + 3, "seen within 10 s, plus the time for its stacks and its end"
+    log = (logs / "log.txt").read_text()
+    assert re.search(r"stacks of rank 0 \(process \d+ on .*\), in phase step after step 34:", log)
+    assert re.search(rf'marcher.py", line \d+ {where}', log)
+    assert _made(tmp_path).manifest.goodput.seconds["hang"] == hang["silent_s"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "kind", "says"),
+    [
+        ("nan", 1, "diverged", "step 35: the loss is nan and the gradient's norm nan; lower the learning rate"),
+        ("oom", 1, "out of memory", "MemoryError"),
+        ("segv", 1, "unknown", "crashed with SIGSEGV"),
+    ],
+)
+def test_what_would_end_so_again_is_not_restarted(march, trouble, code, kind, says):
+    done, logs = march(f"trouble={trouble}", "times=9")
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert says in done.stderr
+    assert [end["cause"] for end in _ends(logs)] == [kind]
+
+
+def test_the_same_failure_at_the_same_step_twice_stops_with_the_diagnosis(march):
+    done, logs = march("trouble=kill", "times=9")
+    assert done.returncode == 1
+    assert "killed: the job's process was ended by SIGKILL from outside" in done.stderr
+    assert "the same happened at step 34 before" in done.stderr
+    assert [end["step"] for end in _ends(logs)] == [34, 34]
+
+
+def test_without_restarts_the_first_failure_stops_it(march, tmp_path):
+    done, logs = march("trouble=kill", "--restarts", "0")
+    assert (done.returncode, len(_ends(logs))) == (1, 1)
+    assert march()[0].returncode == 0
+    assert [one.kind for one in _made(tmp_path).manifest.goodput.incidents] == ["killed"], "kept over runs"
+
+
+def _start(tmp_path, *arguments, recipe="march.yaml"):
+    command = [sys.executable, "-c", MAIN, "run", recipe, *arguments]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _await(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def _beat(logs, rank=0):
+    """What a process said last; None before it says something."""
+    try:
+        return json.loads((logs / "heartbeats" / str(rank)).read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _reaches(logs, step, rank=0):
+    return _await(lambda: (told := _beat(logs, rank)) and told["step"] >= step and told)
+
+
+@pytest.mark.usefixtures("march")
+def test_a_colleague_asks_for_a_resume_point_and_then_for_the_end(tmp_path, cordee):
+    logs = tmp_path / "runs/march/logs/one@1"
+    run = _start(tmp_path, "one.pace_s=0.3")
+    _reaches(logs, 2)
+    (logs / "save").touch()
+    _await(lambda: not (logs / "save").exists())
+    told = [event["text"] for event in events.read(logs / "events.jsonl") if event["event"] == "note"]
+    assert [text for text in told if text.startswith("saved at step ")]
+    (logs / "stop").touch()
+    assert run.wait(timeout=120) == 130
+    assert _ends(logs)[-1]["cause"] == "stopped"
+    assert cordee("run", "march.yaml", timeout=600).returncode == 0
+    assert _made(tmp_path).manifest.goodput.incidents == ()
+
+
+@pytest.mark.usefixtures("march")
+def test_what_was_lost_with_the_run_itself_is_told_by_the_next(tmp_path, cordee):
+    logs = tmp_path / "runs/march/logs/one@1"
+    run = _start(tmp_path, "one.pace_s=0.3")
+    _reaches(logs, 13)
+    run.kill()
+    run.wait()
+    assert cordee("run", "march.yaml", timeout=600).returncode == 0
+    spent = _made(tmp_path).manifest.goodput
+    assert [(one.kind, one.step >= 13) for one in spent.incidents] == [("killed", True)]
+    assert spent.seconds["lost work"] > 0.3
+    assert spent.seconds["restart"] == 0
+
+
+@pytest.mark.usefixtures("march")
+def test_of_two_runs_of_one_recipe_one_works_and_the_other_says_who_does(tmp_path, cordee):
+    logs = tmp_path / "runs/march/logs/one@1"
+    run = _start(tmp_path, "one.pace_s=0.3")
+    _reaches(logs, 2)
+    other = cordee("run", "march.yaml")
+    assert (other.returncode, "another run holds this stage; process " in other.stderr) == (1, True)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=120) == 130
+    assert cordee("run", "march.yaml", timeout=600).returncode == 0
+    _made(tmp_path)
+
+
+@pytest.mark.usefixtures("march")
+def test_ctrl_c_ends_a_run_that_waits_for_a_restart(tmp_path):
+    logs = tmp_path / "runs/march/logs/one@1"
+    run = _start(tmp_path, "one.pace_s=0.3")
+    pid = _reaches(logs, 2)["pid"]
+    os.kill(pid, signal.SIGKILL)
+    _await(lambda: _ends(logs))
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=120) == 130
+    assert len(_ends(logs)) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_ends_it_in_a_line_and_it_continues_once_there_is_space(march, cordee, small_disk, tmp_path):
+    done = cordee("run", "march.yaml", "--runs", str(small_disk), "one.trouble=full", timeout=600)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "no space left on the disk; free some" in done.stderr
+    logs = small_disk / "march/logs/one@1"
+    assert [end["cause"] for end in _ends(logs)] == ["disk full"]
+    (small_disk / "march/one@1.partial/large.bin").unlink()
+    again = cordee("run", "march.yaml", "--runs", str(small_disk), timeout=600)
+    assert again.returncode == 0, again.stderr
+    assert (small_disk / "march/one@1/digest.txt").read_text() == _digest()
+    del march, tmp_path
+
+
+@pytest.fixture
+def cgroup():
+    """A cgroup of 300 MB, whose `cgroup.procs` takes processes."""
+    root = Path("/sys/fs/cgroup")
+    unified = (root / "cgroup.controllers").exists()
+    parent = root if unified else root / "memory"
+    folder = parent / f"cordee-test-{os.getpid()}"
+    limits = ("memory.max", "memory.swap.max") if unified else ("memory.limit_in_bytes",)
+    try:
+        folder.mkdir()
+        for name in limits:
+            (folder / name).write_text("0" if "swap" in name else str(300 * 2**20))
+    except OSError:
+        pytest.skip("may not make a cgroup with a memory limit")
+    yield folder
+    folder.rmdir()
+
+
+@pytest.mark.usefixtures("march")
+def test_what_the_kernel_kills_for_memory_is_told_apart_from_what_a_person_kills(tmp_path, cgroup):
+    logs = tmp_path / "runs/march/logs/one@1"
+    run = _start(tmp_path, "one.pace_s=0.3", "one.trouble=leak", "one.at=5")
+    pid = _reaches(logs, 1)["pid"]
+    (cgroup / "cgroup.procs").write_text(str(pid))
+    said, _ = run.communicate(timeout=300)
+    assert (run.returncode, "was killed by the kernel, which had no memory left" in said) == (1, True), said
+    assert [end["cause"] for end in _ends(logs)] == ["out of memory"]
+
+
+PRETRAIN = """
+name: two
+stages:
+  base:
+    uses: pretrain.train
+    model: {root}/configs/models/apertus-micro.yaml
+    data: [{{tokens: tokens}}]
+    max_steps: 240
+    global_batch_size: 4
+    per_device_train_batch_size: 2
+    sequence_length: 64
+    learning_rate: 0.003
+    precision: float32
+    compile: "off"
+    resume_steps: 20
+    launch: {{num_processes: 2}}
+"""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A training by two processes that nothing disturbed: its folder, and the digest of its weights."""
+    import numpy as np
+
+    sys.path.insert(0, str(ROOT / "tests/pretrain"))
+    conftest = __import__("runpy").run_path(str(ROOT / "tests/pretrain/conftest.py"))
+    folder = tmp_path_factory.mktemp("two")
+    conftest["write_tokens"](folder / "tokens", np.random.default_rng(1).integers(4, 60, 150).tolist())
+    (folder / "two.yaml").write_text(PRETRAIN.format(root=ROOT))
+    run = _start(folder, recipe="two.yaml")
+    said, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, said
+    return folder, _weights(folder)
+
+
+def _weights(folder):
+    return hashlib.sha256((folder / "runs/two/base@1/model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def two(undisturbed, tmp_path):
+    """The same training in a folder of its own: started, and its logs."""
+    (tmp_path / "tokens").symlink_to(undisturbed[0] / "tokens")
+    (tmp_path / "two.yaml").write_text((undisturbed[0] / "two.yaml").read_text())
+    return _start(tmp_path, recipe="two.yaml"), tmp_path / "runs/two/logs/base@1"
+
+
+def _same(run, folder, undisturbed):
+    said, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, said
+    assert _weights(folder) == undisturbed[1]
+    (made,) = Store(folder / "runs").scan("two")
+    return made.manifest.goodput
+
+
+@pytest.mark.long
+def test_a_rank_that_is_killed_is_seen_within_three_seconds_and_the_bits_are_the_same(two, tmp_path, undisturbed):
+    run, logs = two
+    pid = _reaches(logs, 50, rank=1)["pid"]
+    began = time.time()
+    os.kill(pid, signal.SIGKILL)
+    (end,) = _await(lambda: _ends(logs), seconds=60)
+    spent = _same(run, tmp_path, undisturbed)
+    assert end["time"] - began < 3
+    (incident,) = spent.incidents
+    assert (incident.kind, "ended by SIGKILL from outside" in incident.text) == ("killed", True)
+    assert re.match(r"rank 1 \(process \d+\)", incident.text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("who", ["ranks", "launcher"])
+def test_all_ranks_or_their_launcher_are_killed_and_the_bits_are_the_same(two, tmp_path, undisturbed, who):
+    run, logs = two
+    ranks = [_reaches(logs, 50, rank)["pid"] for rank in (0, 1)]
+    parent = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in ranks if who == "ranks" else [parent]:
+        os.kill(pid, signal.SIGKILL)
+    spent = _same(run, tmp_path, undisturbed)
+    assert [one.kind for one in spent.incidents] == ["killed"]
+    assert not any(lock.owner(pid)["started"] for pid in ranks)
+
+
+@pytest.mark.long
+def test_a_rank_that_is_stopped_is_named_and_the_bits_are_the_same(two, tmp_path, undisturbed):
+    run, logs = two
+    told = _reaches(logs, 50, rank=1)
+    os.kill(told["pid"], signal.SIGSTOP)
+    spent = _same(run, tmp_path, undisturbed)
+    hang, _ = _ends(logs)
+    assert re.match(r"rank 1 \(process \d+ on .*\) is (stopped|silent)", hang["text"])
+    assert hang["silent_s"] < 10 + 3
+    log = (logs / "log.txt").read_text()
+    assert {int(rank) for rank in re.findall(r"stacks of rank (\d)", log)} == {0, 1}
+    assert log.count("most recent call first") >= 2
+    assert [one.kind for one in spent.incidents] == ["hang"]
+
+
+@pytest.mark.long
+def test_a_colleagues_resume_point_of_two_processes_is_used(two, tmp_path, undisturbed):
+    run, logs = two
+    _reaches(logs, 45)
+    (logs / "save").touch()
+    _await(lambda: not (logs / "save").exists())
+    points = [
+        int(path.name) for path in (tmp_path / "runs/two/base@1.partial/resume").glob("*") if path.name.isdecimal()
+    ]
+    assert any(step % 20 for step in points), points
+    _same(run, tmp_path, undisturbed)
