@@ -68,6 +68,7 @@ def collect(config: Config) -> dict[str, Any]:
         "date": max((record.manifest.started for record in everything), default=""),
         "verdict": sections.verdict(tables, curves),
         "pipeline": stages,
+        "goodput": sections.goodput(everything),
         "training_data": sections.training_data(everything),
         "curves": curves,
         "benchmarks": tables,

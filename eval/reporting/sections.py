@@ -45,6 +45,15 @@ def pipeline(records: list[Record]) -> list[dict[str, Any]]:
     ]
 
 
+def goodput(records: list[Record]) -> list[dict[str, Any]]:
+    """What the time of each stage went to that trains or had an incident, and its incidents."""
+    return [
+        {"stage": record.manifest.stage, "artifact": record.name, "share": spent.share, **spent.model_dump()}
+        for record in records
+        if (spent := record.manifest.goodput) and (spent.incidents or spent.seconds["productive"] < spent.wall_s)
+    ]
+
+
 def output(record: Record) -> str:
     """A stage's output in a few words, from its files and metrics."""
     keys = ("rows", "vocab_size", "heldout_bits_per_byte")

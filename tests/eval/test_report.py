@@ -66,6 +66,25 @@ def test_a_base_says_its_held_out_bits_per_byte_where_no_benchmark_does(report, 
     assert words()["base"] == "a language model, 1.318 bits per held-out byte"
 
 
+def test_incidents_and_goodput_have_a_section_where_a_stage_tells_them(report, store):
+    assert figures(report())["goodput"] == []
+    assert "Incidents and goodput" not in (report() / "index.html").read_text(encoding="utf-8")
+    text = f"rank 3 (process 71 on n7) is stopped {fake_store.HOSTILE}"
+    incident = {"kind": "hang", "text": text, "step": 120, "time": 1.8e9, "lost_s": 75.0}
+    seconds = dict.fromkeys(("data", "compile", "checkpoint"), 0.0)
+    seconds |= {"productive": 300.0, "start": 25.0, "lost work": 40.0, "hang": 15.0, "restart": 20.0}
+    manifests.change(
+        store["base"], goodput={"wall_s": 400.0, "seconds": seconds, "attempts": 2, "incidents": [incident]}
+    )
+    (shown,) = figures(report())["goodput"]
+    assert (shown["stage"], shown["share"], shown["attempts"]) == ("base", 0.75, 2)
+    page = (report() / "index.html").read_text(encoding="utf-8")
+    section = page.partition('<section id="goodput"')[2].partition("</section>")[0]
+    assert "75.0%" in section
+    assert "rank 3 (process 71 on n7) is stopped &lt;script&gt;" in section
+    assert "1 min 15 s" in section
+
+
 def test_a_corpus_of_one_language_is_in_one_language(report, store):
     change_json(store["corpus"], "corpus.json", lambda told: told.update(languages={"de": told["languages"]["de"]}))
     assert figures(report(("corpus",)))["pipeline"][0]["output"] == "a corpus in 1 language"

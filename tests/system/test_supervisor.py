@@ -310,6 +310,20 @@ def _same(run, folder, undisturbed):
     return made.manifest.goodput
 
 
+def test_a_port_that_is_taken_is_not_used(write, cordee, monkeypatch):
+    """torch's own default for processes to meet at is taken, and the environment still names it."""
+    import socket
+
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 29500))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        write("choir.yaml", "name: choir\nstages: {one: {uses: toys.choir, launch: {num_processes: 2}}}")
+        done = cordee("run", "choir.yaml", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.long
 def test_a_rank_that_is_killed_is_seen_within_three_seconds_and_the_bits_are_the_same(two, tmp_path, undisturbed):
     run, logs = two
