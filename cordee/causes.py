@@ -99,6 +99,8 @@ class End:
     """What hung, where that is why it was ended."""
     dead: str = ""
     """Which process was found dead, where that is why the others were ended."""
+    is_disk_full: bool = False
+    """Whether the disk of its folder has no space: it can't have written why it ended."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ def _by_text(end: End, said: Sequence[str]) -> Cause:
         return Cause("communication", found)
     if end.exit_code == UserError.exit_code and not end.errors:
         return Cause("user's error", _last(end.lines))
+    if end.is_disk_full:
+        return Cause("disk full", "no space left on the disk")
     for number, who in _signals(end):
         return Cause("unknown", f"{who} crashed with {signal.Signals(number).name}")
     return Cause("unknown", said[0] if end.errors else f"exit code {end.exit_code}: {_last(end.lines)}")

@@ -35,6 +35,15 @@ def write_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def is_full(folder: Path) -> bool:
+    """Whether the disk of a folder has no space for a megabyte, or for another file."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < 2**20 or (found.f_files > 0 and found.f_favail == 0)
+
+
 def can_write(folder: Path) -> bool:
     """Whether a folder's storage takes a file of 1 MB, and gives it back."""
     beside, content = folder / f".probe.{os.getpid()}", os.urandom(2**20)

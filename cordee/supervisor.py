@@ -108,10 +108,12 @@ class Supervised:
             self._wait()
             return self._exit_code
         exit_code = self._handle.poll()
+        beats = heartbeat.read(self._work.logs)
         if exit_code is not None:
-            self._end(self._evidence(exit_code))
-        elif self._is_over is False and (found := self._look()):
-            self._end(found)
+            self._await_gone()
+            self._end(self._evidence(exit_code), beats)
+        elif not self._is_over and (found := self._look(beats)):
+            self._end(found, beats)
         return self._exit_code
 
     def stop(self) -> None:
@@ -148,9 +150,8 @@ class Supervised:
         self._tail = events.Tail(self._work.events)
         self._handle = self._start(self._job)
 
-    def _look(self) -> End | None:
+    def _look(self, beats: list[Beat]) -> End | None:
         """How the job ended, where it hangs or one of its processes has died; it is killed then."""
-        beats = heartbeat.read(self._work.logs)
         now = time.monotonic()
         if text := self._dead(beats, now):
             self._kill()
@@ -192,13 +193,12 @@ class Supervised:
         self._tail.read()
         errors = [event for event in self._tail.seen if event["event"] == "error"]
         lines = _last_lines(self._job.log, self._log_from)
-        return End(exit_code, errors, lines, machine.oom_kills() - self._oom_kills, hang, dead)
+        oom_kills, is_full = machine.oom_kills() - self._oom_kills, files.is_full(self._work.out)
+        return End(exit_code, errors, lines, oom_kills, hang, dead, is_full)
 
-    def _end(self, end: End) -> None:
-        """The job has ended: say why, and whether it is started again."""
-        self._await_gone()
+    def _end(self, end: End, beats: list[Beat]) -> None:
+        """The job has ended, after these heartbeats: say why, and whether it is started again."""
         self.cause = cause = causes.of(end)
-        beats = heartbeat.read(self._work.logs)
         goodput.close(self._work, cause.kind, cause.text, beats)
         step, taken = (max((getattr(beat, name) for beat in beats), default=0) for name in ("step", "taken"))
         wait_s, self.advice = self._restarts.after(cause, step, taken)
@@ -240,7 +240,8 @@ def _runs(beat: Beat) -> bool:
 def _trace(beats: list[Beat], log: Path) -> None:
     """Have each process of this machine write its stacks to the log, one after the other.
 
-    A stopped process gets the signal, too, once it continues; it is killed next.
+    One that is stopped has to continue for it, and one that waits in C may wake up: what they do then does not count,
+    since they are killed next.
     """
     for beat in beats:
         if not _runs(beat):
