@@ -43,7 +43,7 @@ ROWS = (
     Row("steps take up to four times as long as others", "no alarm in 1,000 steps",
         "tests/cordee/test_pace.py", "test_no_false_alarm_in_a_thousand_steps_with_fourfold_jitter"),
     Row("one process is slower than the others", "named once, by rank and host; nothing is restarted",
-        "tests/cordee/test_pace.py", "test_a_slow_process_is_named_once_until_it_is_well_again"),
+        SUPERVISOR, "test_a_slow_process_is_an_incident_and_nothing_is_restarted"),
     Row("a step fails the same way twice", "stops with the diagnosis",
         SUPERVISOR, "test_the_same_failure_at_the_same_step_twice_stops_with_the_diagnosis"),
     Row("the loss is NaN, memory runs out, a crash of unknown cause", "stops at once, says which and what to change",

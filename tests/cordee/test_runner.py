@@ -50,7 +50,7 @@ def test_a_run_publishes_each_stage_and_a_second_one_does_nothing_again(cordee, 
         ("key", 2, "cordee: brook.yaml: stages.pool.number: 1 litre can't be divided by 0 buckets"),
         ("fault", 1, "cordee: brook.yaml: stages.pool: pipe: the pipe burst"),
         ("crash", 1, "ZeroDivisionError: by nothing; the details are in "),
-        ("kill", 1, "the stage ended with exit code -9"),
+        ("kill", 1, "killed: the job's process was ended by SIGKILL from outside; it was restarted 3 times"),
         ("full", 1, "no space left on the disk; free some, then run again"),
     ],
 )

@@ -311,6 +311,19 @@ def _same(run, folder, undisturbed):
     return made.manifest.goodput
 
 
+def test_a_slow_process_is_an_incident_and_nothing_is_restarted(march, tmp_path):
+    done, logs = march("launch.num_processes=2", "pace_s=0.1", "slow_s=0.1", "to=150")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [end["cause"] for end in _ends(logs)] == ["finished"]
+    (made,) = Store(tmp_path / "runs").scan("march")
+    (incident,) = made.manifest.goodput.incidents
+    assert (incident.kind, incident.lost_s) == ("straggler", 0)
+    assert re.match(
+        r"rank 1 \(process \d+ on .*\) is slow: 0\.2\d* s of its own in a step, the others 0\.1", incident.text
+    )
+    assert incident.text in done.stdout
+
+
 def test_a_port_that_is_taken_is_not_used(write, cordee, monkeypatch):
     """torch's own default for processes to meet at is taken, and the environment still names it."""
     import socket

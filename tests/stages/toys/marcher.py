@@ -9,13 +9,12 @@ import time
 from typing import Any
 
 from cordee import files, worker
-from cordee.config import Config as Base
-from cordee.config import Execution
+from cordee.config import AccelerateConfig, Execution
 from cordee.errors import Fault
 from cordee.stage import Context
 
 
-class Config(Base):
+class Config(AccelerateConfig):
     """How far it goes."""
 
     to: int = 60
@@ -28,6 +27,8 @@ class Config(Base):
     """The step in which it does."""
     times: Execution[int] = 1
     """How often."""
+    slow_s: Execution[float] = 0.0
+    """Seconds more that the process of rank 1 takes for a step."""
 
 
 def fail(trouble: str, context: Context, step: int) -> None:
@@ -63,7 +64,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         step = state["step"] + 1
         heart.begin("data", state["step"])
         heart.enter("step")
-        time.sleep(config.pace_s)
+        time.sleep(config.pace_s + (0.0 if context.is_main else config.slow_s))
+        heart.alone()
         count = int(failed.read_text()) if failed.exists() else 0
         if step == config.at and config.trouble and count < config.times:
             failed.write_text(str(count + 1))
@@ -74,15 +76,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         asked = context.save_requested()
         if step % 10 == 0 or asked or context.stop_requested():
             heart.enter("checkpoint")
-            files.write_json(file, state)
+            if context.is_main:
+                files.write_json(file, state)
             if asked:
                 context.note(f"saved at step {step}")
                 context.saved()
         if context.stop_requested():
             context.stop(f"step {step} of {config.to}")
     heart.enter("publish")
-    file.unlink()
-    (context.out / "digest.txt").write_text(state["digest"])
+    if context.is_main:
+        file.unlink()
+        (context.out / "digest.txt").write_text(state["digest"])
     return {"steps": config.to}
 
 
