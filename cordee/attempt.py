@@ -14,6 +14,7 @@ from typing import Any
 
 from cordee import (
     artifact,
+    causes,
     config,
     events,
     files,
@@ -149,7 +150,7 @@ def _write_job(plan: Plan, planned: Planned, work: Work, inputs: Mapping[str, st
         "hashes": hashes.known(inputs.values()),
     }
     files.write_json(work.job, job)
-    goodput.close(work, "killed", goodput.GONE)
+    goodput.close(work, "killed", causes.GONE)
     heartbeat.clear(work.logs)
     events.append(work.events, "start")
     return job

@@ -20,6 +20,11 @@ Kind = Literal[
 TRANSIENT = {"hardware", "communication", "storage", "killed", "hang"}
 """A restart may mend these. Slurm starts a job that was preempted again; the others end again as they did."""
 
+GONE = "the run was ended, and its processes with it"
+"""The evidence of an attempt where nothing is left that could have told any."""
+FAILURES = TRANSIENT | {"user's error", "out of memory", "diverged", "disk full", "unknown"}
+"""Ends after which a stage has failed, unless it was restarted."""
+
 HINTS: dict[str, str] = {
     "diverged": "lower the learning rate, or look at the data of this step",
     "disk full": "free some space, then run again",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cordee import events, heartbeat, units
+from cordee import causes, events, heartbeat, units
 from cordee.heartbeat import Beat
 from cordee.manifest import Goodput, Incident
 from cordee.work import Work
@@ -23,8 +23,6 @@ PLACES = {
 }
 """What the seconds of each phase count as."""
 NAMES = ("productive", "start", "data", "compile", "checkpoint", "lost work", "hang", "restart")
-GONE = "the run was ended, and its processes with it"
-"""The evidence where nothing is left that could have said it."""
 WELL = ("finished", "stopped")
 """Ends after which no work is lost."""
 
@@ -63,7 +61,7 @@ def close(work: Work, cause: str, text: str = "", beats: Sequence[Beat] | None =
     beats = heartbeat.read(work.logs) if beats is None else beats
     main = next((beat for beat in beats if beat.rank == 0), None)
     seen_s = max([found[-1]["time"], *(beat.time for beat in beats)])
-    now = seen_s if text == GONE else time.time()
+    now = seen_s if text == causes.GONE else time.time()
     ended = {
         "cause": cause,
         "text": text,
@@ -111,7 +109,7 @@ def _attempts(found: Sequence[dict[str, Any]]) -> Iterator[_Attempt]:
     for start, end in itertools.zip_longest(starts, starts[1:]):
         mine = found[start:end]
         last = mine[-1]
-        unknown = {"cause": "killed", "text": GONE, "step": 0, "taken": 0, "spent": {}, "silent_s": 0.0}
+        unknown = {"cause": "killed", "text": causes.GONE, "step": 0, "taken": 0, "spent": {}, "silent_s": 0.0}
         ended = next((event for event in mine if event["event"] == "ended"), {**unknown, "time": last["time"]})
         resumed = next((event["step"] for event in mine if event["event"] == "resumed"), 0)
         incidents = tuple(event for event in mine if event["event"] == "incident")

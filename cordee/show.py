@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cordee import artifact, certificate, events, files, jobs, lineage, lock, provenance, units
+from cordee import artifact, causes, certificate, events, files, jobs, lineage, lock, provenance, units
 from cordee.artifact import Artifact, Damaged
 from cordee.batch import Written
 from cordee.clean import Item
@@ -224,11 +224,14 @@ def _status(plan: Plan, planned: Planned) -> tuple[str, str]:
         return planned.state, "; ".join(planned.why)
     start = max((index for index, event in enumerate(seen) if event["event"] == "start"), default=0)
     first = next((event for event in seen[start:] if event["event"] == "progress"), None)
-    last = seen[-1]
+    is_held = lock.is_held(plan.store.lock_file(plan.recipe.name, planned.name))
+    end, last = seen[-1], next((event for event in reversed(seen) if event["event"] != "ended"), seen[-1])
+    if end["event"] == "ended" and end["cause"] in causes.FAILURES and last["event"] != "error" and not is_held:
+        return "failed", f"{end['cause']}: {end['text']}"
     said = last.get("text") or (progress_line(last, first) if first and last["event"] == "progress" else "starts")
     if last["event"] == "error":
         return ("stopped" if last["exit_code"] == 130 else "failed"), said
-    return ("running" if lock.is_held(plan.store.lock_file(plan.recipe.name, planned.name)) else "stopped"), said
+    return ("running" if is_held else "stopped"), said
 
 
 def lineage_tree(steps: Iterable[Step]) -> Tree:

@@ -29,7 +29,9 @@ RESTARTS = 3
 """Restarts without a further step before a stage has failed."""
 WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 """Before the first restart; twice as long before each that follows without a further step."""
-DEAD_S = 2.0
+LOOK_S = 0.5
+"""How often the heartbeats are read: a file for each process, which may be on a shared file system."""
+DEAD_S = 1.5
 """How long the others of a process that has died are given to notice it by themselves."""
 TRACE_S = 1.0
 """How long a process is given to write its stacks."""
@@ -107,12 +109,14 @@ class Supervised:
         if self._again_at is not None:
             self._wait()
             return self._exit_code
-        exit_code = self._handle.poll()
-        beats = heartbeat.read(self._work.logs)
+        exit_code, now = self._handle.poll(), time.monotonic()
+        if exit_code is None and now - self._looked_s < LOOK_S:
+            return None
+        self._looked_s, beats = now, heartbeat.read(self._work.logs)
         if exit_code is not None:
             self._await_gone()
             self._end(self._evidence(exit_code), beats)
-        elif not self._is_over and (found := self._look(beats)):
+        elif not self._is_over and (found := self._look(beats, now)):
             self._end(found, beats)
         return self._exit_code
 
@@ -141,7 +145,7 @@ class Supervised:
 
     def _begin(self) -> None:
         heartbeat.clear(self._work.logs)
-        self._pace = Pace()
+        self._pace, self._looked_s = Pace(), 0.0
         self._dead_at: dict[int, float] = {}
         """Since when a process is known to be gone, by its number."""
         self._oom_kills = machine.oom_kills()
@@ -150,9 +154,8 @@ class Supervised:
         self._tail = events.Tail(self._work.events)
         self._handle = self._start(self._job)
 
-    def _look(self, beats: list[Beat]) -> End | None:
+    def _look(self, beats: list[Beat], now: float) -> End | None:
         """How the job ended, where it hangs or one of its processes has died; it is killed then."""
-        now = time.monotonic()
         if text := self._dead(beats, now):
             self._kill()
             return self._evidence(1, dead=text)

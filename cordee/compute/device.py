@@ -7,6 +7,7 @@ runs DDP; a tracker that is not installed is left out; a model can stay unwrappe
 import contextlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Asked:
     sharded: bool
 
 
+# torch has a new name for it, accelerate and transformers not yet
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 _ENDED_GROUPS: list[Any] = []
 
 

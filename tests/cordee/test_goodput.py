@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cordee import events, goodput
+from cordee import causes, events, goodput
 from cordee.heartbeat import Heart
 from cordee.work import Work
 
@@ -85,7 +85,7 @@ def test_the_end_of_an_attempt_is_told_by_its_last_heartbeats(tmp_path, is_gone)
     heart.begin("data", 7)
     heart.enter("step")
     heart.stepped(8)
-    goodput.close(work, "killed", goodput.GONE if is_gone else "by hand")
+    goodput.close(work, "killed", causes.GONE if is_gone else "by hand")
     goodput.close(work, "finished")
     *_, ended = events.read(work.events)
     (told,) = [json.loads(line) for line in work.events.read_text().splitlines() if '"ended"' in line]
