@@ -145,14 +145,15 @@ class Supervised:
 
     def _begin(self) -> None:
         heartbeat.clear(self._work.logs)
-        self._pace, self._looked_s = Pace(), 0.0
+        self._pace = Pace()
+        self._looked_s: float = 0.0
         self._dead_at: dict[int, float] = {}
         """Since when a process is known to be gone, by its number."""
         self._oom_kills = machine.oom_kills()
         log = self._job.log
         self._log_from = log.stat().st_size if log.exists() else 0
         self._tail = events.Tail(self._work.events)
-        self._handle = self._start(self._job)
+        self._handle: Handle = self._start(self._job)
 
     def _look(self, beats: list[Beat], now: float) -> End | None:
         """How the job ended, where it hangs or one of its processes has died; it is killed then."""

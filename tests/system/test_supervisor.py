@@ -381,6 +381,15 @@ def test_a_rank_that_is_stopped_is_named_and_the_bits_are_the_same(two, tmp_path
 
 
 @pytest.mark.long
+def test_a_training_that_diverges_is_not_restarted(undisturbed, cordee):
+    keys = ("base.learning_rate=1e30", "base.launch.num_processes=1", "base.max_steps=20")
+    done = cordee("run", "two.yaml", *keys, "--runs", "diverged", cwd=undisturbed[0], timeout=600)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert re.search(r"step \d+: the loss is .* and the gradient's norm (nan|inf); lower learning_rate", done.stderr)
+    assert [end["cause"] for end in _ends(undisturbed[0] / "diverged/two/logs/base@1")] == ["diverged"]
+
+
+@pytest.mark.long
 def test_a_colleagues_resume_point_of_two_processes_is_used(two, tmp_path, undisturbed):
     run, logs = two
     _reaches(logs, 45)
