@@ -95,6 +95,8 @@ class Supervised:
         """When it is, where it is not running."""
         self._storage_until: float | None = None
         """Until when its storage is waited for."""
+        self._looked_s = 0.0
+        """When the heartbeats were last read."""
         self._exit_code: int | None = None
         self.cause = Cause("finished")
         """Why it ended, once it has."""
@@ -146,7 +148,6 @@ class Supervised:
     def _begin(self) -> None:
         heartbeat.clear(self._work.logs)
         self._pace = Pace()
-        self._looked_s: float = 0.0
         self._dead_at: dict[int, float] = {}
         """Since when a process is known to be gone, by its number."""
         self._oom_kills = machine.oom_kills()
