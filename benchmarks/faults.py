@@ -28,8 +28,10 @@ class Row:
 
 
 ROWS = (
-    Row("a process of a stage is killed (`kill -9`, `kill`)", "restarted from the last resume point",
+    Row("a process of a stage is killed (`kill -9`)", "restarted from the last resume point",
         SUPERVISOR, "test_what_passes_is_restarted_from_the_last_resume_point_and_told"),
+    Row("a process is told to end by someone else (SIGTERM)", "it saves, and is restarted",
+        SUPERVISOR, "test_a_process_that_is_told_to_end_by_someone_else_saves_and_is_restarted"),
     Row("one of two ranks is killed", "seen within 3 s, named, restarted; the same bits",
         SUPERVISOR, "test_a_rank_that_is_killed_is_seen_within_three_seconds_and_the_bits_are_the_same"),
     Row("all ranks are killed, or accelerate's launcher", "restarted; the same bits",

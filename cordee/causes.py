@@ -104,6 +104,9 @@ class End:
     """What hung, where that is why it was ended."""
     dead: str = ""
     """Which process was found dead, where that is why the others were ended."""
+    was_asked: bool = False
+    """Whether it was asked to stop; a process that stops without has been told to by a launcher that ends the others
+    of one that died, or by someone who does not know the run."""
     is_disk_full: bool = False
     """Whether the disk of its folder has no space: it can't have written why it ended."""
 
@@ -129,21 +132,35 @@ class Cause:
 
 def of(end: End) -> Cause:
     """The cause of an end."""
+    errors = [error for error in end.errors if error["exit_code"] != Stopped.exit_code]
+    has_stopped = end.exit_code == Stopped.exit_code or len(errors) < len(end.errors)
+    said = [*(str(error["text"]) for error in errors), *reversed(end.lines)]
+    if found := _by_itself(end, has_stopped=has_stopped) or _by_pattern(said) or _by_signal(end):
+        return found
+    if has_stopped and not errors:
+        return Cause("killed", "it was told to end by a signal from outside")
+    return _by_text(end, said, has_errors=bool(errors))
+
+
+def _by_itself(end: End, *, has_stopped: bool) -> Cause | None:
+    """The cause that the end shows without its log."""
     if end.hang:
         return Cause("hang", end.hang)
     if end.exit_code == 0 and not end.errors:
         return Cause("finished")
-    if end.exit_code == Stopped.exit_code and not end.errors:
-        return Cause("stopped", "interrupted")
-    ends: tuple[tuple[Kind, int], ...] = (("user's error", UserError.exit_code), ("stopped", Stopped.exit_code))
-    for kind, code in ends:
-        if error := next((error for error in end.errors if error["exit_code"] == code), None):
-            return Cause(kind, str(error["text"]))
-    said = [*(str(error["text"]) for error in end.errors), *reversed(end.lines)]
+    if error := next((error for error in end.errors if error["exit_code"] == UserError.exit_code), None):
+        return Cause("user's error", str(error["text"]))
+    if has_stopped and end.was_asked:
+        return Cause("stopped", str(next((error["text"] for error in end.errors), "interrupted")))
+    return None
+
+
+def _by_pattern(said: Sequence[str]) -> Cause | None:
+    """The first cause that one of the patterns is found for."""
     for kind, patterns in PATTERNS.items():
-        if found := _first(patterns, said):
-            return Cause(kind, found)
-    return _by_signal(end) or _by_text(end, said)
+        if text := _first(patterns, said):
+            return Cause(kind, text)
+    return None
 
 
 def _by_signal(end: End) -> Cause | None:
@@ -163,7 +180,7 @@ def _by_signal(end: End) -> Cause | None:
     return Cause("killed", end.dead) if end.dead else None
 
 
-def _by_text(end: End, said: Sequence[str]) -> Cause:
+def _by_text(end: End, said: Sequence[str], *, has_errors: bool) -> Cause:
     """The cause that is left: communication, or none that is known."""
     if found := _first(COMMUNICATION, said):
         return Cause("communication", found)
@@ -173,7 +190,7 @@ def _by_text(end: End, said: Sequence[str]) -> Cause:
         return Cause("disk full", "no space left on the disk")
     for number, who in _signals(end):
         return Cause("unknown", f"{who} crashed with {signal.Signals(number).name}")
-    return Cause("unknown", said[0] if end.errors else f"exit code {end.exit_code}: {_last(end.lines)}")
+    return Cause("unknown", said[0] if has_errors else f"exit code {end.exit_code}: {_last(end.lines)}")
 
 
 def _signals(end: End) -> Iterator[tuple[int, str]]:

@@ -141,8 +141,9 @@ class Supervised:
 
     @property
     def errors(self) -> list[CordeeError]:
-        """What the processes of the last attempt reported; first what it ended by."""
+        """What the processes of the last attempt reported, first what it ended by; a stop only if it was asked for."""
         told = [events.error_of(event) for event in self._tail.seen if event["event"] == "error"]
+        told = [error for error in told if self.cause.kind == "stopped" or not isinstance(error, Stopped)]
         return sorted(told, key=lambda error: not " ".join(str(error).split()).startswith(self.cause.text or "\0"))
 
     def _begin(self) -> None:
@@ -199,7 +200,11 @@ class Supervised:
         errors = [event for event in self._tail.seen if event["event"] == "error"]
         lines = _last_lines(self._job.log, self._log_from)
         oom_kills, is_full = machine.oom_kills() - self._oom_kills, files.is_full(self._work.out)
-        return End(exit_code, errors, lines, oom_kills, hang, dead, is_full)
+        return End(exit_code, errors, lines, oom_kills, hang, dead, self._was_asked(), is_full)
+
+    def _was_asked(self) -> bool:
+        """Whether it was asked to stop: by this run, by a colleague, or since its time is over."""
+        return self._is_over or self._work.stop.exists() or launchers.is_due()
 
     def _end(self, end: End, beats: list[Beat]) -> None:
         """The job has ended, after these heartbeats: say why, and whether it is started again."""
@@ -207,7 +212,7 @@ class Supervised:
         goodput.close(self._work, cause.kind, cause.text, beats)
         step, taken = (max((getattr(beat, name) for beat in beats), default=0) for name in ("step", "taken"))
         wait_s, self.advice = self._restarts.after(cause, step, taken)
-        if self._is_over or wait_s < 0 or self._work.stop.exists() or launchers.is_due():
+        if wait_s < 0 or self._was_asked():
             self._exit_code = end.exit_code
             return
         now = time.monotonic()

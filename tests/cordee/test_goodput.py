@@ -1,6 +1,7 @@
 """What the time of a stage went to, by hand from made-up events."""
 
 import json
+import time
 
 import pytest
 
@@ -85,6 +86,7 @@ def test_the_end_of_an_attempt_is_told_by_its_last_heartbeats(tmp_path, is_gone)
     heart.begin("data", 7)
     heart.enter("step")
     heart.stepped(8)
+    time.sleep(0.05)
     goodput.close(work, "killed", causes.GONE if is_gone else "by hand")
     goodput.close(work, "finished")
     *_, ended = events.read(work.events)

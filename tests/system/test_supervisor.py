@@ -53,7 +53,6 @@ def _made(tmp_path):
     ("trouble", "kind", "says"),
     [
         ("kill", "killed", "the job's process was ended by SIGKILL from outside"),
-        ("term", "killed", "the job's process was ended by SIGTERM from outside"),
         ("reset", "communication", "Connection reset by peer"),
         ("io", "storage", "Input/output error"),
     ],
@@ -73,6 +72,14 @@ def test_what_passes_is_restarted_from_the_last_resume_point_and_told(march, tmp
     assert f"{kind}: " in done.stdout
     assert "; is restarted " in done.stdout
     assert re.search(r"published march/one@1 after .*; goodput \d+%, .*; 1 incident, .* lost", done.stdout)
+
+
+def test_a_process_that_is_told_to_end_by_someone_else_saves_and_is_restarted(march, tmp_path):
+    done, logs = march("trouble=term")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(end["cause"], end["step"]) for end in _ends(logs)] == [("killed", 35), ("finished", 60)]
+    (incident,) = _made(tmp_path).manifest.goodput.incidents
+    assert incident.text == "it was told to end by a signal from outside"
 
 
 @pytest.mark.parametrize(("trouble", "where"), [("stop", "in fail"), ("gil", "in fail")])
