@@ -80,7 +80,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 files.write_json(file, state)
             if asked:
                 context.note(f"saved at step {step}")
-                context.saved()
+                context.drop_save_request()
         if context.stop_requested():
             context.stop(f"step {step} of {config.to}")
     heart.enter("publish")
