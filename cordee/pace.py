@@ -63,8 +63,7 @@ class Pace:
     @property
     def limit_s(self) -> float | None:
         """How long the next step may take; None while that is not known."""
-        known = len(self._steps) >= KNOWN
-        return max(GRACE_S, TIMES * max(self._steps)) if known else None
+        return max(GRACE_S, TIMES * max(self._steps)) if self._steps else None
 
     def hang(self, beats: Sequence[Beat], now: float, stopped: Collection[int] = ()) -> str:
         """What hangs, and where; empty where nothing does.
@@ -105,9 +104,9 @@ class Pace:
     def _hear(self, beat: Beat, is_stopped: bool) -> None:
         seen = self._seen.get(beat.rank)
         if seen is None or beat != seen.beat:
-            if seen and beat.taken > seen.beat.taken:
-                spent = [sum(one.spent.get(name, 0.0) for name in ("data", "step")) for one in (seen.beat, beat)]
-                self._steps.append((spent[1] - spent[0]) / (beat.taken - seen.beat.taken))
+            taken, spent_s = (seen.beat.taken, _spent_s(seen.beat)) if seen else (0, 0.0)
+            if beat.taken > taken:  # several steps since the last look count as one of their mean
+                self._steps.append((_spent_s(beat) - spent_s) / (beat.taken - taken))
             kept = (seen.stopped_s, seen.slow_s, seen.is_named) if seen else (None, None, False)
             seen = self._seen[beat.rank] = _Seen(beat, self._time_s, *kept)
         if not is_stopped:
@@ -129,6 +128,11 @@ class Pace:
         if self._steps:
             text += f", where recent steps took at most {max(self._steps):.3g} s"
         return text + (f"; {len(late)} of {len(self._seen)} processes are" if len(late) > 1 else "")
+
+
+def _spent_s(beat: Beat) -> float:
+    """Seconds that a process has spent on its steps and their data."""
+    return sum(beat.spent.get(name, 0.0) for name in ("data", "step"))
 
 
 def _where(beat: Beat) -> str:
