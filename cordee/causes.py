@@ -135,7 +135,9 @@ def of(end: End) -> Cause:
     errors = [error for error in end.errors if error["exit_code"] != Stopped.exit_code]
     has_stopped = end.exit_code == Stopped.exit_code or len(errors) < len(end.errors)
     said = [*(str(error["text"]) for error in errors), *reversed(end.lines)]
-    if found := _by_itself(end, has_stopped=has_stopped) or _by_pattern(said) or _by_signal(end):
+    if found := _by_itself(end, has_stopped=has_stopped) or _by_pattern(said):
+        return found
+    if end.exit_code != Stopped.exit_code and (found := _by_signal(end)):
         return found
     if has_stopped and not errors:
         return Cause("killed", "it was told to end by a signal from outside")
