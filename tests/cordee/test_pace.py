@@ -70,6 +70,15 @@ def test_a_hang_is_seen_within_ten_seconds_or_five_of_the_longest_steps(usual_s)
     assert said.endswith("; 2 of 2 processes are")
 
 
+def test_a_hang_right_after_the_first_steps_is_seen():
+    """Which were over before anyone looked twice."""
+    group = Group()
+    group.step, group.spent = 30, 0.6
+    began = group.now
+    assert group.wait(1000) != ""
+    assert group.now - began < 10
+
+
 def test_the_process_that_is_furthest_behind_is_named():
     group = Group()
     for _ in range(10):
