@@ -135,9 +135,7 @@ def of(end: End) -> Cause:
     errors = [error for error in end.errors if error["exit_code"] != Stopped.exit_code]
     has_stopped = end.exit_code == Stopped.exit_code or len(errors) < len(end.errors)
     said = [*(str(error["text"]) for error in errors), *reversed(end.lines)]
-    if found := _by_itself(end, has_stopped=has_stopped) or _by_pattern(said):
-        return found
-    if end.exit_code != Stopped.exit_code and (found := _by_signal(end)):
+    if found := _by_itself(end, has_stopped=has_stopped) or _by_pattern(said) or _by_signal(end):
         return found
     if has_stopped and not errors:
         return Cause("killed", "it was told to end by a signal from outside")
@@ -205,7 +203,9 @@ def _signals(end: End) -> Iterator[tuple[int, str]]:
 
 
 def _number(exit_code: int) -> int | None:
-    """The signal that an exit code stands for."""
+    """The signal that an exit code stands for; a stage that stops ends with that of SIGINT itself."""
+    if exit_code == Stopped.exit_code:
+        return None
     number = -exit_code if exit_code < 0 else exit_code - 128
     return number if number in set(signal.Signals) else None
 

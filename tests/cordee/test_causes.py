@@ -86,6 +86,11 @@ def test_a_process_that_was_killed_is_the_cause_and_not_that_the_others_miss_it(
     assert (cause.kind, says in cause.text) == (kind, True)
 
 
+def test_a_stop_that_follows_the_death_of_another_process_is_not_the_cause():
+    cause = causes.of(End(130, lines=[LAUNCHER.format(code=-9)]))
+    assert cause.text == "rank 1 (process 3374) was ended by SIGKILL from outside"
+
+
 def test_the_cause_is_the_error_of_the_process_that_failed_first_of_all():
     """One process saw the user's mistake; the other, that it was left alone."""
     errors = [{"exit_code": 1, "text": CLOSED}, {"exit_code": 2, "text": "data: no rows"}]
