@@ -19,6 +19,7 @@ from cordee.launchers import REQUEUE
 from cordee.launchers.slurm import told
 from cordee.plan import Plan, Planned
 from cordee.stage import CACHE
+from cordee.supervisor import RESTARTS
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,20 @@ class Written:
     number: str | None
 
 
-def submit(plan: Plan, cluster: Cluster, *, dry_run: bool = False) -> list[Written]:
+def submit(plan: Plan, cluster: Cluster, *, restarts: int = RESTARTS, dry_run: bool = False) -> list[Written]:
     """Write a job script for each stage that is neither done nor in the queue, and submit it.
+
+    Args:
+        plan: the recipe's.
+        cluster: where it runs.
+        restarts: of a stage in its job, without a further step.
+        dry_run: whether scripts are written only.
 
     Raises:
         UserError: a stage asks for what the cluster does not have, or Slurm is not installed.
         Fault: sbatch refuses a job; those before it are submitted.
     """
-    needs = {one.name: _needs(plan, one, cluster) for one in plan.stages}
+    needs = {one.name: runner.needs_of(plan, one, cluster) for one in plan.stages}
     queue = {} if dry_run else jobs.queued()
     recipe = runner.keep_recipe(plan).absolute()
     stored = recipe.with_name(recipe.name.replace(".recipe.yaml", ".cluster.yaml"))
@@ -53,8 +60,8 @@ def submit(plan: Plan, cluster: Cluster, *, dry_run: bool = False) -> list[Writt
             numbers[planned.name] = found.number
             continue
         script = recipe.with_name(recipe.name.replace(".recipe.yaml", f".{planned.name}.sbatch"))
-        files.write_text(script, render(plan, planned, cluster, needs[planned.name], (recipe, stored)))
-        after = tuple(dict.fromkeys(numbers.get(name, name) for name in _awaited(plan, planned)))
+        files.write_text(script, render(plan, planned, cluster, needs[planned.name], (recipe, stored), restarts))
+        after = tuple(dict.fromkeys(numbers.get(name, name) for name in plan.awaited(planned)))
         number = None if dry_run else _sbatch(script, after)
         if number is not None:
             numbers[planned.name] = number
@@ -63,7 +70,9 @@ def submit(plan: Plan, cluster: Cluster, *, dry_run: bool = False) -> list[Writt
     return made
 
 
-def render(plan: Plan, planned: Planned, cluster: Cluster, needs: Needs, stored: tuple[Path, Path]) -> str:
+def render(
+    plan: Plan, planned: Planned, cluster: Cluster, needs: Needs, stored: tuple[Path, Path], restarts: int
+) -> str:
     """A stage's job script.
 
     Args:
@@ -72,6 +81,7 @@ def render(plan: Plan, planned: Planned, cluster: Cluster, needs: Needs, stored:
         cluster: where it runs.
         needs: what it takes of that.
         stored: the recipe and the cluster file, as they are kept with the run.
+        restarts: without a further step.
     """
     recipe, folder = stored[0], Path.cwd()
     texts: jinja2.BaseLoader = jinja2.PackageLoader("cordee", "launchers")
@@ -83,6 +93,7 @@ def render(plan: Plan, planned: Planned, cluster: Cluster, needs: Needs, stored:
     environment.filters["quote"] = shlex.quote
     cache = {CACHE: str(expanded(cluster.cache))} if cluster.cache else {}
     key = jobs.key_of(plan.store, planned)
+    told = [["--runs", str(plan.store.root.absolute())], ["--cluster", str(stored[1])], ["--restarts", str(restarts)]]
     output = str(recipe.with_name(f"{planned.name}.%j.out").absolute()).replace("%", "%%").replace("%%j", "%j")
     return environment.get_template("job.sbatch.jinja").render(
         stage=planned.name,
@@ -92,7 +103,7 @@ def render(plan: Plan, planned: Planned, cluster: Cluster, needs: Needs, stored:
         cluster=cluster,
         variables={**cluster.variables(), **cache},
         limit_s=resources.seconds(needs.time),
-        command=_command(plan, planned, cluster, needs, stored),
+        command=_command([str(recipe), planned.name], told, cluster, needs),
         requeue=REQUEUE,
     )
 
@@ -119,16 +130,12 @@ def _options(name: str, key: str, cluster: Cluster, needs: Needs, output: str) -
     return [*told, "--requeue", "--kill-on-invalid-dep=yes", *cluster.options]
 
 
-def _command(
-    plan: Plan, planned: Planned, cluster: Cluster, needs: Needs, stored: tuple[Path, Path]
-) -> list[list[str]]:
+def _command(stage: list[str], told: list[list[str]], cluster: Cluster, needs: Needs) -> list[list[str]]:
     """What the job runs, line by line: `cordee stage`, for one node in the container if there is one.
 
     On several nodes it runs outside, since it starts the processes by srun, which puts them into the container.
     """
-    recipe, file = (str(path) for path in stored)
-    stage, runs = ["-m", "cordee.cli", "stage", recipe, planned.name], str(plan.store.root.absolute())
-    told = [["--runs", runs], ["--cluster", file]]
+    stage = ["-m", "cordee.cli", "stage", *stage]
     if not cluster.container or needs.nodes > 1:
         return [[cluster.python or sys.executable, *stage], *told]
     folder, inside = Path.cwd(), cluster.container
@@ -136,16 +143,6 @@ def _command(
     prefix = inside.prefix(folder, with_gpus=needs.gpus > 0)
     within = [[*options], inside.options(folder), cluster.srun, prefix]
     return [["srun"], *(words for words in within if words), [inside.python, *stage], *told]
-
-
-def _needs(plan: Plan, planned: Planned, cluster: Cluster) -> Needs:
-    place = (plan.recipe.file, f"stages.{planned.name}")
-    return cluster.needs(planned.config, planned.item.resources, place)
-
-
-def _awaited(plan: Plan, planned: Planned) -> list[str]:
-    """The stages that a stage reads and that are not done."""
-    return [name for name in planned.item.needs if plan.stage(name).artifact is None]
 
 
 def _sbatch(script: Path, after: Sequence[str]) -> str:

@@ -76,8 +76,7 @@ def submitted(plan: Plan) -> dict[str, str]:
 def why_it_waits(plan: Plan, planned: Planned, job: Queued) -> str:
     """Why a job waits."""
     if job.reason.startswith("Dependency"):
-        needs = [name for name in planned.item.needs if plan.stage(name).artifact is None]
-        return f"it needs {', '.join(needs)}"
+        return f"it needs {', '.join(plan.awaited(planned))}"
     return REASONS.get(job.reason, job.reason)
 
 

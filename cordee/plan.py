@@ -88,6 +88,10 @@ class Plan:
         known = [planned.name for planned in self.stages]
         raise UserError(f"no stage {name!r}", file=self.recipe.file, hint=nearest(name, known))
 
+    def awaited(self, planned: Planned) -> list[str]:
+        """The stages that a stage reads and that are not done."""
+        return [name for name in planned.item.needs if self.stage(name).artifact is None]
+
     def reports(self) -> set[str]:
         """The names of the stages that make a report.
 

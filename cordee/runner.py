@@ -7,7 +7,6 @@ that run where what it reads is published, the GPUs that it needs are free, and 
 import contextlib
 import datetime as dt
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from cordee.attempt import Attempt
 from cordee.cluster import Cluster, Needs
 from cordee.display import Display
 from cordee.errors import CordeeError, Fault, Stopped, UserError
-from cordee.launchers import Handle, Job, command, local
+from cordee.launchers import Job, command, local, slurm
 from cordee.plan import Plan, Planned, in_recipe
 from cordee.supervisor import Supervised
 
@@ -46,11 +45,9 @@ class Where:
     """On what a plan runs."""
 
     cluster: Cluster = cluster.HERE
-    start: Callable[[Job], Handle] = local.start
+    """On a Slurm cluster, this is one of its jobs."""
     jobs: int = 1
     """Stages that may run at once."""
-    waits: bool = False
-    """Whether it waits for a run that holds a stage: one whose node has died is seen to be gone after minutes."""
     restarts: int = supervisor.RESTARTS
     """How often a stage that failed without a fault of its own is started again before it is a step further."""
 
@@ -166,13 +163,12 @@ class _Run:
         """Begin an attempt at a stage and start its job, unless another run has published it."""
         label = self.proves if planned is self.plan.stages[-1] else None
         with contextlib.ExitStack() as end:
-            current = end.enter_context(
-                attempt.begin(self.plan, planned, self.artifacts, label, waits=self.where.waits)
-            )
+            is_job = self.where.cluster.kind == "slurm"  # which awaits a run of a dead node, seen to be gone by minutes
+            current = end.enter_context(attempt.begin(self.plan, planned, self.artifacts, label, waits=is_job))
             if isinstance(current, Artifact):
                 self.artifacts[planned.name] = current
                 return
-            needs = self._needs(planned)
+            needs = needs_of(self.plan, planned, self.where.cluster)
             gpus = self._free_gpus(planned) or () if self.where.jobs > 1 else ()
             argv = command.of_stage(planned.item.stage.uses, planned.config, current.work.job.resolve(), needs.nodes)
             environment = launchers.environment() | launchers.caches(self.plan.store.root)
@@ -180,12 +176,9 @@ class _Run:
             job = Job(planned.name, argv, environment, current.work.log, current.work.stop, needs.nodes, needs.cores)
             tail = events.Tail(current.work.events)
             self.display.begin(planned.name, current.announce())
-            handle = Supervised(self.where.start, job, current.work, self.where.restarts)
+            start = slurm.start_on(self.where.cluster) if is_job else local.start
+            handle = Supervised(start, job, current.work, self.where.restarts)
             self.running.append(_Running(planned, current, handle, tail, end.pop_all(), gpus))
-
-    def _needs(self, planned: Planned) -> Needs:
-        place = (self.plan.recipe.file, f"stages.{planned.name}")
-        return self.where.cluster.needs(planned.config, planned.item.resources, place)
 
     def _watch(self) -> None:
         """Show what is new of the stages that run, and publish those that have ended."""
@@ -281,6 +274,15 @@ def _error(one: _Running, *, was_stopped: bool) -> CordeeError | None:
     if was_stopped or cause.kind == "stopped":
         return Stopped(stopped)
     return Fault(f"{cause.kind}: {cause.text}", file=one.attempt.work.log, hint="; ".join(filter(None, hints)))
+
+
+def needs_of(plan: Plan, planned: Planned, on: Cluster) -> Needs:
+    """What a stage takes of a cluster.
+
+    Raises:
+        UserError: the cluster does not have it.
+    """
+    return on.needs(planned.config, planned.item.resources, (plan.recipe.file, f"stages.{planned.name}"))
 
 
 def keep_recipe(plan: Plan) -> Path:

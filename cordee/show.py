@@ -208,7 +208,7 @@ def submitted(out: Console, plan: Plan, made: Iterable[Written]) -> None:
     for one in listed:
         after = f", after {', '.join(one.after)}" if one.after else ""
         what = f"job {one.number}{after}" if one.number else f"{one.script}{after}"
-        out.print(f"{one.stage:<14} {what}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"{one.stage:<14} {what}", highlight=False, soft_wrap=True)
     if not listed:
         undone = [planned.name for planned in plan.stages if not planned.artifact]
         out.print(f"nothing to submit: {', '.join(undone) + ' waits or runs' if undone else 'all is done'}")

@@ -36,6 +36,11 @@ BY_STEP = ("metrics.jsonl", "completions.jsonl")
 """Files of an artifact to which a training appends lines, each of which names its `step`."""
 
 
+def is_due() -> bool:
+    """Whether the deadline of this job, if it has one, has passed."""
+    return time.time() >= float(os.environ.get(DEADLINE, "inf"))
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage is given besides its config: its output folder, its seed, and a way to report.
@@ -126,8 +131,7 @@ class Context:
 
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop, or its time is over: the stage then saves its state and calls `stop`."""
-        is_due = time.time() >= float(os.environ.get(DEADLINE, "inf"))
-        return is_due or ASKED.is_set() or (self.events.parent / "stop").exists()
+        return is_due() or ASKED.is_set() or (self.events.parent / "stop").exists()
 
     def save_requested(self) -> bool:
         """Whether a resume point was asked for, by a file `save` beside the events; see `drop_save_request`."""

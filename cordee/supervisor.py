@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cordee import causes, events, files, goodput, heartbeat, launchers, machine, units
+from cordee import causes, events, files, goodput, heartbeat, machine, stage, units
 from cordee.causes import Cause, End
 from cordee.errors import CordeeError, Stopped
 from cordee.heartbeat import Beat
@@ -204,7 +204,7 @@ class Supervised:
 
     def _was_asked(self) -> bool:
         """Whether it was asked to stop: by this run, by a colleague, or since its time is over."""
-        return self._is_over or self._work.stop.exists() or launchers.is_due()
+        return self._is_over or self._work.stop.exists() or stage.is_due()
 
     def _end(self, end: End, beats: list[Beat]) -> None:
         """The job has ended, after these heartbeats: say why, and whether it is started again."""

@@ -1,6 +1,5 @@
 """Commands that plan and run a recipe, here or on a cluster, and tell how far it is."""
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -61,7 +60,9 @@ def run(
     if where.kind == "slurm":
         from cordee import batch
 
-        show.submitted(out, plan, batch.submit(plan, where, dry_run=dry_run))
+        if jobs > 1:
+            raise UserError("is for one machine; Slurm decides how many jobs run at once", key="--jobs")
+        show.submitted(out, plan, batch.submit(plan, where, restarts=restarts, dry_run=dry_run))
         return
     if dry_run:
         raise UserError("is for Slurm clusters", key="--dry-run", hint="`cordee plan` shows what a run would do")
@@ -88,22 +89,18 @@ def stage_(
     restarts: Restarts = 3,
 ) -> None:
     """Run one stage of a recipe, as a batch job does; its inputs have to be published."""
-    from cordee import launchers, runner, show
+    from cordee import launchers, runner, show, stage
     from cordee.errors import Fault, Stopped
-    from cordee.launchers import slurm
-    from cordee.stage import BEGINS_AGAIN
 
     (plan, cluster), out = _load(recipe_file, overrides, runs, on), console()
     plan.stage(name)
-    is_job = cluster.kind == "slurm"
-    where = runner.Where(cluster, slurm.start_on(cluster), waits=True) if is_job else runner.Where(cluster)
-    where = dataclasses.replace(where, restarts=restarts)
+    where = runner.Where(cluster, restarts=restarts)
     try:
         show.reports(out, [runner.run(plan, out, only={name}, where=where)[name]])
     except Stopped as error:
-        if not launchers.is_due():
+        if not stage.is_due():
             raise
-        if BEGINS_AGAIN in error.problem:
+        if stage.BEGINS_AGAIN in error.problem:
             hint = "give it more: resources.time, or the cluster file's time_limit"
             problem = f"its time is over, and it keeps no state to continue from ({error})"
             raise Fault(problem, file=plan.recipe.file, key=f"stages.{name}", hint=hint) from error
@@ -126,7 +123,7 @@ def status(recipe_file: RecipeFile, overrides: Overrides = None, runs: RunsOr = 
             lacks = f"nothing is known of its jobs: {error}"
     show.status(out, plan, None if lacks else (numbers, queue))
     if lacks:
-        out.print(lacks, markup=False, highlight=False, soft_wrap=True)
+        out.print(lacks, highlight=False, soft_wrap=True)
 
 
 @command

@@ -6,14 +6,13 @@ nodes of an allocation.
 
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from cordee import lock
 from cordee.artifact import Store
-from cordee.stage import CACHE, DEADLINE
+from cordee.stage import CACHE
 
 REQUEUE = 75
 """The exit code of a job whose time is over and whose stage has saved its state (EX_TEMPFAIL of sysexits.h)."""
@@ -69,8 +68,3 @@ def caches(runs: Path) -> dict[str, str]:
     compiled = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "VLLM_CACHE_ROOT": "vllm"}
     place = Store(runs).cache.absolute()
     return {name: str(place / folder) for name, folder in {CACHE: "", **compiled}.items() if name not in os.environ}
-
-
-def is_due() -> bool:
-    """Whether the deadline of this job, if it has one, has passed."""
-    return time.time() >= float(os.environ.get(DEADLINE, "inf"))

@@ -208,6 +208,18 @@ def test_the_shipped_clusters_render_the_quickstart(tmp_path, monkeypatch, name)
     require_right(scripts)
 
 
+def test_a_job_is_told_its_restarts_and_slurm_decides_how_many_run_at_once(cordee, write, tmp_path):
+    on = write("three.yaml", "kind: slurm\npartition: all\n")
+    recipe_file = write("brook.yaml", "name: brook\nstages: {spring: {uses: toys.spring}}\n")
+    given = ("run", recipe_file, "--cluster", on, "--dry-run", "--runs", tmp_path / "runs")
+    assert cordee(*given, "--restarts", "7").returncode == 0
+    (script,) = (tmp_path / "runs/brook/logs").glob("*.spring.sbatch")
+    assert "--restarts 7" in " ".join(script.read_text().split("\\\n")).replace("  ", " ")
+    refused = cordee(*given, "--jobs", "2")
+    assert refused.returncode == 2
+    assert refused.stderr == "cordee: --jobs: is for one machine; Slurm decides how many jobs run at once\n"
+
+
 def test_a_template_of_a_sites_own_takes_the_place_of_ours(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     template = write("mine.jinja", "#!/bin/bash\n{% for o in options %}\n#SBATCH {{ o }}\n{% endfor %}\n{{ stage }}\n")

@@ -162,15 +162,16 @@ class Screen(io.StringIO):
 def test_what_ends_the_run_ends_its_stage(brook, tmp_path, monkeypatch):
     monkeypatch.setattr(display, "LINE_EVERY_S", -1.0)
     monkeypatch.chdir(tmp_path)
-    started = []
+    started, start = [], local.start
 
-    def start(job):
-        started.append(local.start(job))
+    def keep(job):
+        started.append(start(job))
         return started[-1]
 
+    monkeypatch.setattr(local, "start", keep)
     planned = plan.make(recipe.load(brook, ["spring.trouble=wait"]), Store(tmp_path / "runs"))
     with pytest.raises(ValueError, match="closed file"):
-        runner.run(planned, Console(file=Screen()), where=runner.Where(start=start))
+        runner.run(planned, Console(file=Screen()))
     assert [one.poll() for one in started] == [-signal.SIGKILL]
 
 
