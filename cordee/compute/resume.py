@@ -271,8 +271,10 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _checked(folder: Path) -> dict[str, Any]:
-    """A point's state; raises `ValueError` where a file is not what was written."""
+    """A point's state; raises `ValueError` where a file is not what was written, or a further one is there."""
     record = _record(folder)
+    if added := {path.relative_to(folder).as_posix() for path in files.walk(folder)} - {STATE, *record["files"]}:
+        raise ValueError(f"{min(added)} is no part of it")
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(files.sha256, [folder / name for name in record["files"]])
         for (name, expected), found in zip(record["files"].items(), hashes, strict=True):

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cordee import files, model_folder, yaml12
 from cordee.compute import meta, shards
-from cordee.compute.model import attention, open_model
+from cordee.compute.model import attention, open_config, open_model
 from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_folder, tokenizer_remark
 from cordee.errors import Fault, UserError, nearest
 from pretrain.data.loader import IGNORED
@@ -99,7 +99,7 @@ def blueprint(source: Path, tokens: Path, sequence_length: int) -> Callable[[], 
     """
     if source.is_dir():
         model_folder.require(source, "model")
-        config, options = AutoConfig.from_pretrained(source, local_files_only=True), attention(source)
+        config, options = open_config(source), attention(source)
     else:
         config, options = _read_config(source, tokens), {}
         special = open_tokenizer(tokens / "tokenizer", key="data.0.tokens")
@@ -154,7 +154,7 @@ def shape(source: Path, tokens: Path) -> PreTrainedModel:
     Raises:
         UserError: a field is unknown, or the model does not fit the tokens.
     """
-    config = AutoConfig.from_pretrained(source) if source.is_dir() else _read_config(source, tokens)
+    config = open_config(source) if source.is_dir() else _read_config(source, tokens)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -150,6 +150,17 @@ def test_a_damaged_point_is_told_and_dropped(tmp_path, name, damage):
     assert not (tmp_path / "resume" / "2").exists()
 
 
+def test_a_point_with_a_further_file_is_not_used(tmp_path):
+    """A shard of another attempt would be read with its own."""
+    model, optimizer = made(0)
+    save(tmp_path, model, optimizer, 1, 2)
+    point = tmp_path / "resume" / "2"
+    (point / "shard-1-of-2.safetensors").write_bytes((point / SHARD).read_bytes())
+    found, problems = resume.newest(tmp_path / "resume")
+    assert found.step == 1
+    assert problems == ["the state at step 2 is damaged (shard-1-of-2.safetensors is no part of it): it is not used"]
+
+
 def test_a_point_of_another_model_is_refused(tmp_path):
     model, optimizer = made(0)
     save(tmp_path, model, optimizer, 1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from cordee.errors import UserError
 from pretrain.data.loader import open_split, require_ids_below
-from pretrain.training.model import build
+from pretrain.training.model import blueprint, build, shape
 
 VOCAB_SIZE = 512
 SHAPE = {
@@ -62,6 +63,19 @@ def test_rows_longer_than_the_models_positions_are_refused(family, tmp_path, mak
     model = write_model(tmp_path / "model", family, tokens)
     with pytest.raises(UserError, match=r"max_position_embeddings: 64 positions do not hold a sequence_length of 65"):
         build(model, tokens, 65, seed=0)
+
+
+@pytest.mark.parametrize("opens", [shape, partial(blueprint, sequence_length=48)], ids=["shape", "blueprint"])
+def test_a_model_that_needs_code_of_its_folder_is_refused_in_one_line(opens, tmp_path, make_tokens):
+    tokens = make_tokens("data", LENGTHS)
+    model = write_model(tmp_path / "model", "llama", tokens)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'it-ran')!r})\n")
+    with pytest.raises(UserError, match="has no model 'own', and code in a model's folder is not run"):
+        opens(model, tokens)
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_ids_beyond_the_embedding_table_are_refused_and_the_document_is_named(tmp_path, make_tokens, trained):
