@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "reliability.md"
 MARKS = "<!-- faults -->\n", "<!-- end -->\n"
-SUPERVISOR, RUNNER = "tests/system/test_supervisor.py", "tests/cordee/test_runner.py"
+SUPERVISOR, RANKS = "tests/system/test_supervisor.py", "tests/system/test_supervised_ranks.py"
+RUNNER = "tests/cordee/test_runner.py"
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,15 @@ ROWS = (
     Row("a process is told to end by someone else (SIGTERM)", "it saves, and is restarted",
         SUPERVISOR, "test_a_process_that_is_told_to_end_by_someone_else_saves_and_is_restarted"),
     Row("one of two ranks is killed", "seen within 3 s, named, restarted; the same bits",
-        SUPERVISOR, "test_a_rank_that_is_killed_is_seen_within_three_seconds_and_the_bits_are_the_same"),
+        RANKS, "test_a_rank_that_is_killed_is_seen_within_three_seconds_and_the_bits_are_the_same"),
     Row("all ranks are killed, or accelerate's launcher", "restarted; the same bits",
-        SUPERVISOR, "test_all_ranks_or_their_launcher_are_killed_and_the_bits_are_the_same"),
+        RANKS, "test_all_ranks_or_their_launcher_are_killed_and_the_bits_are_the_same"),
     Row("`cordee run` is killed", "its stage ends at once; the next run continues and tells what was lost",
         SUPERVISOR, "test_what_was_lost_with_the_run_itself_is_told_by_the_next"),
     Row("a process is stopped, or holds the GIL", "seen within 10 s; the stacks are in the log; restarted",
         SUPERVISOR, "test_a_hang_is_seen_within_ten_seconds_and_its_stacks_are_kept"),
     Row("one of two ranks is stopped", "named; the stacks of both are in the log; restarted; the same bits",
-        SUPERVISOR, "test_a_rank_that_is_stopped_is_named_and_the_bits_are_the_same"),
+        RANKS, "test_a_rank_that_is_stopped_is_named_and_the_bits_are_the_same"),
     Row("steps take up to four times as long as others", "no alarm in 1,000 steps",
         "tests/cordee/test_pace.py", "test_no_false_alarm_in_a_thousand_steps_with_fourfold_jitter"),
     Row("one process is slower than the others", "named once, by rank and host; nothing is restarted",

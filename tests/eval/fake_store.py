@@ -300,3 +300,16 @@ def make(root: Path) -> dict[str, Path]:
         publish(f"prove-{proof}", f"pretrain.prove_{proof}", {"certificate.json": {**document, "evidence": []}},
                 inputs={"tokens": "tokens"}, seconds=9.8)  # fmt: skip
     return made
+
+
+def figures(folder):
+    """What a report's page shows."""
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def change_json(folder, file, change):
+    """Change a JSON file of an artifact; `change` gets the document."""
+    document = json.loads((folder / file).read_text(encoding="utf-8"))
+    change(document)
+    (folder / file).write_text(json.dumps(document), encoding="utf-8")
+    rehash(folder)

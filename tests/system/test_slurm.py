@@ -1,7 +1,6 @@
 """Recipes as jobs of a real Slurm of three nodes: what is submitted, what fails, what is killed, and what continues."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -10,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from token_files import training, write_tokens
 
 from cordee import events, manifest
 
-ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = """
 kind: slurm
 partition: all
@@ -166,28 +165,11 @@ def weights(artifact: Path) -> dict[str, str]:
 @pytest.mark.long
 def test_a_training_on_two_nodes_ends_in_the_weights_of_one_node(slurm, call, cordee, work):
     """With as many processes; requeued, it has saved on all nodes, and continues to the same weights."""
-    spec = importlib.util.spec_from_file_location("pretrain_conftest", ROOT / "tests" / "pretrain" / "conftest.py")
-    samples = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(samples)
-    tokens = samples.write_tokens(work / "tokens", [40, 55, 31, 60] * 30)
-    training = {
-        "uses": "pretrain.train",
-        "model": str(ROOT / "configs/models/apertus-micro.yaml"),
-        "data": [{"tokens": str(tokens)}],
-        "max_steps": 200,
-        "global_batch_size": 8,
-        "per_device_train_batch_size": 2,
-        "sequence_length": 64,
-        "learning_rate": 3e-3,
-        "warmup_steps": 2,
-        "decay_steps": 2,
-        "precision": "float32",
-        "compile": "off",
-        "logging_steps": 1,
-        "resume_steps": 1000,  # it continues from what it saves when it is asked to end
-        "launch": {"num_processes": 2},
-    }
-    (work / "train.yaml").write_text(json.dumps({"name": "train", "seed": 17, "stages": {"base": training}}))
+    tokens = write_tokens(work / "tokens", [40, 55, 31, 60] * 30)
+    # it continues from what it saves when it is asked to end
+    keys = training(tokens, max_steps=200, resume_steps=1000, launch={"num_processes": 2})
+    base = {"uses": "pretrain.train", **keys}
+    (work / "train.yaml").write_text(json.dumps({"name": "train", "seed": 17, "stages": {"base": base}}))
     done = cordee("run", "train.yaml", "--runs", "here", cwd=work, timeout=600)
     assert done.returncode == 0, done.stderr
     found = jobs(call("run", "train.yaml"))
@@ -217,14 +199,19 @@ def test_a_stage_that_keeps_no_state_fails_at_its_time_limit_and_is_not_requeued
     assert "its time is over, and it keeps no state to continue from" in call("logs", "brook.yaml", "spring")
 
 
+def require_continued(slurm, work: Path, last: str) -> None:
+    """See that the counter is resumed, that the recipe's last job ends well, and that it counted right."""
+    slurm.wait_for(lambda: any(event["event"] == "resumed" for event in seen(work, "count/logs/one@1")), seconds=300)
+    assert slurm.reaches(last, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
+    assert (work / "runs/count/one@1/digest.txt").read_text() == digest(300)
+
+
 @pytest.mark.long
 def test_a_job_that_is_requeued_continues(slurm, call, work):
     found = jobs(call("run", "count.yaml", SLOWLY))
     slurm.wait_for(lambda: steps(work) > 15)
     slurm("scontrol", "requeue", found["one"])
-    slurm.wait_for(lambda: any(event["event"] == "resumed" for event in seen(work, "count/logs/one@1")))
-    assert slurm.reaches(found["two"], "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
-    assert (work / "runs/count/one@1/digest.txt").read_text() == digest(300)
+    require_continued(slurm, work, found["two"])
 
 
 @pytest.mark.long
@@ -233,9 +220,7 @@ def test_when_a_node_dies_its_job_continues_on_another(slurm, call, work):
     slurm.wait_for(lambda: steps(work) > 15)
     node = slurm("squeue", "--noheader", f"--job={found['one']}", "--format=%N").strip()
     slurm.kill(node)
-    slurm.wait_for(lambda: any(event["event"] == "resumed" for event in seen(work, "count/logs/one@1")), seconds=300)
-    assert slurm.reaches(found["two"], "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
-    assert (work / "runs/count/one@1/digest.txt").read_text() == digest(300)
+    require_continued(slurm, work, found["two"])
 
 
 @pytest.mark.long

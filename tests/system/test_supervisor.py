@@ -1,21 +1,18 @@
 """What fails while a stage runs, planted in real processes: noticed, named, and restarted where that helps."""
 
 import hashlib
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from watched import ends, reaches, start, wait_for
 
-from cordee import events, lock
+from cordee import events
 from cordee.artifact import Store
 
-MAIN = "from cordee.cli import main; main()"
 STEPS = 60
 
 
@@ -38,10 +35,6 @@ def march(write, cordee, tmp_path):
     return call
 
 
-def _ends(logs):
-    return [event for event in events.read(logs / "events.jsonl") if event["event"] == "ended"]
-
-
 def _made(tmp_path):
     """The artifact, whose steps are those of a run that nothing disturbed."""
     assert (tmp_path / "runs/march/one@1/digest.txt").read_text() == _digest()
@@ -60,7 +53,7 @@ def _made(tmp_path):
 def test_what_passes_is_restarted_from_the_last_resume_point_and_told(march, tmp_path, trouble, kind, says):
     done, logs = march(f"trouble={trouble}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [end["cause"] for end in _ends(logs)] == [kind, "finished"]
+    assert [end["cause"] for end in ends(logs)] == [kind, "finished"]
     spent = _made(tmp_path).manifest.goodput
     (incident,) = spent.incidents
     assert (incident.kind, says in incident.text, incident.step) == (kind, True, 34)
@@ -77,7 +70,7 @@ def test_what_passes_is_restarted_from_the_last_resume_point_and_told(march, tmp
 def test_a_process_that_is_told_to_end_by_someone_else_saves_and_is_restarted(march, tmp_path):
     done, logs = march("trouble=term")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [(end["cause"], end["step"]) for end in _ends(logs)] == [("killed", 35), ("finished", 60)]
+    assert [(end["cause"], end["step"]) for end in ends(logs)] == [("killed", 35), ("finished", 60)]
     (incident,) = _made(tmp_path).manifest.goodput.incidents
     assert incident.text == "it was told to end by a signal from outside"
 
@@ -86,7 +79,7 @@ def test_a_process_that_is_told_to_end_by_someone_else_saves_and_is_restarted(ma
 def test_a_hang_is_seen_within_ten_seconds_and_its_stacks_are_kept(march, tmp_path, trouble, where):
     done, logs = march(f"trouble={trouble}")
     assert done.returncode == 0, done.stdout + done.stderr
-    hang, finished = _ends(logs)
+    hang, finished = ends(logs)
     assert (hang["cause"], hang["step"], finished["cause"]) == ("hang", 34, "finished")
     assert hang["silent_s"] < 10 + 3, "seen within 10 s, plus the time for its stacks and its end"
     log = (logs / "log.txt").read_text()
@@ -107,7 +100,7 @@ def test_what_would_end_so_again_is_not_restarted(march, trouble, code, kind, sa
     done, logs = march(f"trouble={trouble}", "times=9")
     assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
     assert says in done.stderr
-    assert [end["cause"] for end in _ends(logs)] == [kind]
+    assert [end["cause"] for end in ends(logs)] == [kind]
 
 
 def test_the_same_failure_at_the_same_step_twice_stops_with_the_diagnosis(march):
@@ -115,53 +108,28 @@ def test_the_same_failure_at_the_same_step_twice_stops_with_the_diagnosis(march)
     assert done.returncode == 1
     assert "killed: the job's process was ended by SIGKILL from outside" in done.stderr
     assert "the same happened at step 34 before" in done.stderr
-    assert [end["step"] for end in _ends(logs)] == [34, 34]
+    assert [end["step"] for end in ends(logs)] == [34, 34]
 
 
 def test_without_restarts_the_first_failure_stops_it(march, tmp_path):
     done, logs = march("trouble=kill", "--restarts", "0")
-    assert (done.returncode, len(_ends(logs))) == (1, 1)
+    assert (done.returncode, len(ends(logs))) == (1, 1)
     assert march()[0].returncode == 0
     assert [one.kind for one in _made(tmp_path).manifest.goodput.incidents] == ["killed"], "kept over runs"
-
-
-def _start(tmp_path, *arguments, recipe="march.yaml"):
-    command = [sys.executable, "-c", MAIN, "run", recipe, *arguments]
-    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _await(condition, seconds=300):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return found
-
-
-def _beat(logs, rank=0):
-    """What a process said last; None before it says something."""
-    try:
-        return json.loads((logs / "heartbeats" / str(rank)).read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def _reaches(logs, step, rank=0):
-    return _await(lambda: (told := _beat(logs, rank)) and told["step"] >= step and told)
 
 
 @pytest.mark.usefixtures("march")
 def test_a_colleague_asks_for_a_resume_point_and_then_for_the_end(tmp_path, cordee):
     logs = tmp_path / "runs/march/logs/one@1"
-    run = _start(tmp_path, "one.pace_s=0.3")
-    _reaches(logs, 2)
+    run = start(tmp_path, "one.pace_s=0.3")
+    reaches(logs, 2)
     (logs / "save").touch()
-    _await(lambda: not (logs / "save").exists())
+    wait_for(lambda: not (logs / "save").exists())
     told = [event["text"] for event in events.read(logs / "events.jsonl") if event["event"] == "note"]
     assert [text for text in told if text.startswith("saved at step ")]
     (logs / "stop").touch()
     assert run.wait(timeout=120) == 130
-    assert _ends(logs)[-1]["cause"] == "stopped"
+    assert ends(logs)[-1]["cause"] == "stopped"
     assert cordee("run", "march.yaml", timeout=600).returncode == 0
     assert _made(tmp_path).manifest.goodput.incidents == ()
 
@@ -169,8 +137,8 @@ def test_a_colleague_asks_for_a_resume_point_and_then_for_the_end(tmp_path, cord
 @pytest.mark.usefixtures("march")
 def test_what_was_lost_with_the_run_itself_is_told_by_the_next(tmp_path, cordee):
     logs = tmp_path / "runs/march/logs/one@1"
-    run = _start(tmp_path, "one.pace_s=0.3")
-    _reaches(logs, 13)
+    run = start(tmp_path, "one.pace_s=0.3")
+    reaches(logs, 13)
     run.kill()
     run.wait()
     assert cordee("run", "march.yaml", timeout=600).returncode == 0
@@ -183,8 +151,8 @@ def test_what_was_lost_with_the_run_itself_is_told_by_the_next(tmp_path, cordee)
 @pytest.mark.usefixtures("march")
 def test_of_two_runs_of_one_recipe_one_works_and_the_other_says_who_does(tmp_path, cordee):
     logs = tmp_path / "runs/march/logs/one@1"
-    run = _start(tmp_path, "one.pace_s=0.3")
-    _reaches(logs, 2)
+    run = start(tmp_path, "one.pace_s=0.3")
+    reaches(logs, 2)
     other = cordee("run", "march.yaml")
     assert (other.returncode, "another run holds this stage; process " in other.stderr) == (1, True)
     run.send_signal(signal.SIGINT)
@@ -196,13 +164,13 @@ def test_of_two_runs_of_one_recipe_one_works_and_the_other_says_who_does(tmp_pat
 @pytest.mark.usefixtures("march")
 def test_ctrl_c_ends_a_run_that_waits_for_a_restart(tmp_path):
     logs = tmp_path / "runs/march/logs/one@1"
-    run = _start(tmp_path, "one.pace_s=0.3")
-    pid = _reaches(logs, 2)["pid"]
+    run = start(tmp_path, "one.pace_s=0.3")
+    pid = reaches(logs, 2)["pid"]
     os.kill(pid, signal.SIGKILL)
-    _await(lambda: _ends(logs))
+    wait_for(lambda: ends(logs))
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=120) == 130
-    assert len(_ends(logs)) == 1
+    assert len(ends(logs)) == 1
 
 
 @pytest.fixture
@@ -225,7 +193,7 @@ def test_a_full_disk_ends_it_in_a_line_and_it_continues_once_there_is_space(marc
     assert "no space left on the disk" in done.stderr
     assert "free some space, then run again" in done.stderr
     logs = small_disk / "march/logs/one@1"
-    assert [end["cause"] for end in _ends(logs)] == ["disk full"]
+    assert [end["cause"] for end in ends(logs)] == ["disk full"]
     (small_disk / "march/one@1.partial/large.bin").unlink()
     again = cordee("run", "march.yaml", "--runs", str(small_disk), timeout=600)
     assert again.returncode == 0, again.stderr
@@ -254,74 +222,18 @@ def cgroup():
 @pytest.mark.usefixtures("march")
 def test_what_the_kernel_kills_for_memory_is_told_apart_from_what_a_person_kills(tmp_path, cgroup):
     logs = tmp_path / "runs/march/logs/one@1"
-    run = _start(tmp_path, "one.pace_s=0.3", "one.trouble=leak", "one.at=5")
-    pid = _reaches(logs, 1)["pid"]
+    run = start(tmp_path, "one.pace_s=0.3", "one.trouble=leak", "one.at=5")
+    pid = reaches(logs, 1)["pid"]
     (cgroup / "cgroup.procs").write_text(str(pid))
     said, _ = run.communicate(timeout=300)
     assert (run.returncode, "was killed by the kernel, which had no memory left" in said) == (1, True), said
-    assert [end["cause"] for end in _ends(logs)] == ["out of memory"]
-
-
-PRETRAIN = """
-name: two
-stages:
-  base:
-    uses: pretrain.train
-    model: {root}/configs/models/apertus-micro.yaml
-    data: [{{tokens: tokens}}]
-    max_steps: 240
-    global_batch_size: 4
-    per_device_train_batch_size: 2
-    sequence_length: 64
-    learning_rate: 0.003
-    precision: float32
-    compile: "off"
-    resume_steps: 20
-    launch: {{num_processes: 2}}
-"""
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A training by two processes that nothing disturbed: its folder, and the digest of its weights."""
-    import numpy as np
-
-    sys.path.insert(0, str(ROOT / "tests/pretrain"))
-    conftest = __import__("runpy").run_path(str(ROOT / "tests/pretrain/conftest.py"))
-    folder = tmp_path_factory.mktemp("two")
-    conftest["write_tokens"](folder / "tokens", np.random.default_rng(1).integers(4, 60, 150).tolist())
-    (folder / "two.yaml").write_text(PRETRAIN.format(root=ROOT))
-    run = _start(folder, recipe="two.yaml")
-    said, _ = run.communicate(timeout=900)
-    assert run.returncode == 0, said
-    return folder, _weights(folder)
-
-
-def _weights(folder):
-    return hashlib.sha256((folder / "runs/two/base@1/model.safetensors").read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def two(undisturbed, tmp_path):
-    """The same training in a folder of its own: started, and its logs."""
-    (tmp_path / "tokens").symlink_to(undisturbed[0] / "tokens")
-    (tmp_path / "two.yaml").write_text((undisturbed[0] / "two.yaml").read_text())
-    return _start(tmp_path, recipe="two.yaml"), tmp_path / "runs/two/logs/base@1"
-
-
-def _same(run, folder, undisturbed):
-    said, _ = run.communicate(timeout=900)
-    assert run.returncode == 0, said
-    assert _weights(folder) == undisturbed[1]
-    (made,) = Store(folder / "runs").scan("two")
-    return made.manifest.goodput
+    assert [end["cause"] for end in ends(logs)] == ["out of memory"]
 
 
 def test_a_slow_process_is_an_incident_and_nothing_is_restarted(march, tmp_path):
     done, logs = march("launch.num_processes=2", "pace_s=0.1", "slow_s=0.1", "to=150")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [end["cause"] for end in _ends(logs)] == ["finished"]
+    assert [end["cause"] for end in ends(logs)] == ["finished"]
     (made,) = Store(tmp_path / "runs").scan("march")
     (incident,) = made.manifest.goodput.incidents
     assert (incident.kind, incident.lost_s) == ("straggler", 0)
@@ -343,68 +255,3 @@ def test_a_port_that_is_taken_is_not_used(write, cordee, monkeypatch):
         write("choir.yaml", "name: choir\nstages: {one: {uses: toys.choir, launch: {num_processes: 2}}}")
         done = cordee("run", "choir.yaml", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.long
-def test_a_rank_that_is_killed_is_seen_within_three_seconds_and_the_bits_are_the_same(two, tmp_path, undisturbed):
-    run, logs = two
-    pid = _reaches(logs, 50, rank=1)["pid"]
-    began = time.time()
-    os.kill(pid, signal.SIGKILL)
-    (end,) = _await(lambda: _ends(logs), seconds=60)
-    spent = _same(run, tmp_path, undisturbed)
-    assert end["time"] - began < 3
-    (incident,) = spent.incidents
-    assert incident.kind == "killed"
-    assert re.search("ended by SIGKILL from outside|is gone, in phase", incident.text)
-    assert re.match(r"rank 1 \(process \d+\)", incident.text)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("who", ["ranks", "launcher"])
-def test_all_ranks_or_their_launcher_are_killed_and_the_bits_are_the_same(two, tmp_path, undisturbed, who):
-    run, logs = two
-    ranks = [_reaches(logs, 50, rank)["pid"] for rank in (0, 1)]
-    parent = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    for pid in ranks if who == "ranks" else [parent]:
-        os.kill(pid, signal.SIGKILL)
-    spent = _same(run, tmp_path, undisturbed)
-    assert [one.kind for one in spent.incidents] == ["killed"]
-    assert not any(lock.owner(pid)["started"] for pid in ranks)
-
-
-@pytest.mark.long
-def test_a_rank_that_is_stopped_is_named_and_the_bits_are_the_same(two, tmp_path, undisturbed):
-    run, logs = two
-    told = _reaches(logs, 50, rank=1)
-    os.kill(told["pid"], signal.SIGSTOP)
-    spent = _same(run, tmp_path, undisturbed)
-    hang, _ = _ends(logs)
-    assert re.match(r"rank 1 \(process \d+ on .*\) is (stopped|silent)", hang["text"])
-    assert hang["silent_s"] < 10 + 3
-    log = (logs / "log.txt").read_text()
-    assert {int(rank) for rank in re.findall(r"stacks of rank (\d)", log)} == {0, 1}
-    assert log.count("most recent call first") >= 2
-    assert [one.kind for one in spent.incidents] == ["hang"]
-
-
-@pytest.mark.long
-def test_a_training_that_diverges_is_not_restarted(undisturbed, cordee):
-    keys = ("base.learning_rate=1e30", "base.launch.num_processes=1", "base.max_steps=20")
-    done = cordee("run", "two.yaml", *keys, "--runs", "diverged", cwd=undisturbed[0], timeout=600)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert re.search(r"step \d+: the loss is .* and the gradient's norm (nan|inf); lower learning_rate", done.stderr)
-    assert [end["cause"] for end in _ends(undisturbed[0] / "diverged/two/logs/base@1")] == ["diverged"]
-
-
-@pytest.mark.long
-def test_a_colleagues_resume_point_of_two_processes_is_used(two, tmp_path, undisturbed):
-    run, logs = two
-    _reaches(logs, 45)
-    (logs / "save").touch()
-    _await(lambda: not (logs / "save").exists())
-    points = [
-        int(path.name) for path in (tmp_path / "runs/two/base@1.partial/resume").glob("*") if path.name.isdecimal()
-    ]
-    assert any(step % 20 for step in points), points
-    _same(run, tmp_path, undisturbed)
