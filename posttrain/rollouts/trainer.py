@@ -6,13 +6,10 @@ TRL computes prompts' rewards, advantages and the loss. The classes here take th
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, RLOOTrainer
 
 from cordee.chat.templates import Template
@@ -27,6 +24,8 @@ from posttrain.training.settings import CHECKED_BATCHES
 
 OWN = ("prompt_ids",)
 """Columns of the data set that are no columns of the data, and that no reward is given."""
+ADAPTIVE = ("entropy_coef", "_last_world_entropy")
+"""What TRL's GRPO changes at each step where `use_adaptive_entropy` is on."""
 
 
 class Rollouts(Trainer):
@@ -239,37 +238,29 @@ class Rollouts(Trainer):
 
     # --- resume points
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint, and with it the completions that are still to be trained on."""
-        super()._save_checkpoint(model, trial)
-        if self._step % self.rollout_micro_steps:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            tensors = {
-                f"{at}/{name}": value.clone()
-                for at, batch in enumerate(self._buffered_inputs)
-                for name, value in batch.items()
-                if value is not None
-            }
-            save_file(tensors, folder / self._rollout_file)
+    def kept(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What it needs beside the model to go on: numbers, and the completions that are still to be trained on."""
+        numbers = {name: getattr(self, name) for name in ADAPTIVE if hasattr(self, name)}
+        if not self._step % self.rollout_micro_steps:
+            return numbers, {}
+        batches = enumerate(self._buffered_inputs)
+        return numbers, {
+            f"{at}/{name}": value for at, batch in batches for name, value in batch.items() if value is not None
+        }
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Go on where a checkpoint was written: in the middle of a rollout, with its completions."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+    def go_on(self, numbers: Mapping[str, Any], completions: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `kept` returned, where it was in the middle of a rollout with its completions."""
+        for name, value in numbers.items():
+            setattr(self, name, value)
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if not self._step % self.rollout_micro_steps:
             return
         batches: list[dict[str, Any]] = [{} for _ in range(self.args.steps_per_generation)]
-        for key, value in load_file(Path(checkpoint) / self._rollout_file).items():
+        for key, value in completions.items():
             at, _, name = key.partition("/")
             batches[int(at)][name] = value.to(self.accelerator.device)
         self._buffered_inputs = batches
         self._known = Counter(row for batch in batches for row in audit.rows(batch))
-
-    @property
-    def _rollout_file(self) -> str:
-        return f"rollout-{self.accelerator.process_index}.safetensors"
 
 
 class GrpoTrainer(Rollouts, GRPOTrainer):

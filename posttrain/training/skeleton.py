@@ -28,6 +28,7 @@ from posttrain.training import adapter_settings, adapter_sums, adapters, metrics
 from posttrain.training.compiling import compile_trainer
 from posttrain.training.metrics import TrainingData
 from posttrain.training.order import require_same_data
+from posttrain.training.points import Points
 from posttrain.training.settings import TrlConfig
 from posttrain.training.watch import Watch
 
@@ -70,9 +71,7 @@ def arguments(
         "gradient_accumulation_steps": config.global_batch_size // at_once,
         "logging_steps": 1,  # `Watch` thins them out; a mean over steps would change with a resume in their middle
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps",
-        "save_steps": config.resume_steps,
-        "save_total_limit": 2,
+        "save_strategy": "no",  # `Watch` says when, and `Points` saves
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true",
@@ -82,8 +81,6 @@ def arguments(
     except (TypeError, ValueError) as error:
         raise UserError(f"{kind.__name__} refuses it: {error}", key="trainer") from error
     device.require_launched(config.launch, made.world_size, made.device)
-    if made.device.type == "cpu":  # of several processes it is "cpu:0", which torch.load does not know: no resume
-        made.__dict__["_setup_devices"] = torch.device("cpu")
     return cast("Arguments", made)
 
 
@@ -224,13 +221,14 @@ def _train(
         return {} if trainer.eval_dataset is None else data.measure(trainer, data.weigh)
 
     device.open_trackers(trainer.accelerator, config.report_to, context.out / "logs", "posttrain")
-    watch = Watch(trainer, config, context, begin, lambda folder: save(trainer, config, folder), measure, epoch_rows)
+    points = Points(trainer, context, point, data.keeps)
+    watch = Watch(points, config, begin, lambda folder: save(trainer, config, folder), measure, epoch_rows)
     if point:
         watch.totals.update(point.state["totals"])
     _observe(trainer, watch, data)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=str(point.folder) if point else None)
+    points.train()
     for tracker in trainer.accelerator.trackers:
         tracker.finish()
     if watch.stopping:

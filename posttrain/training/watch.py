@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed
-from accelerate import PartialState
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+import transformers
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from cordee import files
-from cordee.compute import device, resume
+from cordee.compute import device
 from cordee.errors import Fault
-from cordee.stage import Context
+from cordee.seeds import seed_of
+from posttrain.training.points import Points
 from posttrain.training.settings import TrlConfig
 
 
@@ -24,9 +24,8 @@ class Watch(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Trainer,
+        points: Points,
         config: TrlConfig,
-        context: Context,
         begin: Callable[[int], None],
         publish: Callable[[Path], None],
         measure: Callable[[], dict[str, float]],
@@ -35,15 +34,14 @@ class Watch(TrainerCallback):
         """Watch a trainer.
 
         Args:
-            trainer: that of TRL.
+            points: the trainer's resume points.
             config: the stage's config.
-            context: where progress and metrics are reported.
             begin: told the number of steps before the first.
             publish: writes a model's folder.
             measure: gives figures of the rows that are held out; none where no rows are.
             epoch_rows: rows of all steps of one epoch.
         """
-        self.trainer, self.config, self.context = trainer, config, context
+        self.points, self.trainer, self.context, self.config = points, points.trainer, points.context, config
         self.begin, self.publish, self.measure, self.epoch_rows = begin, publish, measure, epoch_rows
         self.heldout: dict[str, float] = {}
         """The last figures of the rows that are held out."""
@@ -70,10 +68,10 @@ class Watch(TrainerCallback):
     def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         """Check that several processes really train one model, and that there are the steps to publish."""
         self.config.require_steps(state.max_steps)
-        state.save_steps = self.config.resume_steps  # a resume point holds those that it was started with
         wrapped = getattr(self.trainer.model_wrapped, "_orig_mod", self.trainer.model_wrapped)
         device.require_wrapped(wrapped, self.trainer.accelerator.num_processes, self.config.launch)
         self.context.heart.begin("compile", state.global_step)
+        self.points.begin()
         self.begin(state.max_steps)
         if not state.global_step:
             self._measure(0)
@@ -89,8 +87,10 @@ class Watch(TrainerCallback):
             shown = ("heldout_loss", "heldout_reward")
             self._figures |= {name: self.heldout[name] for name in shown if name in self.heldout}
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """The rows of a step are there."""
+    def on_step_begin(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        """The rows of a step are there; its random numbers follow from seed, step and process."""
+        drawn = seed_of(self.context.seed, state.global_step, self.trainer.accelerator.process_index)
+        transformers.set_seed(drawn % 2**32)
         self.context.heart.enter("step")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -108,12 +108,10 @@ class Watch(TrainerCallback):
         if is_last or (every and state.global_step % every == 0):
             self._measure(state.global_step)
         self._report(state)
-        if is_last:
-            control.should_save = False  # resumed from its last step, `Trainer` would take one more
-        elif asked:
-            self.stopping = control.should_save = control.should_training_stop = True
-        elif self._saves:
-            control.should_save = True
+        if asked and not is_last:
+            self.stopping = control.should_training_stop = True
+        is_due = self.stopping or self._saves or state.global_step % self.config.resume_steps == 0
+        control.should_save = bool(is_due) and not is_last  # resumed from its last step, `Trainer` would take one more
         context.heart.enter("checkpoint" if control.should_save else "data")
 
     def _report(self, state: TrainerState) -> None:
@@ -152,17 +150,11 @@ class Watch(TrainerCallback):
             self.trainer.accelerator.log(values, step=state.global_step)
         self._figures |= {name: values[name] for name in ("loss", "reward") if name in values}
 
-    def on_save(self, args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        """Flush the metrics and the checkpoint that every process has written its part of, then mark it as whole."""
-        self.context.flush()
-        processes = PartialState()
-        processes.wait_for_everyone()
-        if processes.is_main_process:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            resume.mark(folder, {"step": state.global_step, "totals": dict(self.totals)})
-            files.sync_folder(folder.parent)
-        processes.wait_for_everyone()
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Begin to write a resume point; one that was asked for is awaited."""
+        self.points.save(self.totals)
         if self._saves:
+            self.points.saver.wait()
             self.context.drop_save_request()
         self.context.heart.enter("data")
 

@@ -98,7 +98,7 @@ def test_a_run_killed_after_its_last_save_ends_with_the_same_files(
     with pytest.raises(KeyboardInterrupt):
         dpo.run(config(model_folder, pairs_file), broken)
     monkeypatch.undo()
-    assert (broken.out / "resume" / "checkpoint-4").is_dir()
+    assert (broken.out / "resume" / "4").is_dir()
     again = dpo.run(config(model_folder, pairs_file), broken)
     assert again == metrics
     assert content(broken.out) == content(whole.out)

@@ -161,7 +161,7 @@ def test_killed_and_continued_it_ends_in_the_same_bits(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(stage, keys, whole).wait() == 0, (whole / "log.txt").read_text()[-3000:]
     process = start(stage, keys, killed)
-    mark = killed / "out" / "resume" / "checkpoint-2" / "state.json"
+    mark = killed / "out" / "resume" / "2" / "state.json"
     deadline = time.monotonic() + 600
     while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

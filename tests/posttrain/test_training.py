@@ -22,7 +22,7 @@ from cordee.stage import Context
 from posttrain import sft
 from posttrain.training import skeleton, watch
 
-STEPS = 9
+STEPS, SHARD = 9, "shard-0-of-1.safetensors"
 
 
 def keys(model_folder: Path, data: Path, **trainer: Any) -> dict[str, Any]:
@@ -95,6 +95,26 @@ def test_a_run_that_was_killed_ends_in_the_same_files_and_metrics(
     assert resumed == ([step // 3 * 3] if step >= 3 else [])
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lora": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.3}},
+        {"trainer": {"optim": "adafactor", "lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 2,
+                     "lr_scheduler_kwargs": {"min_lr": 1e-5}}},
+    ],
+    ids=["dropout", "adafactor"],
+)  # fmt: skip
+def test_dropout_and_what_an_optimizer_and_a_schedule_count_go_on(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    told = keys(model_folder, data, **given.get("trainer", {})) | ({"lora": given["lora"]} if "lora" in given else {})
+    config, one, two = sft.Config.model_validate(told), at(tmp_path / "whole"), at(tmp_path / "killed")
+    metrics = sft.run(config, one)
+    kill_at(monkeypatch, 5, config, two)
+    assert sft.run(config, two) == metrics
+    assert content(two.out) == content(one.out)
+
+
 def test_a_run_that_goes_on_marks_resume_points_as_often_as_it_is_told_now(
     model_folder: Path, data: Path, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,21 +150,21 @@ def test_a_damaged_resume_point_is_deleted_and_the_one_before_is_used(
 ) -> None:
     config, context = sft.Config.model_validate(keys(model_folder, data)), at(tmp_path)
     kill_at(monkeypatch, 7, config, context)
-    newest = context.out / "resume" / "checkpoint-6"
+    newest = context.out / "resume" / "6"
     assert (newest / resume.STATE).exists()
     if damage == "no mark":
         (newest / resume.STATE).unlink()
     elif damage == "broken mark":
         (newest / resume.STATE).write_bytes(b"\xff")
     elif damage == "missing file":
-        (newest / "optimizer.pt").unlink()
+        (newest / SHARD).unlink()
     elif damage == "changed byte":
-        spoilt = bytearray((newest / "model.safetensors").read_bytes())
+        spoilt = bytearray((newest / SHARD).read_bytes())
         spoilt[-1] ^= 1
-        (newest / "model.safetensors").write_bytes(spoilt)
+        (newest / SHARD).write_bytes(spoilt)
     else:
-        (context.out / "resume" / "checkpoint-9").mkdir()
-        (context.out / "resume" / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
+        (context.out / "resume" / "9").mkdir()
+        (context.out / "resume" / "9" / SHARD).write_bytes(b"half")
     metrics = sft.run(config, context)
     assert (content(context.out), metrics) == whole
     resumed = [row["step"] for row in files.read_json_lines(context.events) if row["event"] == "resumed"]
@@ -174,7 +194,7 @@ def test_a_stop_saves_and_the_next_run_goes_on_from_there(
     (context.events.parent / "stop").touch()
     with pytest.raises(Stopped, match=f"stopped at step 1 of {STEPS}"):
         sft.run(config, context)
-    assert resume.newest(context.out / "resume")[0].folder == context.out / "resume" / "checkpoint-1"
+    assert resume.newest(context.out / "resume")[0].folder == context.out / "resume" / "1"
     (context.events.parent / "stop").unlink()
     metrics = sft.run(config, context)
     assert (content(context.out), metrics) == whole
@@ -190,7 +210,7 @@ def test_kill_minus_nine_in_a_real_process_loses_nothing(model_folder: Path, dat
     process = subprocess.Popen(
         [sys.executable, "-m", "posttrain.sft", "--job", str(tmp_path / "job.json")], env=environment
     )
-    mark = context.out / "resume" / "checkpoint-3" / resume.STATE
+    mark = context.out / "resume" / "3" / resume.STATE
     deadline = time.monotonic() + 240
     while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -338,22 +358,28 @@ def test_a_sharding_that_was_asked_for_and_does_not_run_is_a_fault(
         sft.run(config, at(tmp_path))
 
 
-def test_two_processes_that_were_stopped_go_on(model_folder: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 1])
+def test_two_processes_that_were_stopped_go_on_in_any_number(
+    model_folder: Path, data: Path, tmp_path: Path, processes: int
+) -> None:
     context = at(tmp_path)
     told = {**keys(model_folder, data), "launch": {"num_processes": 2}, "per_device_train_batch_size": 2}
     job = {"config": told, "out": str(context.out), "seed": 17, "events": str(context.events)}
     (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "-m", "posttrain.sft", "--job", str(tmp_path / "job.json")]
 
     def run() -> str:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += [f"--nproc_per_node={told['launch']['num_processes']}", "-m", "posttrain.sft"]
+        command = [*launch, "--job", str(tmp_path / "job.json")]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
 
     stop = context.events.with_name("stop")
     stop.touch()
     assert "stopped at step 1" in run()
     stop.unlink()
+    told["launch"]["num_processes"] = processes
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
     said = run()
     assert (context.out / "training.json").exists(), said[-2000:]
     assert [row["step"] for row in files.read_json_lines(context.events) if row["event"] == "resumed"] == [1]

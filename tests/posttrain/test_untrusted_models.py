@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -210,40 +209,20 @@ def test_a_chat_template_reaches_nothing(base: Path, mark: Path, text: str) -> N
         assert inside not in said
 
 
-def test_no_pickle_in_a_resume_point_runs_code(base: Path, tmp_path: Path, mark: Path, new_context: NewContext) -> None:
-    """Damaged, it is not used; with hashes made to fit, as an attacker would, it is opened and runs nothing."""
+@pytest.mark.parametrize("name", [*PICKLES, "optimizer.pt", "rng_state.pth", "shard-1-of-2.safetensors"])
+def test_a_resume_point_holds_no_pickle_and_one_beside_it_is_not_opened(
+    base: Path, tmp_path: Path, mark: Path, new_context: NewContext, name: str
+) -> None:
     keys = sft_keys(base, chats(tmp_path)) | {"resume_steps": 1}
     keys["trainer"]["max_steps"] = 4
-    config, whole = sft.Config.model_validate(keys), new_context("whole")
+    config, context = sft.Config.model_validate(keys), new_context("run")
     with pytest.raises(Stopped):
-        sft.run(config, StopsAfter(whole.out, whole.seed, whole.events, steps=2))
-    newest, _ = resume.newest(whole.out / "resume")
+        sft.run(config, StopsAfter(context.out, context.seed, context.events, steps=2))
+    newest, _ = resume.newest(context.out / "resume")
     assert newest
-    point = newest.folder.name
-    for other in (whole.out / "resume").glob("checkpoint-*"):
-        if other != newest.folder:
-            shutil.rmtree(other)
-    there = {path.name for path in (whole.out / "resume" / point).iterdir()}
-    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"} <= there
-    shutil.copytree(whole.out, tmp_path / "kept")
-    refused: dict[tuple[str, bool], str] = {}
-    for name in (*sorted(there - {"state.json"}), "pytorch_model.bin", "adapter_model.bin"):
-        for fits in (False, True):
-            shutil.rmtree(whole.out)
-            shutil.copytree(tmp_path / "kept", whole.out)
-            folder = whole.out / "resume" / point
-            if not name.endswith((".pt", ".pth", ".bin")):
-                continue
-            plant(folder / name, mark)
-            if fits:
-                resume.mark(folder, files.read_json(folder / "state.json")["state"])
-            try:
-                sft.run(config, StopsAfter(whole.out, whole.seed, whole.events, steps=1))
-            except Stopped:
-                pass
-            except Exception as error:  # noqa: BLE001 - torch's restricted unpickler raises several
-                refused[name, fits] = str(error)
-            assert not mark.exists(), name
-    opened = [("optimizer.pt", True), ("rng_state.pth", True), ("scheduler.pt", True)]
-    assert sorted(refused) == opened, "no other of them is read, and none whose hash is another"
-    assert all("Weights only load failed" in said for said in refused.values())
+    assert {path.suffix for path in newest.folder.iterdir()} == {".json", ".safetensors"}
+    plant(newest.folder / name, mark)
+    with pytest.raises(Stopped):
+        sft.run(config, StopsAfter(context.out, context.seed, context.events, steps=1))
+    assert f"{name} is no part of it" in context.events.read_text()
+    assert not mark.exists()
