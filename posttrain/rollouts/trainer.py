@@ -240,7 +240,7 @@ class Rollouts(Trainer):
 
     def kept(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """What it needs beside the model to go on: numbers, and the completions that are still to be trained on."""
-        numbers = {name: getattr(self, name) for name in ADAPTIVE if hasattr(self, name)}
+        numbers = {name: getattr(self, name) for name in ADAPTIVE if getattr(self, "use_adaptive_entropy", False)}
         if not self._step % self.rollout_micro_steps:
             return numbers, {}
         batches = enumerate(self._buffered_inputs)

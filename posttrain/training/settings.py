@@ -85,6 +85,9 @@ LORA_OWNED = dict.fromkeys(
 )
 """Fields of `peft.LoraConfig` that no recipe sets under `lora:`."""
 
+FOLLOW_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that `Trainer` steps only where it evaluates."""
+
 
 class TrlConfig(TrainingConfig):
     """Base of the stages that train with a trainer of TRL."""
@@ -180,6 +183,11 @@ class TrlConfig(TrainingConfig):
         if self.earlier_answers != "own_row" and not self.trains_chats:
             problem = "is for chats: what stands in a prompt is never trained"
             raise UserError(problem, key="earlier_answers", hint="leave it out")
+        if (schedule := self.trainer.get("lr_scheduler_type")) in FOLLOW_EVALUATIONS:
+            problem = (
+                f"{schedule} follows evaluations of TRL's own, of which there are none: the rate would not change"
+            )
+            raise UserError(problem, key="trainer.lr_scheduler_type", hint="write `cosine` or `linear`")
         steps = self.trainer.get("max_steps")
         self.require_steps(steps if isinstance(steps, int) and steps > 0 else None)
         require_whole_batches(self.global_batch_size, self.per_device_train_batch_size, self.launch.num_processes)

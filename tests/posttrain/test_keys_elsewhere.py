@@ -47,6 +47,10 @@ def test_a_key_that_belongs_elsewhere_names_the_place(
     [
         ("learning_rate: 1e-4", "stages.sft.learning_rate: unknown key; write trainer: {learning_rate: …}"),
         ("trainer: {lora: {r: 8}}", "stages.sft.trainer.lora: unknown key; write lora beside trainer"),
+        (
+            "trainer: {lr_scheduler_type: reduce_lr_on_plateau}",
+            "stages.sft.trainer.lr_scheduler_type: reduce_lr_on_plateau follows evaluations of TRL's own",
+        ),
         ("heldout: 1.5", "stages.sft.heldout: Input should be less than 1"),
     ],
 )

@@ -126,16 +126,40 @@ def test_two_processes_measure_a_step_together(model_folder: Path, rows: Path, t
     compare(alone, trained(method, keys | VARIANTS["two processes"], tmp_path / "together"))
 
 
+def sharded_on(folder: Path) -> dict[str, Any]:
+    """A stage's `launch` for two processes that share the model's weights on the CPU."""
+    settings = yaml.safe_load(FSDP.read_text()) | {"num_processes": 2}
+    del settings["use_cpu"]  # accelerate would start one process
+    (folder / "fsdp2.yaml").write_text(yaml.safe_dump(settings))
+    return {"num_processes": 2, "config_file": str(folder / "fsdp2.yaml")}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch then shards over GPUs")
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_sharded_training_that_was_stopped_goes_on_in_any_number_of_processes(
+    model_folder: Path, rows: Path, tmp_path: Path, processes: int
+) -> None:
+    keys = keys_of("orpo", model_folder, rows, deterministic=False, heldout=0.25)
+    alone = trained("orpo", keys | {"per_device_train_batch_size": 8}, tmp_path / "alone")
+    work, sharded = tmp_path / "stopped", {"per_device_train_batch_size": 2, "launch": sharded_on(tmp_path)}
+    (work / "run").mkdir(parents=True)
+    (work / "run" / "stop").touch()
+    start("orpo", keys | sharded, work).wait()
+    assert "stopped at step 1" in (work / "log.txt").read_text()
+    written = {path.name for path in (work / "out" / "resume" / "1").iterdir()}
+    assert written == {"shard-0-of-2.safetensors", "shard-1-of-2.safetensors", "state.json"}
+    (work / "run" / "stop").unlink()
+    compare(alone, trained("orpo", keys | (sharded if processes == 2 else {}), work))
+
+
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch then shards over GPUs")
 @pytest.mark.parametrize("method", ["dpo", "dpo aot", "kto", "orpo"])
 def test_a_sharded_model_is_trained_as_one_in_a_piece(
     model_folder: Path, rows: Path, tmp_path: Path, method: str
 ) -> None:
-    settings = yaml.safe_load(FSDP.read_text()) | {"num_processes": 2}
-    del settings["use_cpu"]  # accelerate would start one process
-    (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump(settings))
-    launch = {"num_processes": 2, "config_file": str(tmp_path / "fsdp2.yaml")}
+    launch = sharded_on(tmp_path)
     keys = keys_of(method, model_folder, rows, deterministic=False, heldout=0.25)
     alone = trained(method, keys | {"per_device_train_batch_size": 8}, tmp_path / "alone")
     workers = keys["trainer"] | {"dataloader_num_workers": 1}  # which have the collator as it is once they start
