@@ -10,7 +10,7 @@ section 3, figure 1).
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 RUNTIME_BYTES = 0.6e9
 """The libraries, and on a GPU CUDA's context."""
@@ -139,8 +139,9 @@ class Training:
     """Parameters that are trained; None: all."""
     optim: str = "adamw_torch"
     """The optimizer by transformers' name."""
-    checkpointing: bool = False
-    """Whether the backward pass computes each layer's tensors again from its input."""
+    recomputes: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again: nothing, a layer's tensors but those that products of matrices and
+    attention give, or all from the layer's input."""
     devices: int = 1
     sharded: bool = False
     """Whether weights, gradients and moments are divided over the devices, or each has all of them."""
@@ -195,8 +196,8 @@ def of_training(model: Decoder, how: Training) -> Memory:
     - gathered: c (2 layers + head), all weights where they are not resharded, and c for the gradients of a layer.
     - casts: c P in matrices, where w is 4, c is 2, and autocast copies; of frozen weights, those of one layer where
       there is checkpointing, since no cache keeps them.
-    - activations: T layers a, with `layer_bytes` a; with checkpointing T (layers r width + a), r bytes a number
-      between layers; and the last norm's, T (4 + r) width.
+    - activations: T layers a, with `layer_bytes` a; with checkpointing T (layers (r width + p) + a), r bytes a number
+      between layers, `product_bytes` p if it is selective; and the last norm's, T (4 + r) width.
     - logits: c · 32768 for each of at most 4096 tokens, and on a CPU 28 for each entry of the vocabulary up to 32768;
       4 T width, and the head's gradient in float32 where it is trained. Where all are held at once, T vocabulary times
       `logit_bytes`, such as `CROSS_ENTROPY_BYTES`.
@@ -217,10 +218,13 @@ def of_training(model: Decoder, how: Training) -> Memory:
         gathered = how.computed * (whole + (0.0 if is_adapter else per_layer))
     casts = 0.0
     if how.stored > how.computed and not how.sharded and not how.in_matrices:
-        casts = how.computed * (per_layer if is_adapter and how.checkpointing else matrices)
+        casts = how.computed * (per_layer if is_adapter and how.recomputes != "none" else matrices)
     residual = how.computed if how.sharded else max(how.computed, how.stored)
     layer = layer_bytes(model, residual, how.computed, how.adapter)
-    layers = model.layers * residual * model.width + layer if how.checkpointing else model.layers * layer
+    layers = model.layers * layer
+    if how.recomputes != "none":
+        kept = product_bytes(model, how.computed) if how.recomputes == "selective" else 0.0
+        layers = model.layers * (residual * model.width + kept) + layer
     return Memory(
         weights=weights / shards,
         gradients=copies * kind * trained / shards,
@@ -267,6 +271,13 @@ def layer_bytes(
     inputs = sum(columns for _, columns in adapter or ()) / model.layers
     adapted = computed * (ranks + (min(inputs, 2 * h + f) if computed == 4 else inputs))
     return norms + attention + kept * f + adapted
+
+
+def product_bytes(model: Decoder, computed: float) -> float:
+    """Bytes of one token that a layer's products of matrices and attention give: c (2 q + 2 k + 2 h + f or 2 f)."""
+    halves = 2 if model.is_gated else 1
+    attention = 2 * model.query_width + 2 * model.key_width
+    return computed * (attention + 2 * model.width + halves * model.mlp_width)
 
 
 def optimizer_bytes(optim: str, kind: float) -> float:

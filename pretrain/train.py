@@ -82,7 +82,7 @@ def _training(config: Config) -> Training:
         tokens=config.per_device_train_batch_size * config.sequence_length,
         computed=BYTES[config.precision],
         optim=config.optimizer,
-        checkpointing=devices.checkpoints,
+        recomputes="full" if devices.checkpoints else config.activation_checkpointing,
         devices=devices.count,
         sharded=devices.sharded,
         reshards=devices.reshards,

@@ -184,9 +184,7 @@ class TrlConfig(TrainingConfig):
             problem = "is for chats: what stands in a prompt is never trained"
             raise UserError(problem, key="earlier_answers", hint="leave it out")
         if (schedule := self.trainer.get("lr_scheduler_type")) in FOLLOW_EVALUATIONS:
-            problem = (
-                f"{schedule} follows evaluations of TRL's own, of which there are none: the rate would not change"
-            )
+            problem = f"{schedule} follows evaluations of TRL's own, of which there are none: the rate would not change"
             raise UserError(problem, key="trainer.lr_scheduler_type", hint="write `cosine` or `linear`")
         steps = self.trainer.get("max_steps")
         self.require_steps(steps if isinstance(steps, int) and steps > 0 else None)

@@ -17,6 +17,7 @@ from cordee.compute.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_f
 from cordee.errors import Fault, UserError, nearest
 from pretrain.data.loader import IGNORED
 from pretrain.training import losses
+from pretrain.training.recomputation import recompute
 from pretrain.training.settings import Settings
 
 LEAK = 1e-4
@@ -28,6 +29,7 @@ class Objective(nn.Module):
 
     def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
         super().__init__()
+        recompute(model, settings.activation_checkpointing)
         self.model = model
         self.settings = settings
         self.loss = getattr(losses, settings.loss)

@@ -1,6 +1,6 @@
 """How a training runs: the keys of `pretrain.train` that its loop reads."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,9 @@ class Settings(TrainingConfig):
     """Largest norm of the gradient; larger ones are scaled down to it."""
     precision: Precision = "auto"
     """What matrices are multiplied in; weights, loss and optimizer are float32. `auto`: bfloat16 where it is fast."""
+    activation_checkpointing: Execution[Literal["none", "selective", "full"]] = "none"
+    """What the backward pass computes again to save memory: nothing; of each layer all but products of matrices and
+    attention (`selective`); or all of each layer (`full`, about a third more time)."""
     per_device_train_batch_size: Execution[int] = Field(default=8, ge=1)
     """Sequences in one forward pass of one process; gradients are accumulated up to a global batch. If not given, the
     largest number up to 8 that divides it."""
@@ -67,5 +70,8 @@ class Settings(TrainingConfig):
                     raise UserError(f"{chosen} does not read it", key=name, hint=f"say {key}: {variant}")
         if self.schedule == "cosine" and self.decay_steps:
             raise UserError("cosine falls from the end of the warmup", key="decay_steps", hint="say 0")
+        if self.activation_checkpointing != "none" and self.launch.devices().checkpoints:
+            problem = f"fsdp_activation_checkpointing in {self.launch.config_file} does the same"
+            raise UserError(problem, key="activation_checkpointing", hint="leave out one of them")
         require_whole_batches(self.global_batch_size, self.per_device_train_batch_size, self.launch.num_processes)
         return self

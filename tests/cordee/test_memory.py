@@ -12,6 +12,7 @@ from cordee import machine, memory
 from cordee.config import Devices, Launch
 from cordee.cost import Cost
 from cordee.memory import Decoder, Training
+from pretrain.training.recomputation import recompute
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8,
@@ -82,7 +83,7 @@ def test_under_an_adapter_too(kind: str, dtype: str, computed: int) -> None:
 
 def test_with_checkpointing_each_layer_keeps_its_input_and_one_keeps_all() -> None:
     sizes, model = built("Llama", torch.float32)
-    told = memory.of_training(sizes, Training(TOKENS, checkpointing=True))
+    told = memory.of_training(sizes, Training(TOKENS, recomputes="full"))
     layer = memory.layer_bytes(sizes, 4, 4)
     assert told.activations == TOKENS * (3 * 4 * 128 + layer + 8 * 128)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -93,11 +94,17 @@ def test_with_checkpointing_each_layer_keeps_its_input_and_one_keeps_all() -> No
 
 @pytest.mark.parametrize("kind", ["Llama", "Apertus"])
 @pytest.mark.parametrize(
-    ("dtype", "autocast", "checkpointing"),
-    [("float32", False, False), ("float32", True, True), ("bfloat16", True, True)],
+    ("dtype", "autocast", "recomputes"),
+    [
+        ("float32", False, "none"),
+        ("float32", True, "full"),
+        ("bfloat16", True, "full"),
+        ("float32", False, "selective"),
+        ("float32", True, "selective"),
+    ],
 )
 def test_the_peak_of_a_step_is_what_torch_counts(
-    kind: str, dtype: str, autocast: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: str, autocast: bool, recomputes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a tenth, of TRL's head, a backward pass and AdamW, without the runtime."""
     import transformers
@@ -109,8 +116,7 @@ def test_the_peak_of_a_step_is_what_torch_counts(
     config = getattr(transformers, f"{kind}Config")(**LLAMA | {"vocab_size": 2000})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to(getattr(torch, dtype))
     utils.add_fused_lm_head(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(model, recomputes)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.arange(4 * 256).reshape(4, -1) % 2000
@@ -128,7 +134,7 @@ def test_the_peak_of_a_step_is_what_torch_counts(
         step()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     how = Training(4 * 256, stored=memory.BYTES[dtype], computed=2 if autocast else 4, is_gpu=False)
-    told = memory.of_training(decoder(config.to_dict(), model), replace(how, checkpointing=checkpointing))
+    told = memory.of_training(decoder(config.to_dict(), model), replace(how, recomputes=recomputes))
     assert told.total - told.runtime == pytest.approx(peak, rel=0.1)
 
 
@@ -167,7 +173,7 @@ def test_an_adapter_in_bfloat16_and_in_four_bits(llama_8b: Decoder) -> None:
     """Rank 16 on all matrices: 16 · Σ (rows + columns) = 41 943 040 parameters, 16 bytes each; 14.5 GB less in NF4."""
     trained = 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     pairs = tuple((16, columns) for _, columns in llama_8b.matrices.values())
-    how = Training(4096, stored=2, computed=2, adapter=pairs, trained=trained, checkpointing=True)
+    how = Training(4096, stored=2, computed=2, adapter=pairs, trained=trained, recomputes="full")
     half = memory.of_training(llama_8b, how)
     assert trained == 41_943_040
     assert half.weights == 2 * llama_8b.parameters + 4 * trained
@@ -215,7 +221,7 @@ def test_the_logits_are_a_tile_or_all_of_them(llama_8b: Decoder) -> None:
 
 
 def test_the_terms_are_told_in_a_line(llama_8b: Decoder) -> None:
-    how = Training(4096, stored=2, computed=2, adapter=((16, 4096),), trained=16 * 8192, checkpointing=True)
+    how = Training(4096, stored=2, computed=2, adapter=((16, 4096),), trained=16 * 8192, recomputes="full")
     told = memory.of_training(llama_8b, how)
     assert str(told) == f"{told.total / 1e9:.3g} GB = weights 16.1 + activations 1.75 + logits 0.336 + runtime 0.6"
     assert told.total == sum((told.weights, told.gradients, told.optimizer, told.activations, told.logits, 0.6e9))

@@ -139,3 +139,18 @@ def test_the_models_that_are_shipped_have_the_size_that_is_said(name, vocab_size
     counted = sum(weights.numel() for weights in model.parameters())
     assert counted == decoder_parameters(fields, vocab_size)
     assert counted == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_is_computed_again_gives_the_same_gradients(tokens, split, mode, is_compiled):
+    """That it keeps less is tested in tests/cordee/test_memory.py."""
+    found = []
+    for chosen in ("none", mode):
+        settings = SETTINGS.model_copy(update={"activation_checkpointing": chosen})
+        objective = Objective(build(MICRO, tokens, 64, seed=3), settings)
+        step = torch.compile(objective, backend="aot_eager") if is_compiled else objective
+        loss, *_ = step(*assemble([(split, np.array([0, 1, 2]))], 1, 80, 2).to("cpu"))
+        loss.sum().backward()
+        found.append(gradients(objective))
+    assert all(found[1][name].equal(gradient) for name, gradient in found[0].items())
