@@ -93,17 +93,26 @@ def set_value(place: Any, override: str) -> None:
             place = place[int(part)]
         else:
             raise UserError(f"nothing to set below {part!r}", file="command line", key=key)
-    try:
-        value = yaml12.parse(text)
-    except yaml.YAMLError as error:
-        hint = f"a text with such signs is quoted: '{key}=\"{text}\"'" if not {*"\"'"} & {*text} else ""
-        raise UserError(f"{text!r} is no YAML value", file="command line", key=key, hint=hint) from error
+    value = parse_value(key, text)
     if isinstance(place, list) and parts[-1].isdecimal() and int(parts[-1]) < len(place):
         place[int(parts[-1])] = value
     elif isinstance(place, dict):
         place[parts[-1]] = value
     else:
         raise UserError(f"nothing to set below {'.'.join(parts[:-1])!r}", file="command line", key=key)
+
+
+def parse_value(key: str, text: str) -> Any:
+    """The YAML value that a key has on the command line.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return yaml12.parse(text)
+    except yaml.YAMLError as error:
+        hint = f"a text with such signs is quoted: '{key}=\"{text}\"'" if not {*"\"'"} & {*text} else ""
+        raise UserError(f"{text!r} is no YAML value", file="command line", key=key, hint=hint) from error
 
 
 def check(document: dict[str, Any], file: Path) -> Recipe:

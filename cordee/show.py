@@ -3,7 +3,7 @@
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cordee.keys import Key
 from cordee.lineage import Step
 from cordee.plan import Plan, Planned, measured
 from cordee.prove import Proof
+from cordee.sweep import Variant
 
 # Training speed of one core and of one GPU, for estimates without a measurement; that of a GPU is 30 % of what an H100
 # can do in bfloat16 (989e12), about what the Apertus models were trained at (arXiv 2509.14233, section 6).
@@ -338,6 +339,19 @@ def _worth(change: Mapping[str, Any] | None, higher_is_better: bool) -> str:
     if not change["significant"]:
         return " (within error)"
     return " (gain)" if (change["value"] > 0) == higher_is_better else " (loss)"
+
+
+def sweep(
+    out: Console, keys: Sequence[str], variants: Sequence[Variant], found: tuple[list[str], list[list[float | None]]]
+) -> None:
+    """Print the figures of a recipe's variants, a row for each."""
+    names, rows = found
+    table = Table(box=None, pad_edge=False)
+    for name in (*keys, *names):
+        table.add_column(name, justify="right", overflow="fold")
+    for variant, values in zip(variants, rows, strict=True):
+        table.add_row(*variant.values, *("" if value is None else f"{value:.4g}" for value in values))
+    out.print(table)
 
 
 def facts(out: Console, found: Iterable[tuple[str, str]]) -> None:

@@ -24,15 +24,20 @@ RunsOr = Annotated[
 ]
 
 
-def _load(
-    recipe_file: Path, overrides: list[str] | None, runs: Path | None, name: str | None
-) -> "tuple[Plan, Cluster]":
-    """The plan of a recipe on a cluster, and the cluster; its variables are set first: they decide what `auto` is."""
+def _cluster(runs: Path | None, name: str | None) -> "tuple[Cluster, Path]":
+    """A cluster and the folder of its artifacts; its variables are set: they decide what `auto` is in a recipe."""
     from cordee import cluster
 
     on = cluster.load(name) if name else cluster.HERE
     os.environ.update(on.variables())
-    root = runs or (cluster.expanded(on.runs) if on.runs else RUNS)
+    return on, runs or (cluster.expanded(on.runs) if on.runs else RUNS)
+
+
+def _load(
+    recipe_file: Path, overrides: list[str] | None, runs: Path | None, name: str | None
+) -> "tuple[Plan, Cluster]":
+    """The plan of a recipe on a cluster, and the cluster."""
+    on, root = _cluster(runs, name)
     return load(recipe_file, overrides, root), on
 
 
@@ -69,6 +74,51 @@ def run(
     made = runner.run(plan, out, where=runner.Where(where, jobs=jobs, restarts=restarts)).values()
     show.reports(out, made)
     show.to_chat_with(out, made)
+
+
+@command
+def sweep_(
+    recipe_file: RecipeFile,
+    over: Annotated[
+        list[str], typer.Option("--over", metavar="stage.key=value,value", help="a key and its values; may be repeated")
+    ],
+    overrides: Overrides = None,
+    in_step: Annotated[
+        bool, typer.Option("--in-step", help="the first values together, then the second ones, instead of a grid")
+    ] = False,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", metavar="stage.metric", help="what to show; may be repeated")
+    ] = None,
+    runs: RunsOr = None,
+    on: OnCluster = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the variants, and run nothing")] = False,
+) -> None:
+    """Run a recipe with several values of some keys, and show what came of each; on Slurm, submit them all."""
+    from cordee import batch, runner, show, sweep
+    from cordee.artifact import Store
+    from cordee.errors import CordeeError, Fault, Stopped
+
+    where, root = _cluster(runs, on)
+    out, store = console(), Store(root)
+    variants = sweep.variants(recipe_file, overrides or [], over, in_step=in_step)
+    keys, failed = [one.partition("=")[0] for one in over], []
+    for number, variant in enumerate(variants, 1):
+        said = ", ".join(f"{key}={value}" for key, value in zip(keys, variant.values, strict=True))
+        out.print(f"variant {number} of {len(variants)}: {said}", highlight=False, soft_wrap=True)
+        if where.kind == "slurm":
+            plan = variant.plan(store)
+            show.submitted(out, plan, batch.submit(plan, where, dry_run=dry_run))
+        elif not dry_run:
+            try:
+                runner.run(variant.plan(store), out, where=runner.Where(where))
+            except Stopped:
+                raise
+            except CordeeError as error:  # the other variants may be right
+                failed.append(f"variant {number}: {error}")
+    if not dry_run:
+        show.sweep(out, keys, variants, sweep.results([one.plan(store) for one in variants], metric or []))
+    if failed:
+        raise Fault(f"{len(failed)} of {len(variants)} variants failed: {'; '.join(failed)}", file=recipe_file)
 
 
 @command

@@ -110,6 +110,19 @@ def test_a_second_run_joins_the_first_and_status_says_how_far_it_is(slurm, call,
     assert (work / "runs/count/one@1/digest.txt").read_text() == digest(300)
 
 
+def test_the_jobs_of_a_sweep_share_what_is_the_same(slurm, call, work):
+    printed = call("sweep", "count.yaml", "--over", "two.to=20,30")
+    first, second = (jobs(part) for part in printed.split("variant ")[1:])
+    assert (list(first), list(second)) == (["one", "two"], ["two"])
+    assert f"job {second['two']}, after {first['one']}" in printed
+    for found in (first, second):
+        assert slurm.reaches(found["two"], "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
+    made = {(work / f"runs/count/two@{number}/digest.txt").read_text() for number in (1, 2)}
+    assert made == {digest(20), digest(30)}
+    shown = call("sweep", "count.yaml", "--over", "two.to=20,30", "--metric", "two.counted").splitlines()[-2:]
+    assert [line.split() for line in shown] == [["20", "20"], ["30", "30"]]
+
+
 def test_what_depends_on_a_stage_that_fails_is_cancelled(slurm, call, work):
     (work / "brook.yaml").write_text(
         "name: brook\nstages: {spring: {uses: toys.spring}, pool: {uses: toys.spring, source: $spring/line.txt}}\n"
