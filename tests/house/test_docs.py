@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cordee import alone, files, prove, recipe, yaml12
+from cordee import alone, files, prove, recipe, sweep, yaml12
 from cordee.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +88,9 @@ def understand(command: str, file: Path) -> None:
     words = command.split()
     if words[0] == "accelerate":
         alone._recipe(words[words.index("-m") + 1], file, [word for word in words if "=" in word])
+        return
+    if words[1] == "sweep":
+        assert len(sweep.variants(file, [], [words[words.index("--over") + 1]])) > 1
         return
     of = recipe.load(file, [word for word in words[3:] if "=" in word])
     if words[1] == "stage":
