@@ -187,6 +187,17 @@ class AccelerateConfig(Config):
         return self.launch.num_processes
 
 
+class Keep(Config):
+    """Which checkpoints are kept: those of any of these kinds."""
+
+    last: int = Field(default=1, ge=0)
+    """The newest ones."""
+    every: int | None = Field(default=None, ge=1)
+    """Those of steps that this divides."""
+    best: int = Field(default=0, ge=0)
+    """Those that were best on what is held out: by bits per byte, loss or reward, as measured at `eval_steps`."""
+
+
 class TrainingConfig(AccelerateConfig):
     """Base of the stages that train: how torch computes, what is published on the way, and what a kill can cost."""
 
@@ -197,6 +208,8 @@ class TrainingConfig(AccelerateConfig):
     save_steps: int | list[int] = Field(default_factory=list)
     """Steps whose model or adapter is published under `checkpoints/<step>/`, from 1 to the last: a list, or an
     interval."""
+    keep_checkpoints: Execution[Keep | None] = None
+    """Which of these are kept; left out: all."""
     resume_steps: Execution[int] = Field(default=100, ge=1)
     """Steps from one resume point to the next: what a kill can cost."""
     eval_steps: int = Field(default=0, ge=0)
@@ -233,6 +246,9 @@ class TrainingConfig(AccelerateConfig):
             if step < 1 or (last is not None and step > last):
                 known = "" if last is None else f", {last}"
                 raise UserError(f"{step} is not from 1 to the last step{known}", key="save_steps")
+        if self.keep_checkpoints and self.keep_checkpoints.best and not self.eval_steps:
+            hint = "set eval_steps to the steps between checkpoints"
+            raise UserError("nothing is measured at the checkpoints", key="keep_checkpoints.best", hint=hint)
 
 
 def require_whole_batches(global_batch_size: int, at_once: int, num_processes: int) -> None:

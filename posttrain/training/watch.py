@@ -12,6 +12,7 @@ import torch.distributed
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from cordee import retention
 from cordee.compute import device
 from cordee.errors import Fault
 from cordee.seeds import seed_of
@@ -107,6 +108,8 @@ class Watch(TrainerCallback):
         is_last, every = state.global_step >= state.max_steps, self.config.eval_steps
         if is_last or (every and state.global_step % every == 0):
             self._measure(state.global_step)
+        if context.is_main and self.config.keep_checkpoints and self.config.saves_at(state.global_step):
+            retention.apply(context.out, self.config.keep_checkpoints)
         self._report(state)
         if asked and not is_last:
             self.stopping = control.should_training_stop = True

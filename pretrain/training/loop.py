@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from cordee import files
+from cordee import files, retention
 from cordee.compute import resume
 from cordee.errors import Fault
 from cordee.stage import Context
@@ -124,6 +124,8 @@ def train(training: Training, state: State) -> None:
             training.saver.save(dataclasses.asdict(state))
         if settings.eval_steps and state.step % settings.eval_steps == 0 and not last:
             measure_heldout(training, state)
+        if context.is_main and settings.keep_checkpoints and settings.saves_at(state.step):
+            retention.apply(context.out, settings.keep_checkpoints)
         stop_asked, save_asked = _asked(training)
         if save_asked:
             context.heart.enter("checkpoint")
