@@ -213,9 +213,11 @@ def load(name: str, folder: Path = FOLDER) -> Cluster:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = [file.stem for file in folder.glob("*.yaml")]
-        hint = nearest(name, known) if known else f"looked in {folder.absolute()}"
+        hint = nearest(name, known) if known else f"looked in {folder.absolute()}; a path to a file is taken as well"
         raise UserError(f"no cluster file {str(path)!r}", key="--cluster", hint=hint)
-    return recipe.validate(Cluster, yaml12.read(path), path, "")
+    document = yaml12.read(path)
+    recipe.require_no_credential(document, path, "")
+    return recipe.validate(Cluster, document, path, "")
 
 
 def expanded(path: str, environment: Mapping[str, str] = os.environ) -> Path:

@@ -4,6 +4,7 @@ Each line is a JSON object with `event` (a name of `_FIELDS`) and `time` (second
 1970).
 """
 
+import datetime as dt
 import json
 import time
 from pathlib import Path
@@ -67,6 +68,18 @@ def error_of(event: dict[str, Any]) -> CordeeError:
 def read(path: Path) -> list[dict[str, Any]]:
     """All events that can be read."""
     return [row for row in files.read_json_lines(path) if _is_event(row)]
+
+
+def lines(path: Path) -> list[str]:
+    """What the events tell, without progress: `2026-11-27 21:45:31  ended: killed: …`, a line each, in local time."""
+    found = []
+    for event in read(path):
+        what = {"start": "starts", "ended": f"ended: {event.get('cause')}"}.get(event["event"], "")
+        text = ": ".join(part for part in (what, event.get("text", "")) if part)
+        if text:
+            at = dt.datetime.fromtimestamp(event["time"]).astimezone()
+            found.append(f"{at:%Y-%m-%d %H:%M:%S}  {' '.join(text.split())}")
+    return found
 
 
 def _is_event(row: dict[str, Any]) -> bool:

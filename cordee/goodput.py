@@ -94,7 +94,9 @@ def account(found: Sequence[dict[str, Any]]) -> Goodput:
 
 
 def told(of: Goodput) -> str:
-    """`goodput 91%, start 6%, checkpoint 2%`: what is at least a hundredth."""
+    """`goodput 91%, start 6%, checkpoint 2%`: what is at least a hundredth; nothing where no phase is known."""
+    if not any(seconds for name, seconds in of.seconds.items() if name != "productive"):
+        return ""
     shares = {name: seconds / of.wall_s for name, seconds in of.seconds.items() if of.wall_s}
     rest = sorted(((share, name) for name, share in shares.items() if name != "productive"), reverse=True)
     lost = "".join(f", {name} {share:.0%}" for share, name in rest if share >= 0.01)

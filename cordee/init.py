@@ -266,7 +266,7 @@ def _word(path: object) -> str:
 
 
 def _told(data: Data) -> str:
-    lengths = f"; tokens: median {data.percentile(0.5)}, longest of those looked at {data.percentile(1.0)}"
+    lengths = f"; tokens, estimated: median {data.percentile(0.5)}, longest of those looked at {data.percentile(1.0)}"
     return f"about {units.count(data.rows)} rows ({data.shape}){lengths if data.lengths else ''}"
 
 

@@ -84,7 +84,8 @@ def set_value(place: Any, override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{override!r} is no key=value", file="command line")
+        hint = "one stage alone is run by `cordee stage RECIPE STAGE`" if override.isidentifier() else ""
+        raise UserError(f"{override!r} is no key=value", file="command line", hint=hint)
     parts = key.split(".")
     for part in parts[:-1]:
         if isinstance(place, dict):
@@ -117,7 +118,7 @@ def parse_value(key: str, text: str) -> Any:
 
 def check(document: dict[str, Any], file: Path) -> Recipe:
     """Turn a recipe's document into a `Recipe`."""
-    _require_no_credential(document, file, "")
+    require_no_credential(document, file, "")
     unknown = [key for key in document if key not in ("name", "seed", "stages")]
     if unknown:
         raise UserError(
@@ -267,15 +268,15 @@ def _needs(config: Config, stages: Mapping[str, Any], file: Path, key: str) -> I
         yield name
 
 
-def _require_no_credential(value: Any, file: Path, key: str) -> None:
-    """Refuse a token, a key or a password: a recipe is stored with its run, in manifests and in reports.
+def require_no_credential(value: Any, file: Path, key: str) -> None:
+    """Refuse a token, a key or a password: what is read is stored with the run, in manifests and in reports.
 
     Raises:
         UserError: there is one; it is not repeated.
     """
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _require_no_credential(item, file, f"{key}.{name}".lstrip("."))
+            require_no_credential(item, file, f"{key}.{name}".lstrip("."))
     elif isinstance(value, str) and credential(value):
         hint = "leave it to the environment (HF_TOKEN, WANDB_API_KEY), where libraries look for it"
         raise UserError("holds what looks like a token, a key or a password", file=file, key=key, hint=hint)

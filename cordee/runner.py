@@ -202,21 +202,18 @@ class _Run:
 
     def _end(self, one: _Running) -> None:
         """Publish a stage that has ended, or keep its error."""
-        if error := _error(one, was_stopped=self.stop_at is not None):
-            is_stopped = isinstance(error, Stopped)
-            self.display.end(one.planned.name, "stopped" if is_stopped else "failed")
-            self._keep(one.planned, error if is_stopped else in_recipe(self.plan.recipe, one.planned.item, error))
-            return
         try:
             one.attempt.lock.require()
+            if ended := _error(one, was_stopped=self.stop_at is not None):
+                raise ended if isinstance(ended, Stopped) else in_recipe(self.plan.recipe, one.planned.item, ended)
             published = one.attempt.publish(files.read_json(one.attempt.work.result), one.handle.usage())
         except CordeeError as error:
-            self.display.end(one.planned.name, "failed")
+            self.display.end(one.planned.name, "stopped" if isinstance(error, Stopped) else "failed")
             self._keep(one.planned, error)
             return
         self.artifacts[one.planned.name] = published
         took, spent = units.duration(published.manifest.seconds), published.manifest.goodput
-        said = f"; {goodput.told(spent)}" if spent else ""
+        said = f"; {told}" if spent and (told := goodput.told(spent)) else ""
         self.display.end(one.planned.name, f"published {published.name} after {took}{said}")
 
     def _keep(self, planned: Planned, error: CordeeError) -> None:
@@ -224,7 +221,8 @@ class _Run:
         if self.error is None:
             self.error = error
             if others := [one.planned.name for one in self.running]:
-                self.display.say(planned.name, f"{error}; awaits {', '.join(others)}, which runs on")
+                rest = "which saves its state" if self.stop_at is not None else "which runs on"
+                self.display.say(planned.name, f"{error}; awaits {', '.join(others)}, {rest}")
 
     def _ask_to_stop(self) -> None:
         """Ask what runs to save and end; a second time, end it at once."""

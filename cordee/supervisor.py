@@ -91,6 +91,8 @@ class Supervised:
         self._restarts = Restarts(restarts)
         self._is_over = False
         """Whether it is not to be started again."""
+        self._is_killed = False
+        """Whether this run has killed it."""
         self._again_at: float | None = None
         """When it is, where it is not running."""
         self._storage_until: float | None = None
@@ -130,7 +132,7 @@ class Supervised:
 
     def kill(self) -> None:
         """End all of it at once, and wait for that."""
-        self._is_over = True
+        self._is_over = self._is_killed = True
         if self._again_at is None:
             self._handle.kill()
             self._await_gone()
@@ -208,7 +210,7 @@ class Supervised:
 
     def _end(self, end: End, beats: list[Beat]) -> None:
         """The job has ended, after these heartbeats: say why, and whether it is started again."""
-        self.cause = cause = causes.of(end)
+        self.cause = cause = Cause("stopped") if self._is_killed else causes.of(end)
         goodput.close(self._work, cause.kind, cause.text, beats)
         step, taken = (max((getattr(beat, name) for beat in beats), default=0) for name in ("step", "taken"))
         wait_s, self.advice = self._restarts.after(cause, step, taken)

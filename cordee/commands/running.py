@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cordee.commands.common import RUNS, Overrides, RecipeFile, command, console, load
+from cordee.commands.common import RUNS, Overrides, RecipeFile, command, console, load, say
 
 if TYPE_CHECKING:
     from cordee.cluster import Cluster
@@ -179,29 +179,35 @@ def status(recipe_file: RecipeFile, overrides: Overrides = None, runs: RunsOr = 
 @command
 def logs(
     recipe_file: RecipeFile,
-    name: str,
+    name: Annotated[str | None, typer.Argument(metavar="STAGE")] = None,
     overrides: Overrides = None,
     runs: RunsOr = None,
     on: OnCluster = None,
     lines: Annotated[int, typer.Option(min=1, help="how many of the last ones of each file")] = 40,
 ) -> None:
-    """Show the end of a stage's log, and of its last job's output."""
-    from cordee import jobs
+    """Show what a stage has told and the end of its processes' output, and of its last job's."""
+    from cordee import events, jobs
     from cordee.errors import UserError
 
     plan = _load(recipe_file, overrides, runs, on)[0]
+    if name is None:
+        hint = f"one of {', '.join(planned.name for planned in plan.stages)}"
+        raise UserError("names no stage", file="command line", key="STAGE", hint=hint)
     planned = plan.stage(name)
     made = planned.artifact
     if made:
-        log = made.path.parent / "logs" / made.path.name / "log.txt"
+        folder = made.path.parent / "logs" / made.path.name
     else:
-        log = plan.store.work_folders(plan.recipe.name, name, planned.fingerprint).log
-    found = [path for path in (jobs.output(plan, name), log) if path and path.exists()]
+        folder = plan.store.work_folders(plan.recipe.name, name, planned.fingerprint).logs
+    told = folder / "events.jsonl"
+    found = [path for path in (jobs.output(plan, name), told, folder / "log.txt") if path and path.exists()]
     if not found:
         raise UserError("was not started yet", file=plan.recipe.file, key=f"stages.{name}")
     for path in found:
-        typer.echo(f"==> {path}")
-        typer.echo("\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
+        said = events.lines(path) if path == told else path.read_text(encoding="utf-8", errors="replace").splitlines()
+        say(f"==> {path}")
+        for line in said[-lines:]:
+            say(line)
 
 
 @command

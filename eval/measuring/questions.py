@@ -25,7 +25,7 @@ _SIGN = r"(?<!\w)-(?=\d)"
 WORDS = re.compile(rf"[{_APART}]|(?:{_SIGN})?\d+(?:\.\d+)+|(?:{_SIGN})?(?:[^\W{_APART}]|(?![{_APART}])[{_MARKS}])+")
 CHECKED = 20
 """Rows that a plan looks at."""
-NEEDED = "a row of questions has `question`, `answer` and, for multiple choice, `choices`"
+NEEDED = "a row of questions has `question` or `prompt`, `answer` and, for multiple choice, `choices`"
 ASKED = {False: "Question: {{question}}\nAnswer:", True: "{{question}}"}
 """How a question is written, by whether it is asked in a chat."""
 
@@ -116,7 +116,8 @@ def _question(row: Row) -> dict[str, Any]:
     values = row.values
     if isinstance(values, Broken):
         raise UserError(f"{row.place}: {values.problem}", file=row.file, key="questions")
-    asked, answer, choices = values.get("question"), values.get("answer"), values.get("choices")
+    asked = values["question"] if "question" in values else values.get("prompt")
+    answer, choices = values.get("answer"), values.get("choices")
     if not isinstance(asked, str) or not asked.strip() or answer is None or not str(answer).strip():
         absent = "question" if not isinstance(asked, str) or not asked.strip() else "answer"
         problem = f"{row.place} has no {absent}: its columns are {', '.join(map(repr, values))}"

@@ -145,7 +145,8 @@ def parameters_of(function: str) -> dict[str, peek.Parameter]:
         package, _, last = function.rpartition(".")
         raise ValueError(f"function: no reward {function!r}; did you mean '{package}:{last}'?")
     if peek.source_of(module) is None:
-        raise ValueError(f"function: there is no module {module!r}, or its source is not there")
+        hint = "one in the current folder is found with PYTHONPATH=."
+        raise ValueError(f"function: there is no module {module!r}, or its source is not there; {hint}")
     found = peek.parameters(module, name)
     if found is None:
         what = f"no reward {name!r}" if module == OWN else f"{module} has no function {name!r}"

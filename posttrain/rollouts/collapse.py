@@ -12,7 +12,7 @@ from cordee import files
 from cordee.stage import Context
 
 LEAST_STEPS = 6
-"""Lines of metrics below which nothing is said."""
+"""Lines of metrics below which no change is told."""
 ENTROPY, SHORTER, LONGER, CLIPPED, EQUAL = 0.1, 0.25, 4.0, 0.9, 0.9
 """Of its first value: entropy and length below, length above. Shares of all: completions cut off, equal groups."""
 Row = Mapping[str, Any]
@@ -21,23 +21,27 @@ Row = Mapping[str, Any]
 def signs(rows: Sequence[Row]) -> dict[str, str]:
     """The signs in the lines of `metrics.jsonl`, by kind; the first and the last tenth of the steps are compared."""
     steps = [row for row in rows if "entropy" in row]
-    if len(steps) < LEAST_STEPS:
-        return {}
-    window = max(3, len(steps) // 10)
+    window, found = max(3, len(steps) // 10), {}
     first, last = steps[:window], steps[-window:]
+    if (equal := _mean(last, "frac_reward_zero_std")) > EQUAL:
+        found["equal"] = f"all completions have the same reward in {equal:.0%} of the groups: nothing is learnt of them"
+    if (cut := _mean(last, "completions/clipped_ratio")) > CLIPPED:
+        found["cut"] = f"{cut:.0%} of the completions are cut off at max_completion_length"
+    return found if len(steps) < LEAST_STEPS else found | _changes(first, last) | _without_gain(rows, first, last)
+
+
+def _changes(first: Sequence[Row], last: Sequence[Row]) -> dict[str, str]:
+    """Entropy that falls, and completions that shrink or grow."""
     found = {}
     before, after = _mean(first, "entropy"), _mean(last, "entropy")
     if after < ENTROPY * before:
         found["entropy"] = f"entropy fell from {before:.3g} to {after:.3g} nats a token: completions become all alike"
     before, after = _mean(first, "completions/mean_length"), _mean(last, "completions/mean_length")
-    cut = [_mean(some, "completions/clipped_ratio") for some in (first, last)]
     if after < SHORTER * before:
         found["length"] = f"completions shrank from {before:.0f} to {after:.0f} tokens"
-    elif after > LONGER * before or (cut[1] > CLIPPED and cut[0] < CLIPPED / 2):
-        found["length"] = f"completions grew from {before:.0f} to {after:.0f} tokens, {cut[1]:.0%} of them cut off"
-    if (equal := _mean(last, "frac_reward_zero_std")) > EQUAL:
-        found["equal"] = f"all completions have the same reward in {equal:.0%} of the groups: nothing is learnt of them"
-    return found | _without_gain(rows, first, last)
+    elif after > LONGER * before:
+        found["length"] = f"completions grew from {before:.0f} to {after:.0f} tokens"
+    return found
 
 
 def _without_gain(rows: Sequence[Row], first: Sequence[Row], last: Sequence[Row]) -> dict[str, str]:

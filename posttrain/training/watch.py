@@ -95,7 +95,7 @@ class Watch(TrainerCallback):
         self.context.heart.enter("step")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Count the step, publish its checkpoint, report progress at most once a second, and stop where asked to."""
+        """Count the step, publish its checkpoint, measure, and stop where asked to; `on_log` follows."""
         names, context = list(self._since_step), self.context
         context.heart.stepped(state.global_step)
         flags = [context.stop_requested(), context.save_requested()]
@@ -110,7 +110,6 @@ class Watch(TrainerCallback):
             self._measure(state.global_step)
         if context.is_main and self.config.keep_checkpoints and self.config.saves_at(state.global_step):
             retention.apply(context.out, self.config.keep_checkpoints)
-        self._report(state)
         if asked and not is_last:
             self.stopping = control.should_training_stop = True
         is_due = self.stopping or self._saves or state.global_step % self.config.resume_steps == 0
@@ -131,7 +130,9 @@ class Watch(TrainerCallback):
     def on_log(
         self, _args: Any, state: TrainerState, _control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
-        """Write one line of metrics; a loss or a gradient that is no number ends the training, before it is saved.
+        """Write one line of metrics and report progress, at most once a second, with this step's figures.
+
+        A loss or a gradient that is no number ends the training, before it is saved.
 
         Raises:
             Fault: there is one.
@@ -152,6 +153,7 @@ class Watch(TrainerCallback):
             self.context.log(state.global_step, **values, tokens=self.totals["tokens"])
             self.trainer.accelerator.log(values, step=state.global_step)
         self._figures |= {name: values[name] for name in ("loss", "reward") if name in values}
+        self._report(state)
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """Begin to write a resume point; one that was asked for is awaited."""

@@ -75,6 +75,13 @@ def test_a_wrong_cluster_file_is_one_line(write, monkeypatch, tmp_path, text, sa
     assert str(error.value).startswith(said)
 
 
+def test_a_token_in_a_cluster_file_is_refused_and_not_repeated(write):
+    path = write("three.yaml", "kind: slurm\nenvironment: {HF_TOKEN: hf_abcdefghijklmnopqrstuvwxyz012345}\n")
+    with pytest.raises(UserError, match=r"environment\.HF_TOKEN: holds what looks like a token") as caught:
+        cluster.load(str(path))
+    assert "hf_a" not in str(caught.value)
+
+
 def test_a_cluster_file_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"--cluster: no cluster file .*; did you mean 'slurm'\?"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -372,3 +373,20 @@ print(sorted({heavy} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_logs_of_a_stage_are_what_it_told_and_what_its_processes_wrote(cordee, brook):
+    none = cordee("logs", brook)
+    assert (none.returncode, none.stderr) == (2, "cordee: command line: STAGE: names no stage; one of spring, pool\n")
+    assert "was not started yet" in cordee("logs", brook, "spring").stderr
+    cordee("run", brook, "spring.trouble=fault")
+    told = cordee("logs", brook, "spring", "spring.trouble=fault").stdout
+    assert re.search(r"==> .*events.jsonl\n20\d\d-\d\d-\d\d \d\d:\d\d:\d\d  starts\n.*  pipe: the pipe burst\n", told)
+    assert cordee("run", brook).returncode == 0
+    assert re.search(r"  ended: finished\n==> .*log.txt\n", cordee("logs", brook, "spring").stdout)
+
+
+def test_a_stage_in_an_overrides_place_is_told_how_to_run_it(cordee, brook):
+    done = cordee("run", brook, "spring")
+    assert done.returncode == 2
+    assert "'spring' is no key=value; one stage alone is run by `cordee stage RECIPE STAGE`" in done.stderr

@@ -78,12 +78,21 @@ def test_an_answer_is_judged_by_its_words(said, wanted, exact, contains):
     assert questions.judge(several, [said]) == {"exact_match": exact, "contains": contains}
 
 
+def test_a_prompt_is_a_question(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}) + "\n")
+    questions.check(path)
+    questions.write("task", path, tmp_path, is_chat=True)
+    assert json.loads((tmp_path / "task.jsonl").read_text())["question"] == "2 + 2?"
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([], "holds no question"),
         ([{"question": "x"}], r"line 1 has no answer: its columns are 'question'"),
-        ([{"prompt": "x", "answer": "y"}], r"line 1 has no question: its columns are 'prompt', 'answer'"),
+        ([{"text": "x", "answer": "y"}], r"line 1 has no question: its columns are 'text', 'answer'"),
+        ([{"prompt": [], "answer": "y"}], r"line 1 has no question: its columns are 'prompt', 'answer'"),
         ([{"question": " ", "answer": "y"}], "line 1 has no question"),
         ([{"question": "x", "answer": ""}], "line 1 has no answer"),
         ([{"question": "x", "answer": ["y", None]}], r"the answer in line 1 is no text, .*: \['y', None\]"),

@@ -248,9 +248,12 @@ def test_a_run_that_collapses_is_said() -> None:
     assert run(entropy=0.01) == {"entropy"}
     assert run(**{"completions/mean_length": 2.0}) == {"length"}
     assert run(**{"completions/mean_length": 400.0}) == {"length"}
-    assert run(**{"completions/clipped_ratio": 1.0}) == {"length"}
+    assert run(**{"completions/clipped_ratio": 1.0}) == {"cut"}
     assert run(frac_reward_zero_std=1.0) == {"equal"}
     assert collapse.signs([row(at, entropy=0.0) for at in range(3)]) == {}
+    short = [row(1, frac_reward_zero_std=1.0, **{"completions/clipped_ratio": 1.0})]
+    assert set(collapse.signs(short)) == {"equal", "cut"}
+    assert collapse.signs([]) == {}
 
 
 def test_a_reward_that_rises_in_training_alone_is_said() -> None:

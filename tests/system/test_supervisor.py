@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,22 @@ def test_ctrl_c_ends_a_run_that_waits_for_a_restart(tmp_path):
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=120) == 130
     assert len(ends(logs)) == 1
+
+
+@pytest.mark.usefixtures("march")
+def test_what_a_person_ends_at_once_was_stopped_and_is_no_incident(tmp_path, cordee):
+    logs = tmp_path / "runs/march/logs/one@1"
+    run = start(tmp_path, "one.pace_s=0.3", "one.trouble=deaf", "one.at=3")
+    reaches(logs, 2)
+    run.send_signal(signal.SIGINT)
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=120) == 130
+    assert [end["cause"] for end in ends(logs)] == ["stopped"]
+    status = cordee("status", "march.yaml").stdout
+    assert re.search(r"one .* stopped", status), status
+    assert cordee("run", "march.yaml", timeout=600).returncode == 0
+    assert _made(tmp_path).manifest.goodput.incidents == ()
 
 
 @pytest.fixture

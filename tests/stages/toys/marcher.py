@@ -13,6 +13,11 @@ from cordee.config import AccelerateConfig, Execution
 from cordee.errors import Fault
 from cordee.stage import Context
 
+ERRORS = {
+    "reset": ConnectionResetError(104, "Connection reset by peer"),
+    "io": OSError(5, "Input/output error"),
+}
+
 
 class Config(AccelerateConfig):
     """How far it goes."""
@@ -22,7 +27,7 @@ class Config(AccelerateConfig):
     pace_s: Execution[float] = 0.02
     """Seconds of a step."""
     trouble: Execution[str] = ""
-    """How it fails: kill, term, stop, gil, segv, nan, oom, full, reset, io, leak."""
+    """How it fails: kill, term, stop, gil, segv, nan, oom, full, reset, io, leak, deaf."""
     at: Execution[int] = 35
     """The step in which it does."""
     times: Execution[int] = 1
@@ -37,6 +42,8 @@ def fail(trouble: str, context: Context, step: int) -> None:
         os.kill(os.getpid(), getattr(signal, f"SIG{trouble.upper()}"))
     elif trouble == "gil":
         ctypes.PyDLL(None).sleep(3600)  # a call that does not let go of the GIL
+    elif trouble == "deaf":
+        time.sleep(60)
     elif trouble == "nan":
         raise Fault(f"step {step}: the loss is nan and the gradient's norm nan", file=context.out)
     elif trouble == "oom":
@@ -48,10 +55,8 @@ def fail(trouble: str, context: Context, step: int) -> None:
             held.append(os.urandom(2**20) * 8)
     elif trouble == "full":
         (context.out / "large.bin").write_bytes(bytes(2**26))
-    elif trouble == "reset":
-        raise ConnectionResetError(104, "Connection reset by peer")
-    elif trouble == "io":
-        raise OSError(5, "Input/output error")
+    elif trouble in ERRORS:
+        raise ERRORS[trouble]
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
