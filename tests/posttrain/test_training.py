@@ -135,6 +135,19 @@ def test_steps_that_are_asked_for_are_published_as_models(whole) -> None:
     assert "checkpoints/2/tokenizer.json" in whole[0]
 
 
+def test_only_the_checkpoints_that_are_to_be_kept_are_left_wherever_it_was_killed(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = keys(model_folder, data) | {"save_steps": 2, "eval_steps": 2, "heldout": 0.2}
+    given["keep_checkpoints"] = {"last": 1, "best": 1}
+    config, one, two = sft.Config.model_validate(given), at(tmp_path / "whole"), at(tmp_path / "killed")
+    metrics = sft.run(config, one)
+    assert {path.name for path in (one.out / "checkpoints").iterdir()} == {"8"}, "the loss falls: the last is the best"
+    kill_at(monkeypatch, 5, config, two)
+    assert {path.name for path in (two.out / "checkpoints").iterdir()} == {"4"}
+    assert (sft.run(config, two), content(two.out)) == (metrics, content(one.out))
+
+
 @pytest.mark.parametrize(("save_steps", "trainer"), [([2, 10], {}), (10, {}), ([2, 11], {"max_steps": -1})])
 def test_a_step_that_the_training_does_not_have_is_refused(
     model_folder: Path, data: Path, tmp_path: Path, save_steps: Any, trainer: dict[str, Any]

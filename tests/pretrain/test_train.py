@@ -144,6 +144,11 @@ def test_two_sources_take_part_by_weight_and_the_share_is_told(trained, make_tok
     assert json.loads((out / "heldout.json").read_text())["documents"] == 8
 
 
+def test_only_the_checkpoints_that_are_to_be_kept_are_left(trained):
+    out, _ = trained("a", save_steps=2, max_steps=9, keep_checkpoints={"last": 1, "every": 4})
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"4", "8"}
+
+
 def test_a_training_can_go_on_from_a_model_folder(trained):
     first, _ = trained("first", max_steps=2)
     second, _ = trained("second", model=str(first), max_steps=1, learning_rate=1e-9)
