@@ -171,7 +171,7 @@ def command(place: Path, name: str, values: dict[str, Any]) -> list[str]:
     """Starts the stage as a person does."""
     file = place / f"{name}.yaml"
     file.write_text(json.dumps(values))
-    return [sys.executable, "-m", "posttrain.grpo", "--config", str(file), "--runs", str(place / "runs")]
+    return [sys.executable, "-m", "posttrain.grpo", "--config", str(file), "--runs", str(place / f"runs-{name}")]
 
 
 def environment() -> dict[str, str]:
@@ -187,13 +187,14 @@ def test_a_killed_command_goes_on_to_the_same_bits(model: Path, asked: Path, tmp
     start = command(tmp_path, "broken", values)
     broken = subprocess.Popen(start, env=environment(), start_new_session=True)
     until = time.monotonic() + 400
-    kept = tmp_path / "runs" / "broken" / "grpo@1.partial" / "completions.jsonl"
+    whole, again = (tmp_path / f"runs-{name}" / name / "grpo@1" for name in ("whole", "broken"))
+    kept = again.with_name("grpo@1.partial") / "completions.jsonl"
     while not (kept.exists() and '"step": 6' in kept.read_text()) and time.monotonic() < until:
+        assert broken.poll() is None
         time.sleep(0.05)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.wait()
-    assert not (tmp_path / "runs" / "broken" / "grpo@1").exists()
+    assert not again.exists()
     subprocess.run(start, env=environment(), check=True, timeout=600)
-    whole, again = (tmp_path / "runs" / name / "grpo@1" for name in ("whole", "broken"))
     for name in ("adapter_model.safetensors", "completions.jsonl"):
         assert (whole / name).read_bytes() == (again / name).read_bytes(), name
