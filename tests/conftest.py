@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,27 @@ Cordee = Callable[..., subprocess.CompletedProcess[str]]
 def cordee(tmp_path: Path) -> Cordee:
     """Runs the real command line in a folder of the test's own: `cordee("plan", "r.yaml")`."""
 
-    def call(*arguments: str, cwd: Path = tmp_path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-c", "from cordee.cli import main; main()", *arguments]
+    def call(
+        *arguments: str, cwd: Path = tmp_path, timeout: float = 120, within: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        command = [*within, sys.executable, "-P", "-c", "from cordee.cli import main; main()", *arguments]
         environment = {**os.environ, "COLUMNS": "200"}
         return subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )
 
     return call
+
+
+@pytest.fixture
+def no_network() -> tuple[str, ...]:
+    """What runs the command behind it in a network of its own, with a loopback device and no way out."""
+    within = ("unshare", "--net", "--", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+    try:
+        subprocess.run([*within, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not make a network namespace")
+    return within
 
 
 @pytest.fixture
