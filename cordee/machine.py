@@ -1,5 +1,6 @@
 """This machine as seen without torch: processor, memory, GPU, whether it computes in bfloat16, and its processes."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -7,6 +8,7 @@ import platform
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 from cordee.errors import UserError
@@ -17,6 +19,9 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 """Processor flags; a CPU without them emulates bfloat16, and is slower with it than in float32."""
 BFLOAT16_CAPABILITY = 8
 """The first major compute capability of NVIDIA GPUs with bfloat16 (Ampere)."""
+
+LOOKS = 5
+"""How often a process is looked at to see whether it is starved."""
 
 # Loaded here and not below: between fork and exec nothing may be imported or waited for.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -110,6 +115,30 @@ def is_stopped(pid: int) -> bool:
     return bool(fields) and fields[0] == "T"
 
 
+def is_starved(pid: int, seconds: float = 1.0, share: float = 0.25) -> bool:
+    """Whether a process wants to compute all the while, and gets less than a share of one core; this takes seconds."""
+    began = _cpu_s(pid)
+    for _ in range(LOOKS):
+        if not _is_runnable(pid):
+            return False
+        time.sleep(seconds / LOOKS)
+    return _cpu_s(pid) - began < share * seconds
+
+
+def _is_runnable(pid: int) -> bool:
+    """Whether a thread of it computes or waits for a core."""
+    threads = Path(f"/proc/{pid}/task")
+    with contextlib.suppress(OSError):
+        return any(_stat(f"{pid}/task/{thread.name}")[:1] == ["R"] for thread in threads.iterdir())
+    return False
+
+
+def _cpu_s(pid: int) -> float:
+    """Seconds that its threads have computed."""
+    fields = _stat(pid)
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
 def age_s(pid: int) -> float:
     """Seconds since a process was started; 0 where it does not run."""
     fields = _stat(pid)
@@ -126,7 +155,7 @@ def oom_kills() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def _stat(pid: int) -> list[str]:
+def _stat(pid: int | str) -> list[str]:
     """The fields of /proc/PID/stat from the third, its state, on; none if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()

@@ -83,6 +83,11 @@ class Pace:
         late = [seen for seen in self._seen.values() if self._time_s - seen.at_s > self._patience_s(seen.beat)]
         return self._told(late) if late else ""
 
+    def be_patient(self) -> None:
+        """Give each process as much time again."""
+        for seen in self._seen.values():
+            seen.at_s = self._time_s
+
     def slow(self, beats: Sequence[Beat]) -> str:
         """A process that became slow, and by how much; empty where none did."""
         for beat in beats:

@@ -124,6 +124,11 @@ class Context:
         if self.is_main:
             events.append(self.events, "resumed", step=step, text=f"goes on from step {step}")
 
+    def incident(self, kind: str, step: int, text: str) -> None:
+        """Report what went wrong at a step and did not end the stage."""
+        if self.is_main:
+            events.append(self.events, "incident", kind=kind, step=step, text=text)
+
     def saved(self, step: int, blocked_s: float, seconds: float) -> None:
         """Report that the resume point of `step` is written: how long training waited for it, and how long it took."""
         if self.is_main:

@@ -165,7 +165,11 @@ class Supervised:
             self._kill()
             return self._evidence(1, dead=text)
         stopped = {beat.rank for beat in beats if _runs(beat) and machine.is_stopped(beat.pid)}
-        if text := self._pace.hang(beats, now, stopped):
+        text = self._pace.hang(beats, now, stopped)
+        if text and any(machine.is_starved(beat.pid) for beat in beats if _runs(beat)):
+            self._pace.be_patient()  # other processes have the cores: it is slow, and restarting makes it slower
+            text = ""
+        if text:
             _trace(beats, self._job.log)
             self._kill()
             return self._evidence(1, hang=text)

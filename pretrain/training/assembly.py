@@ -161,7 +161,7 @@ def metrics(training: Training, state: State) -> dict[str, Any]:
     tokens = sum(state.source_tokens)
     settings, mixture, model = training.settings, training.mixture, training.objective.model
     flops = _flops(model, settings, tokens)
-    epochs = mixture.epochs(settings.max_steps * settings.global_batch_size)
+    epochs = mixture.epochs((settings.max_steps + state.skipped) * settings.global_batch_size)
     by_source = {
         f"data.{index}.{name}": value
         for index, source_tokens in enumerate(state.source_tokens)
@@ -174,6 +174,8 @@ def metrics(training: Training, state: State) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "num_processes": training.accelerator.num_processes,
         "loss": state.loss,
+        "rollbacks": state.rollbacks,
+        "skipped_steps": state.skipped,
         "precision": settings.precision,
         "compiled": training.objective.is_compiled,
         "tokens_per_s": tokens / state.seconds,

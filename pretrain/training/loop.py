@@ -20,7 +20,7 @@ from cordee.errors import Fault
 from cordee.stage import Context
 from pretrain.data.loader import Batch, assemble
 from pretrain.data.mixture import Mixture, Sample, digest
-from pretrain.training import checkpoint, heldout, schedules
+from pretrain.training import checkpoint, heldout, schedules, spikes
 from pretrain.training.heldout import Heldout
 from pretrain.training.model import Objective
 from pretrain.training.settings import Settings
@@ -53,6 +53,12 @@ class State:
     loss: float | None = None
     """The last one logged."""
     window: Window = field(default_factory=Window)
+    recent: list[float] = field(default_factory=list)
+    """The losses of the last steps, by which a spike is known."""
+    skipped: int = 0
+    """Steps whose rows were left out."""
+    rollbacks: int = 0
+    """How often it went back."""
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "State":
@@ -90,14 +96,14 @@ def train(training: Training, state: State) -> None:
 
     Raises:
         Stopped: a stop was asked for; the state is saved.
-        Fault: the loss or a gradient is not finite.
+        Fault: the loss or a gradient is not finite, or spikes too often.
     """
     settings, context = training.settings, training.context
     model, optimizer, accelerator = training.model, training.optimizer, training.accelerator
     while state.step < settings.max_steps:
         context.heart.begin("data", state.step)
         began = time.perf_counter()
-        samples = _samples(training, state.step)
+        samples = _samples(training, state.step + state.skipped)
         batches = _batches(training, samples)
         context.heart.enter("step")
         for group in optimizer.param_groups:
@@ -106,26 +112,19 @@ def train(training: Training, state: State) -> None:
         torch.manual_seed(_seed(context.seed, state.step, accelerator.process_index))
         sums = _accumulate(training, samples, batches)
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
-        _require_finite(sums["loss"], grad_norm, state.step + 1, training)
+        loss = sums["loss"] / sums["labels"]
+        if settings.loss_spikes and spikes.is_one(loss, grad_norm, state.recent, settings.loss_spikes.nats):
+            vars(state).update(vars(spikes.go_back(training, state, loss, settings.loss_spikes)))
+            continue
+        _require_finite(loss, grad_norm, state.step + 1, training)
+        state.recent = [*state.recent, loss][-spikes.WINDOW :] if settings.loss_spikes else []
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
         context.heart.stepped(state.step)
         _count(training, state, samples, sums, time.perf_counter() - began)
 
-        last = state.step == settings.max_steps
-        if last or state.step % settings.logging_steps == 0:
-            _log(training, state, grad_norm)
-        if settings.saves_at(state.step):
-            context.heart.enter("checkpoint")
-            checkpoint.save(training.objective.model, context, f"checkpoints/{state.step}", training.tokenizer)
-        if last or state.step % settings.resume_steps == 0:
-            context.heart.enter("checkpoint")
-            training.saver.save(dataclasses.asdict(state))
-        if settings.eval_steps and state.step % settings.eval_steps == 0 and not last:
-            measure_heldout(training, state)
-        if context.is_main and settings.keep_checkpoints and settings.saves_at(state.step):
-            retention.apply(context.out, settings.keep_checkpoints)
+        _keep(training, state, grad_norm)
         stop_asked, save_asked = _asked(training)
         if save_asked:
             context.heart.enter("checkpoint")
@@ -136,8 +135,30 @@ def train(training: Training, state: State) -> None:
             stop(training, state)
 
 
+def _keep(training: Training, state: State, grad_norm: float) -> None:
+    """Log, publish, save and measure what is due after a step.
+
+    Raises:
+        Stopped: a stop was asked for; the state is saved.
+    """
+    settings, context, step = training.settings, training.context, state.step
+    last = step == settings.max_steps
+    if last or step % settings.logging_steps == 0:
+        _log(training, state, grad_norm)
+    if settings.saves_at(step):
+        context.heart.enter("checkpoint")
+        checkpoint.save(training.objective.model, context, f"checkpoints/{step}", training.tokenizer)
+    if last or step % settings.resume_steps == 0:
+        context.heart.enter("checkpoint")
+        training.saver.save(dataclasses.asdict(state))
+    if settings.eval_steps and step % settings.eval_steps == 0 and not last:
+        measure_heldout(training, state)
+    if context.is_main and settings.keep_checkpoints and settings.saves_at(step):
+        retention.apply(context.out, settings.keep_checkpoints)
+
+
 def _samples(training: Training, step: int) -> list[Sample]:
-    """The rows of a global batch."""
+    """The rows of a global batch, the number `step` of those in the stream."""
     size = training.settings.global_batch_size
     return [training.mixture.sample(index) for index in range(step * size, (step + 1) * size)]
 

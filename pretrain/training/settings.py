@@ -4,8 +4,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cordee.config import Execution, FunctionOf, Precision, TrainingConfig, require_whole_batches
+from cordee.config import Config, Execution, FunctionOf, Precision, TrainingConfig, require_whole_batches
 from cordee.errors import UserError
+
+
+class LossSpikes(Config):
+    """The training goes back to a resume point, and leaves out the rows since then."""
+
+    nats: float = Field(default=1.0, gt=0)
+    """How far a step's loss may lie above the median of the 32 before it."""
+    back_steps: int = Field(default=0, ge=0)
+    """How far to go back at least, as far as there are resume points; the last two are kept."""
+    skip_steps: int = Field(default=0, ge=0)
+    """The rows of so many steps behind the spike are left out as well."""
+    rollbacks: int = Field(default=3, ge=1)
+    """How often; then the training ends with the diagnosis."""
 
 
 class Settings(TrainingConfig):
@@ -49,6 +62,9 @@ class Settings(TrainingConfig):
     """Learning rate at the end of the decay, as a share of the peak."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; larger ones are scaled down to it."""
+    loss_spikes: LossSpikes | None = None
+    """What is done about a step whose loss is no number or far above those before it; left out: what is no number ends
+    the training."""
     precision: Precision = "auto"
     """What matrices are multiplied in; weights, loss and optimizer are float32. `auto`: bfloat16 where it is fast."""
     activation_checkpointing: Execution[Literal["none", "selective", "full"]] = "none"

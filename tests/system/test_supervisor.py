@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -87,6 +88,21 @@ def test_a_hang_is_seen_within_ten_seconds_and_its_stacks_are_kept(march, tmp_pa
     assert re.search(r"stacks of rank 0 \(process \d+ on .*\), in phase step after step 34:", log)
     assert re.search(rf'marcher.py", line \d+ {where}', log)
     assert _made(tmp_path).manifest.goodput.seconds["hang"] == hang["silent_s"]
+
+
+@pytest.mark.usefixtures("march")
+def test_a_process_that_others_leave_no_core_for_does_not_hang(tmp_path):
+    """It would take about 100 s for what it has to compute; the others end after 25."""
+    run = start(tmp_path, "one.pace_s=0.1", "one.trouble=compute")
+    logs = tmp_path / "runs/march/logs/one@1"
+    os.sched_setscheduler(reaches(logs, 5)["pid"], os.SCHED_IDLE, os.sched_param(0))
+    reaches(logs, 34)
+    burn = "import time; end = time.monotonic() + 25\nwhile time.monotonic() < end: pass"
+    others = [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(2 * len(os.sched_getaffinity(0)))]
+    said, _ = run.communicate(timeout=300)
+    assert all(other.wait() == 0 for other in others)
+    assert (run.returncode, [end["cause"] for end in ends(logs)]) == (0, ["finished"]), said
+    assert _made(tmp_path).manifest.goodput.incidents == ()
 
 
 @pytest.mark.parametrize(

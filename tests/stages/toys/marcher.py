@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 from cordee import files, worker
@@ -27,7 +28,7 @@ class Config(AccelerateConfig):
     pace_s: Execution[float] = 0.02
     """Seconds of a step."""
     trouble: Execution[str] = ""
-    """How it fails: kill, term, stop, gil, segv, nan, oom, full, reset, io, leak, deaf."""
+    """How it fails: kill, term, stop, gil, segv, nan, oom, full, reset, io, leak, deaf, compute."""
     at: Execution[int] = 35
     """The step in which it does."""
     times: Execution[int] = 1
@@ -36,27 +37,46 @@ class Config(AccelerateConfig):
     """Seconds more that the process of rank 1 takes for a step."""
 
 
+def compute(_context: Context, _step: int) -> None:
+    end = time.process_time() + 1.5
+    while time.process_time() < end:
+        pass
+
+
+def diverge(context: Context, step: int) -> None:
+    raise Fault(f"step {step}: the loss is nan and the gradient's norm nan", file=context.out)
+
+
+def ask_too_much(_context: Context, _step: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    bytearray(2**31)
+
+
+def leak(_context: Context, _step: int) -> None:
+    held = []
+    while True:
+        held.append(os.urandom(2**20) * 8)
+
+
+WAYS: dict[str, Callable[[Context, int], Any]] = {
+    "compute": compute,
+    "deaf": lambda _context, _step: time.sleep(60),
+    "full": lambda context, _step: (context.out / "large.bin").write_bytes(bytes(2**26)),
+    "gil": lambda _context, _step: ctypes.PyDLL(None).sleep(3600),  # a call that does not let go of the GIL
+    "leak": leak,
+    "nan": diverge,
+    "oom": ask_too_much,
+}
+
+
 def fail(trouble: str, context: Context, step: int) -> None:
     """Fail in one of the ways."""
-    if trouble in ("kill", "term", "stop", "segv"):
-        os.kill(os.getpid(), getattr(signal, f"SIG{trouble.upper()}"))
-    elif trouble == "gil":
-        ctypes.PyDLL(None).sleep(3600)  # a call that does not let go of the GIL
-    elif trouble == "deaf":
-        time.sleep(60)
-    elif trouble == "nan":
-        raise Fault(f"step {step}: the loss is nan and the gradient's norm nan", file=context.out)
-    elif trouble == "oom":
-        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-        bytearray(2**31)
-    elif trouble == "leak":
-        held = []
-        while True:
-            held.append(os.urandom(2**20) * 8)
-    elif trouble == "full":
-        (context.out / "large.bin").write_bytes(bytes(2**26))
-    elif trouble in ERRORS:
+    if trouble in ERRORS:
         raise ERRORS[trouble]
+    if trouble in WAYS:
+        WAYS[trouble](context, step)
+    else:
+        os.kill(os.getpid(), getattr(signal, f"SIG{trouble.upper()}"))
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
