@@ -88,7 +88,7 @@ def _data(trainer: Rollouts, config: RolloutConfig, found: Sequences[Prompt], no
         tokens=each * (prompts + len(found) * config.max_completion_length),
         sequence_length=prompts // len(found) + config.max_completion_length, digest=found.digest,
         has_reference=config.beta != 0, can_compile=False, order=order.set_order, measure=heldout.measure,
-        epoch_rows=order.prompt_epochs(config, len(found)), keeps=trainer, metrics=noted,
+        epoch_rows=order.prompt_epochs(config, len(found)), extra=trainer, metrics=noted,
     )  # fmt: skip
 
 

@@ -238,7 +238,7 @@ class Rollouts(Trainer):
 
     # --- resume points
 
-    def kept(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def extra_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """What it needs beside the model to go on: numbers, and the completions that are still to be trained on."""
         numbers = {name: getattr(self, name) for name in ADAPTIVE if getattr(self, "use_adaptive_entropy", False)}
         if not self._step % self.rollout_micro_steps:
@@ -248,8 +248,8 @@ class Rollouts(Trainer):
             f"{at}/{name}": value for at, batch in batches for name, value in batch.items() if value is not None
         }
 
-    def go_on(self, numbers: Mapping[str, Any], completions: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `kept` returned, where it was in the middle of a rollout with its completions."""
+    def load_extra_state(self, numbers: Mapping[str, Any], completions: Mapping[str, torch.Tensor]) -> None:
+        """Take what `extra_state` returned: in the middle of a rollout, its completions."""
         for name, value in numbers.items():
             setattr(self, name, value)
         self._step = self.state.global_step * self.args.gradient_accumulation_steps

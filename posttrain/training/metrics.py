@@ -15,7 +15,7 @@ from posttrain.training import adapters, heldout, reading
 from posttrain.training.compiling import is_compiled
 from posttrain.training.cost import FORWARD, passes
 from posttrain.training.order import set_order
-from posttrain.training.points import KeepsMore
+from posttrain.training.points import HasExtraState
 from posttrain.training.settings import TrlConfig
 from posttrain.training.watch import Watch
 
@@ -51,7 +51,7 @@ class TrainingData:
     """Sets the number of steps, and in which order rows are seen."""
     epoch_rows: float | None = None
     """Rows of all steps of one epoch, where these are not the data's own: completions of prompts."""
-    keeps: KeepsMore | None = None
+    extra: HasExtraState | None = None
     """The trainer, where it has a state beside model, optimizer and schedule."""
     measure: Callable[[Trainer, Any], dict[str, float]] = heldout.measure
     """Gives the figures of the rows that are held out; it is given `weigh`."""

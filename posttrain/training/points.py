@@ -21,29 +21,29 @@ from cordee.compute.resume import Point
 from cordee.stage import Context
 
 
-class KeepsMore(Protocol):
+class HasExtraState(Protocol):
     """What a trainer has beside model, optimizer and schedule."""
 
-    def kept(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def extra_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Numbers of the training, and tensors of this process."""
 
-    def go_on(self, numbers: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `kept` returned."""
+    def load_extra_state(self, numbers: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:
+        """Take what `extra_state` returned."""
 
 
 class Points:
-    """Writes a trainer's resume points, and has it go on from one; every process has one."""
+    """Writes a trainer's resume points, and has it resume from one; every process has one."""
 
-    def __init__(self, trainer: Trainer, context: Context, point: Point | None, more: KeepsMore | None) -> None:
+    def __init__(self, trainer: Trainer, context: Context, point: Point | None, extra: HasExtraState | None) -> None:
         """Take the place of the trainer's own checkpoints.
 
         Args:
             trainer: that of TRL.
             context: where to write.
-            point: where the training goes on.
-            more: what else it keeps.
+            point: where the training resumes.
+            extra: the trainer, if it has more state.
         """
-        self.trainer, self.context, self.point, self.more = trainer, context, point, more
+        self.trainer, self.context, self.point, self.extra = trainer, context, point, extra
         self._ends = contextlib.ExitStack()
         for name in ("save_checkpoint", "load_from_checkpoint", "load_optimizer_and_scheduler", "load_scaler",
                      "load_rng_state"):  # fmt: skip
@@ -73,8 +73,8 @@ class Points:
             group.update(told)
         for name, part in self._parts().items():
             part.load_state_dict(self.point.state[name])
-        if self.more:
-            self.more.go_on(self.point.state["more"], resume.own(self.point))
+        if self.extra:
+            self.extra.load_extra_state(self.point.state["extra"], resume.own(self.point))
 
     def save(self, totals: Mapping[str, int]) -> None:
         """Begin to write a point after a step."""
@@ -86,8 +86,8 @@ class Points:
             for group in trainer.optimizer.param_groups
         ]
         kept |= {name: part.state_dict() for name, part in self._parts().items()}
-        if self.more:
-            kept["more"], own = self.more.kept()
+        if self.extra:
+            kept["extra"], own = self.extra.extra_state()
         self.saver.save(kept, own)
 
     def _parts(self) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def _train(
         return {} if trainer.eval_dataset is None else data.measure(trainer, data.weigh)
 
     device.open_trackers(trainer.accelerator, config.report_to, context.out / "logs", "posttrain")
-    points = Points(trainer, context, point, data.keeps)
+    points = Points(trainer, context, point, data.extra)
     watch = Watch(points, config, begin, lambda folder: save(trainer, config, folder), measure, epoch_rows)
     if point:
         watch.totals.update(point.state["totals"])
