@@ -1,11 +1,14 @@
 """The Arrow columns that sequences are kept in."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from cordee.chat.answers import TokenAnswer
@@ -39,6 +42,13 @@ NUMBERS: dict[Of, dict[str, Any]] = {
     "prompts": {},
 }
 """Numbers beside the file's place and the row's number; NaN where one is not told."""
+HASHED: dict[Of, tuple[str, ...]] = {**TOKENS, "prompts": ("ids", TEXT)}
+"""Lists of which a hash is kept: two rows of which they are the same are one row twice."""
+
+
+def hashes(of: Of) -> tuple[str, ...]:
+    """The columns of the hashes of `HASHED`."""
+    return tuple(f"{name}_hash" for name in HASHED[of])
 
 
 def schema(of: Of) -> pa.Schema:
@@ -49,6 +59,7 @@ def schema(of: Of) -> pa.Schema:
             ("number", pa.int64()),
             *NUMBERS[of].items(),
             *((name, pa.large_list(kind)) for name, kind in LISTS[of].items()),
+            *((name, pa.int64()) for name in hashes(of)),
         ]
     )
 
@@ -63,9 +74,13 @@ def record_batch(
         found: the sequences.
         places: the place of each file among those of the source.
     """
-    arrays = []
+    arrays: list[Any] = []
+    names = schema(of).names
     for field in schema(of):
-        make = MADE.get(field.name)
+        make, list_of = MADE.get(field.name), field.name.removesuffix("_hash")
+        if list_of != field.name:
+            arrays.append(pa.array(_hashes(arrays[names.index(list_of)])))
+            continue
         if field.name == "file":
             values: list[Any] = [places[one.file] for one in found]
         else:
@@ -78,6 +93,20 @@ def record_batch(
         else:
             arrays.append(pa.array(np.asarray(values, field.type.to_pandas_dtype()), field.type))
     return pa.record_batch(arrays, schema=schema(of))
+
+
+def numbers(batches: Sequence[pa.RecordBatch]) -> dict[str, npt.NDArray[Any]]:
+    """`[sequences]` each: all columns that are no lists."""
+    names = [field.name for field in batches[0].schema if not pa.types.is_large_list(field.type)]
+    return {name: np.concatenate([batch.column(name).to_numpy() for batch in batches]) for name in names}
+
+
+def _hashes(column: Any) -> npt.NDArray[np.int64]:
+    """`[lists]`: hashes of the items of each list, the same in every process."""
+    ends = (column.offsets.to_numpy() * (column.type.value_type.bit_width // 8)).tolist()
+    items = column.values.to_numpy().view(np.uint8).data
+    found = [hashlib.blake2b(items[first:until], digest_size=8).digest() for first, until in pairwise(ends)]
+    return np.frombuffer(b"".join(found), np.int64)
 
 
 def _loss(one: Conversation) -> Any:

@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cordee import files, hashes, machine
-from cordee.chat import answers, columns, pairs, prompts
+from cordee.chat import answers, columns, pairs, prompts, repeats
 from cordee.chat.answers import TokenAnswer
 from cordee.chat.conversations import Conversation, Encoder
 from cordee.chat.pairs import TokenPair
@@ -42,15 +42,15 @@ from cordee.data.row import Row
 from cordee.errors import Fault, UserError
 from cordee.stage import Context
 
-VERSION = 3
+VERSION = 4
 """Raised when the same rows become other sequences."""
 PARALLEL_BYTES = 16_000_000
 """Size of the files from which several processes are worth their start, which takes seconds."""
 AHEAD = 4
 """Batches per worker that wait for it or for their turn."""
 SEQUENCES, REPORT = "sequences.arrow", "report.json"
-TOKENS = {name for names in columns.TOKENS.values() for name in names}
-"""All lists of token ids."""
+TOKENS = [f"{name}_hash" for name in dict.fromkeys(name for names in columns.TOKENS.values() for name in names)]
+"""The columns of hashes of token ids."""
 
 
 @dataclass
@@ -103,23 +103,19 @@ class Tokenized:
         return found
 
     def texts(self) -> npt.NDArray[np.int64]:
-        """`[sequences]`: hashes of their token ids, the same for the same ids within a process."""
-        return self._hashes(TOKENS & self._flat.keys())
+        """`[sequences]`: hashes of their token ids, the same for the same ids."""
+        return self._together(name for name in TOKENS if name in self._names)
 
     def prompts(self) -> npt.NDArray[np.int64]:
         """`[sequences]`: hashes of the ids of their prompts; of chats, which are one list, as `texts`."""
-        return self._hashes({"prompt"} if "prompt" in self._flat else TOKENS & self._flat.keys())
+        return self._together(["prompt_hash"]) if "prompt_hash" in self._names else self.texts()
 
-    def _hashes(self, names: Iterable[str]) -> npt.NDArray[np.int64]:
-        """`[sequences]`: hashes of the token ids in these lists."""
-        found: list[int] = []
-        for part, batch in enumerate(self._batches):
-            lists = [self._flat[name][part] for name in sorted(names)]
-            found += [
-                hash(tuple(ids[ends[at] : ends[at + 1]].tobytes() for ends, ids in lists))
-                for at in range(batch.num_rows)
-            ]
-        return np.array(found, dtype=np.int64)
+    def _together(self, names: Iterable[str]) -> npt.NDArray[np.int64]:
+        return repeats.together(*(self.numbers(name) for name in names)).view(np.int64)
+
+    def told(self) -> Mapping[str, npt.NDArray[Any]]:
+        """`[sequences]` each: all columns that are no lists."""
+        return columns.numbers(self._batches)
 
     @cached_property
     def _names(self) -> set[str]:

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cordee import files
+from cordee.chat import repeats
 from cordee.chat.source import Of, Rules
 from cordee.chat.tokenized import Tokenized, tokenize
 from cordee.compute.model import sequence_limits
@@ -55,6 +56,8 @@ def read(
             tuple(tokenize(of, tokenizer, source, rules, context, cache) for source in sources)
             for sources in (config.data, apart)
         )
+    for line in repeats.lines(of, [part.told() for part in parts]):
+        context.note(line)
     share = config.heldout if isinstance(config.heldout, float) else 0.0
     found, heldout = sequences.split(parts, [source.weight for source in config.data], share, context.seed, one)
     if apart:
