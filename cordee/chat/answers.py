@@ -88,6 +88,7 @@ def _answer(row: Row, values: dict[str, Any], encoder: Encoder, notes: Notes) ->
         notes.other_columns.update(values.keys() - used)
         prompt, completion = completions.of_text(shaped.prompt, shaped.completion, encoder.tokenizer)
         notes.texts += 1
+        notes.look_at(shaped.completion)
     else:
         template = encoder.required_template()
         one = schema.answered(Record(row.file, row.number, shaped), template, encoder.source.ignore)

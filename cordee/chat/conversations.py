@@ -69,6 +69,7 @@ class Encoder:
     def conversations(self, rows: Sequence[Row], problems: Problems, notes: Notes) -> list[Conversation]:
         """Chats and texts in tokens; of a row with a problem, none."""
         batch: list[tuple[Chat, Rendering]] = []
+        chats: list[Chat] = []
         found: list[Conversation] = []
         for row in rows:
             with problems.of(row.file, row.number, row.values):
@@ -81,6 +82,7 @@ class Encoder:
                     whole = Conversation(row.file, row.number, 0, np.array(ids, np.int32), mask, (answer,))
                     found.append(fitted(whole, self.rules, notes))
                     notes.texts += 1
+                    notes.look_at(shaped.completion)
                     continue
                 template = self.required_template()
                 chat = schema.chat(Record(row.file, row.number, shaped), template, self.source.ignore)
@@ -88,8 +90,12 @@ class Encoder:
                 renderings = render(chat, template, self.rules.earlier_answers)
                 notes.skipped += sum(chat.trains) - sum(part.trains for one in renderings for part in one.parts)
                 batch += [(chat, one) for one in renderings]
+                chats.append(chat)
         if batch:
             found += self._tokenized(batch, problems, notes)
+        for chat in chats:
+            if not problems.has(chat.file, chat.number):
+                _note(chat, notes)
         return [one for one in found if not problems.has(one.file, one.number)]
 
     def required_template(self) -> Template:
@@ -117,6 +123,15 @@ class Encoder:
                 notes.begins_differently += sum(answer.begins_differently for answer in answers)
                 whole = Conversation(chat.file, chat.number, one.messages, np.array(ids, np.int32), has_loss, trained)
                 yield fitted(whole, self.rules, notes)
+
+
+def _note(chat: Chat, notes: Notes) -> None:
+    """Note what is odd in what a chat trains and in how it ends."""
+    notes.chats += 1
+    notes.asking += chat.messages[-1]["role"] == "user"
+    for message, trains in zip(chat.messages, chat.trains, strict=True):
+        if trains and message.keys() <= {"role", "content"}:
+            notes.look_at(message.get("content"))
 
 
 def fitted(one: Conversation, rules: Rules, notes: Notes) -> Conversation:

@@ -62,7 +62,8 @@ def columns_of(row: Row, source: Source) -> Values:
         raise BadRowError(values.problem, hint="sed 's/,$//' takes them away" if values.problem == COMMA else "")
     for old, new in columns.items():
         if old not in values:
-            raise BadRowError(f"has no column {old!r}, which `columns` renames", hint=nearest(old, values))
+            problem = f"has no column {old!r}, which `columns` renames"
+            raise BadRowError(problem, hint=nearest(old, values), kind=problem)
         if new in values and new not in columns:
             raise BadRowError(f"`columns` renames {old!r} to {new!r}, and there is such a column")
     kept = {name: value for name, value in values.items() if value is not None and name not in source.ignore}
@@ -244,7 +245,8 @@ def _unknown(values: Mapping[str, Any], found: str, wanted: Literal["chat", "pai
     }
     renames = ", ".join(f"{given}: {name}" for given, name in alike.items()) or "yours: prompt, …"
     hint = f"known are {'; '.join(known)}; `columns: {{{renames}}}` renames"
-    return BadRowError(f"can't be told what it is: its columns are {columns}", hint=hint)
+    told = "can't be told what it is"
+    return BadRowError(f"{told}: its columns are {columns}", hint=hint, kind=told)
 
 
 def _with_system(rest: Values, messages: Any) -> Any:

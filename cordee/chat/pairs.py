@@ -65,6 +65,8 @@ def of_row(row: Row, values: dict[str, Any], encoder: Encoder, notes: Notes) -> 
         notes.other_columns.update(values.keys() - used)
         prompt, chosen, rejected = texts.pair(shaped, encoder.tokenizer)
         notes.texts += 1
+        for answer in (shaped.chosen, shaped.rejected):
+            notes.look_at(answer)
     else:
         template = encoder.required_template()
         pair = schema.pair(Record(row.file, row.number, shaped), template, encoder.source.ignore)
@@ -120,11 +122,13 @@ def rendered(
     alone, *whole = template.encode([prompt, *texts])["input_ids"]
     length = min(common_length(alone, ids) for ids in whole)
     notes.begins_differently += length < len(alone)
-    for name, ids in zip(answers, whole, strict=True):
+    for (name, side), ids in zip(answers.items(), whole, strict=True):
         said = [token for token in ids[length:] if token not in template.special_ids]
         if not template.tokenizer.decode(said, clean_up_tokenization_spaces=False).strip():
             raise BadRowError("an answer is rendered as nothing", name)
         notes.without_end += not template.special_ids.intersection(ids[length:])
+        if len(side) == 1 and side[0].keys() <= {"role", "content"}:
+            notes.look_at(side[0].get("content"))
     return whole[0][:length], [ids[length:] for ids in whole]
 
 

@@ -1,6 +1,7 @@
 """Rows that can't be used: why, how many, and the first of each kind."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,18 +15,24 @@ SHOWN, SHOWN_CHARACTERS = 3, 200
 """Rows that are named of each kind of problem, and how much of each is kept."""
 KINDS = 20
 """Kinds of problems that are told apart: a template's own errors may differ from row to row."""
+DIFFER = "; those of other rows differ"
+MISSING = ("nan", "NaN", "None", "null", "N/A")
+"""What pandas and others write as text where there is no value."""
 Note = Callable[[str], None]
 """Told what is not as one might expect, and is no error."""
 
 
 class BadRowError(Exception):
-    """A row that can't be used: the kind of problem, what shows it in this row (`message 2`), and what to write."""
+    """A row that can't be used: the kind of problem, what shows it in this row (`message 2`), and what to write.
+
+    Where the kind is told by a row's own words (its columns), `kind` is what such problems have in common.
+    """
 
     is_overlong = False
 
-    def __init__(self, problem: str, shown_by: str = "", hint: str = "") -> None:
+    def __init__(self, problem: str, shown_by: str = "", hint: str = "", kind: str = "") -> None:
         super().__init__(problem)
-        self.problem, self.shown_by, self.hint = problem, shown_by, hint
+        self.problem, self.shown_by, self.hint, self.kind = problem, shown_by, hint, kind
 
 
 class OverlongRowError(BadRowError):
@@ -50,8 +57,11 @@ class Kind:
     """The rows with one problem."""
 
     problem: str
+    """In the first row's words, where rows have their own."""
     hint: str
     is_overlong: bool
+    common: str = ""
+    """What the words of all rows have in common, where rows have their own."""
     count: int = 0
     shown: list[Shown] = field(default_factory=list)
     """The first `SHOWN`."""
@@ -88,7 +98,7 @@ class Problems:
         except (ValueError, RecursionError):
             text = ""
         shown = Shown(file, number, error.shown_by, text[:SHOWN_CHARACTERS])
-        self._kind(error.problem, error.hint, is_overlong=error.is_overlong).add(1, [shown])
+        self._kind(Kind(error.problem, error.hint, error.is_overlong, error.kind)).add(1, [shown])
 
     def has(self, file: Path, number: int) -> bool:
         """Whether a row has a problem; known of the rows that were noted here."""
@@ -97,7 +107,7 @@ class Problems:
     def add(self, other: "Problems") -> None:
         """Add what was found in the rows that follow."""
         for kind in other.kinds.values():
-            self._kind(kind.problem, kind.hint, is_overlong=kind.is_overlong).add(kind.count, kind.shown)
+            self._kind(Kind(kind.problem, kind.hint, kind.is_overlong, kind.common)).add(kind.count, kind.shown)
 
     def counted(self) -> "Problems":
         """What was found, without the rows it was found in: small enough to pass on."""
@@ -105,10 +115,15 @@ class Problems:
         found.add(self)
         return found
 
-    def _kind(self, problem: str, hint: str, *, is_overlong: bool) -> Kind:
-        if len(self.kinds) >= KINDS and (problem, hint) not in self.kinds and not is_overlong:
-            problem, hint = "other problems", ""
-        return self.kinds.setdefault((problem, hint), Kind(problem, hint, is_overlong))
+    def _kind(self, one: Kind) -> Kind:
+        """The kind that a problem is of; `one` where it is the first of it."""
+        name = (one.common, "") if one.common else (one.problem, one.hint)
+        if len(self.kinds) >= KINDS and name not in self.kinds and not one.is_overlong:
+            name, one = ("other problems", ""), Kind("other problems", "", is_overlong=False)
+        found = self.kinds.setdefault(name, one)
+        if found.problem.removesuffix(DIFFER) != one.problem.removesuffix(DIFFER) or one.problem.endswith(DIFFER):
+            found.problem = found.problem.removesuffix(DIFFER) + DIFFER
+        return found
 
     @property
     def count(self) -> int:
@@ -182,12 +197,25 @@ class Notes:
     cut: int = 0
     texts: int = 0
     skipped: int = 0
+    chats: int = 0
+    asking: int = 0
+    """Chats that end with the user."""
+    missing: Counter[str] = field(default_factory=Counter)
+    """Answers that say no more than that a value is missing."""
     other_columns: set[str] = field(default_factory=set)
+
+    def look_at(self, answer: Any) -> None:
+        """Count an answer, a text or parts of one, that says no more than that a value is missing."""
+        if isinstance(answer, list) and len(answer) == 1:
+            answer = answer[0].get("text")
+        if isinstance(answer, str) and (said := answer.strip()) in MISSING:
+            self.missing[said] += 1
 
     def add(self, other: "Notes") -> None:
         """Add what was found in the rows that follow."""
-        for name in ("apart", "begins_differently", "without_end", "cut", "texts", "skipped"):
+        for name in ("apart", "begins_differently", "without_end", "cut", "texts", "skipped", "chats", "asking"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.missing += other.missing
         self.other_columns |= other.other_columns
 
     def lines(self) -> list[str]:
@@ -202,6 +230,13 @@ class Notes:
             "texts, trained as they stand, without the chat template": self.texts,
         }
         found = [f"{count} {what}" for what, count in said.items() if count]
+        if self.asking:
+            ends = "ends" if self.asking == 1 else "end"
+            found.append(f"{self.asking} of {self.chats} chats {ends} with the user, whose last turn is never trained")
+        if self.missing:
+            words, count = ", ".join(f"`{word}`" for word in sorted(self.missing)), self.missing.total()
+            told = "answers are" if count > 1 else "answer is"
+            found.append(f"{count} {told} only {words}: is a value missing there?")
         if self.other_columns:
             found.append(f"columns that are kept out: {', '.join(sorted(self.other_columns))}")
         return found

@@ -224,7 +224,7 @@ def test_what_is_nested_deeply_is_a_problem_of_its_row(read: Read, tmp_path: Pat
 
 
 def test_kinds_of_problems_are_told_apart_up_to_a_number(read: Read, tmp_path: Path) -> None:
-    rows = [{f"column {number}": 1} for number in range(99)]
+    rows = [{"messages": [{"role": "user", "content": "a", f"key {number}": 1}]} for number in range(99)]
     found = read(put(tmp_path / "a.jsonl", lines(CHAT, *rows)), bad_rows="drop")
     *apart, rest = found.report["left_out"]
     assert (len(apart), rest["problem"], rest["rows"]) == (20, "other problems", 79)
