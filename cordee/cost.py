@@ -17,6 +17,8 @@ class Cost:
 
     tokens: float | None = None
     """Tokens that the stage trains on, generates or scores."""
+    tokens_by: str = ""
+    """How the tokens are counted, where a plan is to say it."""
     flops: float | None = None
     parameters: float | None = None
     memory_bytes: float | None = None

@@ -88,6 +88,8 @@ def _plan_notes(plan: Plan, width: int) -> Iterator[str]:
             if planned.cost.memory:
                 total, _, terms = str(planned.cost.memory).partition(" = ")
                 yield f"{planned.name}: {total} a device = {terms}"
+    for told in dict.fromkeys(one.cost.tokens_by for one in plan.stages if one.cost.tokens_by):
+        yield f"tokens of {', '.join(one.name for one in plan.stages if one.cost.tokens_by == told)}: {told}"
     if any(planned.cost.seconds is None and planned.cost.flops for planned in plan.stages):
         yield f"times: ~ from an earlier run on this machine, ≈ {_assumed(plan)}"
 

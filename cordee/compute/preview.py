@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,11 +17,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from cordee import model_folder
-from cordee.chat import formats, pairs
-from cordee.chat.conversations import Encoder
+from cordee.chat import columns, formats, pairs, repeats
+from cordee.chat.conversations import Conversation, Encoder
+from cordee.chat.pairs import TokenPair
 from cordee.chat.problems import BadRowError, Notes, Problems
 from cordee.chat.selection import files_of, selected
-from cordee.chat.source import Rules, Source
+from cordee.chat.source import Of, Rules, Source
 from cordee.compute import tokenizer_changes
 from cordee.compute.adapter import table_rows, weights
 from cordee.compute.model import open_shapes, sequence_limits
@@ -35,6 +37,8 @@ EXAMPLES = 3
 PAIR = "preference pair"
 PERCENTS = (50, 90, 99)
 LOSS, READ = "bold green", ""
+Runs = list[tuple[list[int], bool]]
+"""Token ids, with whether they carry loss."""
 
 
 @dataclass
@@ -44,10 +48,12 @@ class Seen:
     rows: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
-    """Tokens of each sequence; of a pair, of its longer side."""
+    """Tokens of each sequence; a pair is two, the prompt with either answer."""
     loss_tokens: int = 0
-    examples: list[tuple[int, list[tuple[list[int], bool]]]] = field(default_factory=list)
-    """Of the first sequences, the row's number and runs of token ids, with whether they carry loss."""
+    examples: list[tuple[str, Runs]] = field(default_factory=list)
+    """Of the first rows, what is shown, under the row's number; of a pair the prompt and either answer."""
+    told: list[dict[str, Any]] = field(default_factory=list)
+    """The numbers of all sequences, as they are kept in a training."""
     problems: Problems = field(default_factory=Problems)
     notes: Notes = field(default_factory=Notes)
     as_pairs: bool = False
@@ -62,7 +68,7 @@ def run(settings: Settings, model: Path, out: Console) -> None:
         out: where to print.
 
     Raises:
-        UserError: a key does not fit the model, or there is nothing to read.
+        UserError: a key does not fit the model, there is nothing to read, or nothing of it can be trained on.
     """
     encoder, notes = open_encoder(model, settings)
     found = files_of(settings).documents
@@ -76,9 +82,12 @@ def run(settings: Settings, model: Path, out: Console) -> None:
     told = told if whole else f"the first {seen.rows:,} of about {total:,.0f} rows"
     out.print(Text(f"{settings.path}: {told}, {len(found)} file{'s' if len(found) > 1 else ''}"), soft_wrap=True)
     _print(out, [*_lines(seen, settings), *(("note", line) for line in notes)])
-    for number, runs in seen.examples:
-        out.print(Text(f"\nrow {number}", "dim"))
+    for name, runs in seen.examples:
+        out.print(Text(f"\n{name}", "dim"))
         out.print(_shown(runs, encoder.tokenizer, colours=out.color_system is not None), soft_wrap=True)
+    if not seen.lengths:
+        problem = "has no row that can" if whole else "none of the rows that were looked at can"
+        raise UserError(f"{problem} be trained on", file=settings.path)
 
 
 def open_encoder(model: Path, settings: Settings) -> tuple[Encoder, list[str]]:
@@ -116,6 +125,7 @@ def look(rows: Iterator[Row], encoder: Encoder, *, as_pairs: bool | None) -> See
         as_pairs: whether they are preference pairs; None: as most of the first are whose shape is known.
     """
     seen = Seen(as_pairs=bool(as_pairs))
+    places: dict[Path, int] = {}
     while batch := list(islice(rows, data.ROWS_AT_ONCE)):
         shapes = Counter(_shape(row, encoder.source) for row in batch)
         if as_pairs is None:
@@ -124,31 +134,41 @@ def look(rows: Iterator[Row], encoder: Encoder, *, as_pairs: bool | None) -> See
         seen.rows += len(batch)
         seen.shapes.update(shapes)
         problems = Problems()
+        of: Of = "pairs" if as_pairs else "chats"
+        found: Sequence[TokenPair | Conversation]
         if as_pairs:
-            _look_at_pairs(batch, encoder, problems, seen)
+            found = _look_at_pairs(batch, encoder, problems, seen)
         else:
-            _look_at_chats(batch, encoder, problems, seen)
+            found = _look_at_chats(batch, encoder, problems, seen)
+        for row in batch:
+            places.setdefault(row.file, len(places))
+        seen.told.append(columns.numbers([columns.record_batch(of, found, places)]))
         seen.problems.add(problems)
     return seen
 
 
-def _look_at_pairs(batch: list[Row], encoder: Encoder, problems: Problems, seen: Seen) -> None:
-    for pair in pairs.encode(batch, encoder, problems, seen.notes):
-        longer = max(len(pair.chosen), len(pair.rejected))
-        seen.lengths.append(len(pair.prompt) + longer)
-        seen.loss_tokens += longer
-        if len(seen.examples) < EXAMPLES:
-            seen.examples.append((pair.number, [(pair.prompt, False), (pair.chosen, True)]))
+def _look_at_pairs(batch: list[Row], encoder: Encoder, problems: Problems, seen: Seen) -> list[TokenPair]:
+    found = pairs.encode(batch, encoder, problems, seen.notes)
+    for pair in found:
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        seen.lengths += [len(pair.prompt) + len(side) for side in sides.values()]
+        seen.loss_tokens += sum(map(len, sides.values()))
+        if len(seen.examples) < EXAMPLES * (1 + len(sides)):
+            seen.examples.append((f"row {pair.number}: prompt", [(pair.prompt, False)]))
+            seen.examples += [(f"row {pair.number}: {name}", [(side, True)]) for name, side in sides.items()]
+    return found
 
 
-def _look_at_chats(batch: list[Row], encoder: Encoder, problems: Problems, seen: Seen) -> None:
-    for chat in encoder.conversations(batch, problems, seen.notes):
+def _look_at_chats(batch: list[Row], encoder: Encoder, problems: Problems, seen: Seen) -> list[Conversation]:
+    found = encoder.conversations(batch, problems, seen.notes)
+    for chat in found:
         seen.lengths.append(len(chat.ids))
         seen.loss_tokens += int(chat.has_loss.sum())
         if len(seen.examples) < EXAMPLES:
             edges = [0, *(np.flatnonzero(np.diff(chat.has_loss)) + 1).tolist(), len(chat.ids)]
             runs = [(chat.ids[first:until].tolist(), bool(chat.has_loss[first])) for first, until in pairwise(edges)]
-            seen.examples.append((chat.number, runs))
+            seen.examples.append((f"row {chat.number}", runs))
+    return found
 
 
 def _shape(row: Row, source: Source) -> str:
@@ -169,6 +189,7 @@ def _lines(seen: Seen, settings: Settings) -> Iterator[tuple[str, str]]:
     if seen.lengths:
         middle, high, most = np.percentile(seen.lengths, PERCENTS)
         told = f"median {middle:,.0f}, 90% {high:,.0f}, 99% {most:,.0f}, longest {max(seen.lengths):,} a sequence"
+        told += ", of which a pair is two: the prompt with either answer" if seen.as_pairs else ""
         yield "tokens", f"{sum(seen.lengths):,}; {told}; max_length={settings.max_length}"
         yield "loss", f"{seen.loss_tokens / sum(seen.lengths):.1%} of the tokens"
     else:
@@ -181,7 +202,7 @@ def _lines(seen: Seen, settings: Settings) -> Iterator[tuple[str, str]]:
         s = "s" if kind.count > 1 else ""
         hint = f"; {kind.hint}" if kind.hint and not kind.is_overlong else ""
         yield what, f"{kind.count:,} row{s}: {kind.problem} (row{s} {first}){hint}{drop}"
-    for line in seen.notes.lines():
+    for line in (*seen.notes.lines(), *repeats.lines("pairs" if seen.as_pairs else "chats", seen.told)):
         yield "note", line
 
 

@@ -12,6 +12,8 @@ from posttrain.training.settings import EPOCHS, TrlConfig
 
 BYTES_PER_TOKEN = 3.0
 """Bytes of a chat in a token, where only a guess is possible: before it is read."""
+OF_PAIRS = f"guessed at {BYTES_PER_TOKEN:.0f} bytes each, and a whole pair for either answer"
+"""How a plan counts the tokens of pairs; once they are read, the prompt counts twice, and each answer once."""
 LOOKED_AT = 20
 """Rows that a plan looks at."""
 FORWARD = 2 / 6
@@ -129,6 +131,7 @@ def training_cost(
     needed = memory.of(config, decoder, sequences, logit_bytes=logit_bytes) if decoder else None
     cost = Cost(
         tokens=tokens,
+        tokens_by=OF_PAIRS if sequences > 1 and tokens else "",
         parameters=base.parameters,
         vocab_size=base.vocab_size,
         memory_bytes=needed.total if needed else None,

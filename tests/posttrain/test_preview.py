@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from cordee import preview_keys
+from cordee.chat.source import Source
+from cordee.chat.tokenized import tokenize
 from cordee.compute import preview
+from cordee.config import Input
 from cordee.errors import UserError
+from cordee.stage import Context
 
 ROW = {"messages": talk("hello", "German")}
 
@@ -30,9 +36,11 @@ def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return architectures.trained_adapter(model, tmp_path_factory.mktemp("adapter") / "a")
 
 
-def seen(file: Path, model: Path, *keys: str, **console: Any) -> str:
+def seen(file: Path, model: Path, *keys: str, none_left: bool = False, **console: Any) -> str:
     out = Console(file=io.StringIO(), **{"width": 120, **console})
-    preview.run(preview_keys.read(file, keys), model, out)
+    ends = pytest.raises(UserError, match=r"has no row that can be trained on$") if none_left else nullcontext()
+    with ends:
+        preview.run(preview_keys.read(file, keys), model, out)
     return str(out.file.getvalue())  # type: ignore[attr-defined]
 
 
@@ -70,10 +78,60 @@ def test_most_of_the_first_rows_decide_what_all_are(model: Path, tmp_path: Path)
     assert "preference pair 3, unknown 1, messages 1; read as pairs, unless pairs=false\n" in told
     assert "can't be told what it is: its columns are 'x' (row 1)" in told
     assert "is no preference pair but messages (row 4)" in told
-    assert "row 2\n" in told
+    assert "row 2: chosen\n" in told
     told = seen(write(tmp_path / "chats.jsonl", pair, ROW, ROW, {"x": 1}), model)
     assert "is a preference pair, and this stage trains on chats (row 1)" in told
-    assert "tokens   none: no row is left" in seen(write(tmp_path / "none.jsonl", {"x": 1}), model)
+
+
+def test_both_sides_of_a_pair_are_shown_with_what_is_compared(model: Path, tmp_path: Path) -> None:
+    """Swapped columns, or a rejected answer that is a bracket, are seen."""
+    told = seen(write(tmp_path / "a.jsonl", {"prompt": "Who?", "chosen": "I do", "rejected": "["}), model)
+    shown = dict(re.findall(r"^row 1: (\w+)\n(.*?)\n(?=\nrow|\Z)", told, re.MULTILINE | re.DOTALL))
+    assert list(shown) == ["prompt", "chosen", "rejected"]
+    assert "Who?" in shown["prompt"]
+    assert "⟦" not in shown["prompt"]
+    for side, said in (("chosen", "I do"), ("rejected", "[")):
+        assert re.fullmatch(rf"⟦<think>\s*</think>\s*{re.escape(said)}<\|im_end\|>\s*⟧", shown[side])
+    assert told.count("Who?") == 1
+
+
+@pytest.mark.parametrize("of", ["pairs", "chats"])
+def test_tokens_are_counted_as_a_training_counts_them(of: Any, model: Path, tmp_path: Path) -> None:
+    """Of a pair the prompt twice, before either answer, and each answer once."""
+    pair = {"prompt": "Who is there? " * 9, "chosen": "I do", "rejected": "You do, and you, and you"}
+    file = write(tmp_path / "a.jsonl", *([pair, pair] if of == "pairs" else [ROW, ROW, ROW]))
+    (tmp_path / "logs").mkdir()
+    context = Context(out=tmp_path / "out", seed=5, events=tmp_path / "logs" / "events.jsonl")
+    settings = preview_keys.read(file, [])
+    encoder, _ = preview.open_encoder(model, settings)
+    source = Source(path=Input(file))
+    report = tokenize(of, encoder.tokenizer, source, encoder.rules, context, tmp_path / "cache").report
+    told = seen(file, model)
+    assert f"  tokens   {report['tokens']:,}; " in told
+    assert ("a pair is two: the prompt with either answer" in told) == (of == "pairs")
+
+
+def test_what_a_person_would_want_to_know_is_noted(model: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "Who?", "chosen": "I do", "rejected": "nan"}
+    other = {"prompt": "Who?", "chosen": "nan", "rejected": "I do"}
+    told = seen(write(tmp_path / "pairs.jsonl", pair, other, {**pair, "prompt": "And?"}, pair), model)
+    assert "note     1 pair stands there both ways round: the answer that one row chooses another row rejects\n" in told
+    assert "note     1 row stands there twice: posttrain.data removes duplicates\n" in told
+    assert "note     4 answers are only `nan`: is a value missing there?\n" in told
+    asking = {"messages": [*talk("hi", "German"), {"role": "user", "content": "and?"}]}
+    told = seen(write(tmp_path / "chats.jsonl", asking, ROW, ROW, ROW, {"messages": talk("why", " N/A\n")}), model)
+    assert "note     1 of 5 chats ends with the user, whose last turn is never trained\n" in told
+    assert "note     1 row stands there several times, 3 in all: posttrain.data removes duplicates\n" in told
+    assert "note     1 answer is only `N/A`: is a value missing there?\n" in told
+    assert "note" not in seen(write(tmp_path / "good.jsonl", ROW, {"messages": talk("why", "so None")}), model)
+
+
+def test_rows_of_other_columns_that_are_unknown_are_one_line(model: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", ROW, {"x": 1, "y": 2}, {"x": 1}, {"x": 1}, {"z": 1})
+    (line,) = (line for line in seen(file, model).splitlines() if "refused" in line)
+    assert (
+        "4 rows: can't be told what it is: its columns are 'x', 'y'; those of other rows differ (rows 2, 3, 4" in line
+    )
 
 
 def test_an_adapter_is_looked_at_with_its_base(model: Path, adapter: Path, tmp_path: Path) -> None:
@@ -101,7 +159,7 @@ def test_an_adapters_own_tokenizer_counts_and_the_rows_that_it_holds(model: Path
     tokenizer.save_pretrained(trained)
     file = write(tmp_path / "a.jsonl", ROW)
     beyond = f"a token id beyond the {size} rows of the model's embedding: is it its tokenizer? (row 1: id {size})"
-    assert beyond in seen(file, trained)
+    assert beyond in seen(file, trained, none_left=True)
     config = json.loads((trained / "adapter_config.json").read_text())
     (trained / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [size]}))
     assert "token id beyond" not in seen(file, trained)
@@ -115,7 +173,7 @@ def test_ids_beyond_the_models_embedding_are_left_out_as_in_a_training(model: Pa
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<new>")
     tokenizer.save_pretrained(other)
     file = write(tmp_path / "a.jsonl", ROW)
-    assert f"a token id beyond the {size} rows of the model's embedding" in seen(file, other)
+    assert f"a token id beyond the {size} rows of the model's embedding" in seen(file, other, none_left=True)
     assert "token id beyond" not in seen(file, other, "added_tokens=[<new>]")
 
 
@@ -127,8 +185,10 @@ def test_the_keys_of_a_training_do_what_they_do_there(model: Path, tmp_path: Pat
     )
     assert "when messages follow, which are not trained" in seen(file, model, "earlier_answers=skip")
     long = write(tmp_path / "long.jsonl", {"messages": talk("hello", "German", "b " * 200, "Swiss")})
-    assert "refused  1 row: longer" in seen(long, model, "max_length=100")
-    assert "left out 1 row: longer than max_length=100" in seen(long, model, "max_length=100", "overlong=drop")
+    assert "refused  1 row: longer" in seen(long, model, "max_length=100", none_left=True)
+    assert "left out 1 row: longer than max_length=100" in seen(
+        long, model, "max_length=100", "overlong=drop", none_left=True
+    )
     assert "shortened" in seen(long, model, "max_length=100", "overlong=truncate", "chat_template=chatml")
     assert "<|im_start|>assistant" in seen(long, model, "chat_template=chatml")
     assert "padding token: '<|im_start|>', as asked for" in seen(long, model, "pad_token=<|im_start|>")
