@@ -71,6 +71,9 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     if first in ("name", "seed"):
         set_value(document, override)
         return
+    if override in (stages if isinstance(stages, dict) else ()):
+        hint = "one stage alone is run by `cordee stage RECIPE STAGE`"
+        raise UserError(f"{override!r} is no key=value", file="command line", hint=hint)
     if equals and key and isinstance(stages, dict) and first not in stages:
         raise UserError(f"no stage {first!r}", file="command line", key=key, hint=nearest(first, map(str, stages)))
     set_value(stages, override)
@@ -84,8 +87,7 @@ def set_value(place: Any, override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        hint = "one stage alone is run by `cordee stage RECIPE STAGE`" if override.isidentifier() else ""
-        raise UserError(f"{override!r} is no key=value", file="command line", hint=hint)
+        raise UserError(f"{override!r} is no key=value", file="command line")
     parts = key.split(".")
     for part in parts[:-1]:
         if isinstance(place, dict):

@@ -151,6 +151,8 @@ class Supervised:
     def _begin(self) -> None:
         heartbeat.clear(self._work.logs)
         self._pace = Pace()
+        self._lacked = False
+        """Whether a process that was silent got no core."""
         self._dead_at: dict[int, float] = {}
         """Since when a process is known to be gone, by its number."""
         self._oom_kills = machine.oom_kills()
@@ -166,10 +168,9 @@ class Supervised:
             return self._evidence(1, dead=text)
         stopped = {beat.rank for beat in beats if _runs(beat) and machine.is_stopped(beat.pid)}
         text = self._pace.hang(beats, now, stopped)
-        if text and any(machine.is_starved(beat.pid) for beat in beats if _runs(beat)):
-            self._pace.be_patient()  # other processes have the cores: it is slow, and restarting makes it slower
-            text = ""
-        if text:
+        if text and self._lacks_cores(beats):
+            self._pace.be_patient()
+        elif text:
             _trace(beats, self._job.log)
             self._kill()
             return self._evidence(1, hang=text)
@@ -177,6 +178,11 @@ class Supervised:
             step = max(beat.step for beat in beats)
             events.append(self._work.events, "incident", kind="straggler", step=step, text=text)
         return None
+
+    def _lacks_cores(self, beats: list[Beat]) -> bool:
+        """Whether other processes have the cores, or had them when this was last asked: it is slow, and hangs not."""
+        before, self._lacked = self._lacked, any(machine.is_starved(beat.pid) for beat in beats if _runs(beat))
+        return before or self._lacked
 
     def _dead(self, beats: list[Beat], now: float) -> str:
         """A process that has died some time ago without a word."""

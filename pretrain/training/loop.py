@@ -113,7 +113,7 @@ def train(training: Training, state: State) -> None:
         sums = _accumulate(training, samples, batches)
         grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
         loss = sums["loss"] / sums["labels"]
-        if settings.loss_spikes and spikes.is_one(loss, grad_norm, state.recent, settings.loss_spikes.nats):
+        if settings.loss_spikes and spikes.is_one(loss, grad_norm, state.recent, settings.loss_spikes):
             vars(state).update(vars(spikes.go_back(training, state, loss, settings.loss_spikes)))
             continue
         _require_finite(loss, grad_norm, state.step + 1, training)

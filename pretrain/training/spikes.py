@@ -22,18 +22,18 @@ WINDOW = 32
 """Losses of so many steps before it say what is usual."""
 
 
-def is_one(loss: float, grad_norm: float, recent: list[float], nats: float) -> bool:
+def is_one(loss: float, grad_norm: float, recent: list[float], settings: LossSpikes) -> bool:
     """Whether a step is a spike.
 
     Args:
         loss: mean of the step, in nats.
         grad_norm: of its gradient.
         recent: the losses of the steps before it; of fewer than `WINDOW` only what is no number counts.
-        nats: how far a loss may lie above the median of these.
+        settings: how far a loss may lie above the median of these.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return True
-    return len(recent) >= WINDOW and loss > statistics.median(recent) + nats
+    return len(recent) >= WINDOW and loss > statistics.median(recent) + settings.nats
 
 
 def go_back(training: "Training", state: "State", loss: float, settings: LossSpikes) -> "State":

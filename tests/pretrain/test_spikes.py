@@ -8,6 +8,7 @@ import pytest
 from cordee import events
 from cordee.errors import Fault
 from pretrain.training import loop, spikes
+from pretrain.training.settings import LossSpikes
 
 USUAL = [2.0 + 0.01 * (step % 3) for step in range(spikes.WINDOW)]
 
@@ -23,7 +24,7 @@ USUAL = [2.0 + 0.01 * (step % 3) for step in range(spikes.WINDOW)]
     ],
 )
 def test_what_a_spike_is(loss, grad_norm, recent, expected):
-    assert spikes.is_one(loss, grad_norm, recent, 1.0) == expected
+    assert spikes.is_one(loss, grad_norm, recent, LossSpikes()) == expected
 
 
 @pytest.fixture
