@@ -68,6 +68,15 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
 
 
 @pytest.fixture
+def brook(write: Callable[[str, str], Path]) -> Path:
+    """A recipe of two stages, the second of which reads the first."""
+    text = (
+        "name: brook\nstages:\n  spring: {uses: toys.spring}\n  pool: {uses: toys.spring, source: $spring/line.txt}\n"
+    )
+    return write("brook.yaml", text)
+
+
+@pytest.fixture
 def unflushed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Each time a resume point is marked: the bytes of `metrics.jsonl` that a power failure would take."""
     from cordee import files

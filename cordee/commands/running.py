@@ -188,6 +188,7 @@ def logs(
     """Show what a stage has told and the end of its processes' output, and of its last job's."""
     from cordee import events, jobs
     from cordee.errors import UserError
+    from cordee.work import Work
 
     plan = _load(recipe_file, overrides, runs, on)[0]
     if name is None:
@@ -196,15 +197,18 @@ def logs(
     planned = plan.stage(name)
     made = planned.artifact
     if made:
-        folder = made.path.parent / "logs" / made.path.name
+        work = Work(made.path, made.path.parent / "logs" / made.path.name)
     else:
-        folder = plan.store.work_folders(plan.recipe.name, name, planned.fingerprint).logs
-    told = folder / "events.jsonl"
-    found = [path for path in (jobs.output(plan, name), told, folder / "log.txt") if path and path.exists()]
+        work = plan.store.work_folders(plan.recipe.name, name, planned.fingerprint)
+    found = [path for path in (jobs.output(plan, name), work.events, work.log) if path and path.exists()]
     if not found:
         raise UserError("was not started yet", file=plan.recipe.file, key=f"stages.{name}")
     for path in found:
-        said = events.lines(path) if path == told else path.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = (
+            events.lines(path)
+            if path == work.events
+            else path.read_text(encoding="utf-8", errors="replace").splitlines()
+        )
         say(f"==> {path}")
         for line in said[-lines:]:
             say(line)

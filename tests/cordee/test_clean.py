@@ -12,21 +12,13 @@ from cordee import clean, lock, plan, recipe, runner
 from cordee.artifact import Store
 from cordee.errors import Fault
 
-BROOK = """
-name: brook
-stages:
-  spring: {uses: toys.spring}
-  pool:   {uses: toys.spring, source: $spring/line.txt}
-"""
-
 
 @pytest.fixture
-def brook(write, tmp_path, monkeypatch, cordee):
+def brook(brook, tmp_path, monkeypatch, cordee):
     """A store with `spring@1`, an attempt at `pool` that was killed, and one of it with another text."""
     monkeypatch.chdir(tmp_path)
-    write("brook.yaml", BROOK)
-    assert cordee("run", "brook.yaml", "pool.trouble=kill", "pool.text=wine").returncode == 1
-    assert cordee("run", "brook.yaml", "pool.trouble=kill").returncode == 1
+    assert cordee("run", brook, "pool.trouble=kill", "pool.text=wine").returncode == 1
+    assert cordee("run", brook, "pool.trouble=kill").returncode == 1
     return Store(Path("runs"))
 
 

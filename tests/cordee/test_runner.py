@@ -19,18 +19,6 @@ from cordee.launchers import RUNNER, local
 
 MAIN = "from cordee.cli import main; main()"
 
-BROOK = """
-name: brook
-stages:
-  spring: {uses: toys.spring}
-  pool:   {uses: toys.spring, source: $spring/line.txt}
-"""
-
-
-@pytest.fixture
-def brook(write):
-    return write("brook.yaml", BROOK)
-
 
 @pytest.mark.usefixtures("brook")
 def test_a_run_publishes_each_stage_and_a_second_one_does_nothing_again(cordee, tmp_path):
@@ -229,13 +217,12 @@ def test_ctrl_c_stops_all_that_run(tmp_path, write, cordee):
     assert cordee("run", "two.yaml").returncode == 0
 
 
-def test_a_stage_ends_at_its_deadline(monkeypatch, cordee, write):
-    write("brook.yaml", BROOK)
+def test_a_stage_ends_at_its_deadline(monkeypatch, cordee, brook):
     monkeypatch.setenv("CORDEE_DEADLINE", str(time.time() + 6))
-    done = cordee("run", "brook.yaml", "spring.trouble=wait")
+    done = cordee("run", brook, "spring.trouble=wait")
     assert (done.returncode, "stopped at step" in done.stderr) == (130, True)
     monkeypatch.delenv("CORDEE_DEADLINE")
-    assert cordee("run", "brook.yaml").returncode == 0
+    assert cordee("run", brook).returncode == 0
 
 
 @pytest.mark.parametrize("trouble", ["wait", "none"])
@@ -351,9 +338,9 @@ def test_a_process_takes_the_job_of_its_own_launch_and_not_of_one_that_was_kille
     assert (tmp_path / "runs/choir/choir@1/voices/1").read_text() == str(other.pid)
 
 
-def test_lineage_walks_back_to_the_source_files(cordee, write):
+def test_lineage_walks_back_to_the_source_files(cordee, write, brook):
     write("rock.txt", "rock")
-    write("brook.yaml", BROOK.replace("{uses: toys.spring}", "{uses: toys.spring, source: rock.txt}"))
+    brook.write_text(brook.read_text().replace("{uses: toys.spring}", "{uses: toys.spring, source: rock.txt}"))
     assert cordee("run", "brook.yaml").returncode == 0
     told = cordee("lineage", "brook/pool@1").stdout
     assert "brook/pool@1" in told

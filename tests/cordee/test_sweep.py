@@ -9,18 +9,6 @@ from cordee import recipe, sweep
 from cordee.artifact import Store
 from cordee.errors import UserError
 
-BROOK = """
-name: brook
-stages:
-  spring: {uses: toys.spring}
-  pool: {uses: toys.spring, source: $spring/line.txt}
-"""
-
-
-@pytest.fixture
-def brook(write):
-    return write("brook.yaml", BROOK)
-
 
 def test_what_variants_share_is_made_once_and_each_has_a_row(cordee, brook, tmp_path):
     given = ("--over", "pool.text=a,bcd", "--over", "pool.number=1,2.5", "--metric", "pool.tokens")
